@@ -1,0 +1,27 @@
+"""Post-training floating-point quantization of diffusion models."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fpq_lightning.api import quantize
+from fpq_lightning.calibration.datamodule import CalibrationDataModule
+from fpq_lightning.evaluation import EvaluationConfig
+from fpq_lightning.formats import FloatFormat, Format, IntFormat, parse_format
+from fpq_lightning.pipelines import SamplerConfig
+from fpq_lightning.recipes import ActivationRecipe, Recipe, RoundingRecipe, WeightRecipe
+from fpq_lightning.storage.quantized import load_quantized
+
+__all__ = [
+    "ActivationRecipe",
+    "CalibrationDataModule",
+    "EvaluationConfig",
+    "FloatFormat",
+    "Format",
+    "IntFormat",
+    "Recipe",
+    "RoundingRecipe",
+    "SamplerConfig",
+    "WeightRecipe",
+    "load_quantized",
+    "parse_format",
+    "quantize",
+]

@@ -1,0 +1,127 @@
+"""`quantize`: the path that the command line and notebooks share."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from diffusers import DiffusionPipeline
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from fpq_lightning.calibration.datamodule import CalibrationDataModule
+from fpq_lightning.callbacks import CalibrationProgress, FinalizeQuantization, ImageQuality, RunReport
+from fpq_lightning.evaluation import EvaluationConfig
+from fpq_lightning.pipelines import SamplerConfig, denoiser_name
+from fpq_lightning.recipes import Recipe
+from fpq_lightning.reconstruction.module import BlockReconstruction
+from fpq_lightning.runs import RunDirectory, RunState, hash_weights, versions
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": -1,
+    "reload_dataloaders_every_n_epochs": 1,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+
+
+def open_run(
+    run_dir: str | Path,
+    pipeline: DiffusionPipeline,
+    name: str,
+    recipe: Recipe,
+    data: CalibrationDataModule,
+    sampler: SamplerConfig,
+) -> RunDirectory:
+    """The directory of a run, with the fingerprint of everything that decides its quantized model."""
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    parts = {
+        "model": {"name": name, "class": type(denoiser).__name__, "weights": hash_weights(denoiser)},
+        "recipe": recipe.to_dict(),
+        "calibration": {**data.identity(), "sampler": asdict(sampler)},
+        "version": versions()["fpq-lightning"],
+    }
+    return RunDirectory(run_dir, parts)
+
+
+def run_callbacks(
+    run: RunDirectory, base_model: str, evaluation: EvaluationConfig, sampler: SamplerConfig, checkpoint_steps: int
+) -> list[pl.Callback]:
+    """What every calibration does besides optimising."""
+    quality = ImageQuality(evaluation, sampler)
+    return [
+        CalibrationProgress(),
+        FinalizeQuantization(run, base_model),
+        quality,
+        RunReport(run, quality),
+        ModelCheckpoint(run.checkpoints, save_last=True, save_top_k=0, save_on_train_epoch_end=True),
+        ModelCheckpoint(run.checkpoints, save_last=True, save_top_k=0, every_n_train_steps=checkpoint_steps),
+    ]
+
+
+def quantize(
+    pipeline: DiffusionPipeline,
+    recipe: Recipe | None = None,
+    run_dir: str | Path = "runs/quantize",
+    data: CalibrationDataModule | None = None,
+    sampler: SamplerConfig | None = None,
+    evaluation: EvaluationConfig | None = None,
+    base_model: str | None = None,
+    ckpt_path: str | None = None,
+    **trainer_options: Any,
+) -> DiffusionPipeline:
+    """Quantizes the denoiser of a pipeline in place.
+
+    Args:
+        pipeline: a diffusers pipeline in full precision.
+        recipe: what to quantize to; FP4 weights and FP8 activations with learned rounding by default.
+        run_dir: where checkpoints, the quantized pipeline and the reports go.
+        data: the calibration set; sampled along the pipeline's own trajectories by default.
+        sampler: how images are sampled, for calibration and evaluation.
+        evaluation: what image quality is measured on; left out by default.
+        base_model: name of the model in the reports.
+        ckpt_path: ``"last"`` goes on with an interrupted run.
+        trainer_options: for `lightning.pytorch.Trainer`.
+
+    Returns:
+        The pipeline, its denoiser quantized, also in ``run_dir/quantized``.
+
+    Raises:
+        ValueError: if `run_dir` holds another, a finished or (without `ckpt_path`) an unfinished run.
+    """
+    recipe = recipe or Recipe()
+    data = data or CalibrationDataModule()
+    sampler = sampler or SamplerConfig()
+    name = base_model or getattr(pipeline, "name_or_path", None) or type(pipeline).__name__
+    run = open_run(run_dir, pipeline, name, recipe, data, sampler)
+    if (state := run.state()) is RunState.FINISHED:
+        raise ValueError(f"{run.path} holds this run, finished: use load_quantized({str(run.quantized)!r})")
+    if state is RunState.UNFINISHED and ckpt_path is None:
+        raise ValueError(f"{run.path} holds this run, unfinished: pass ckpt_path='last' to go on with it")
+    callbacks = run_callbacks(run, name, evaluation or EvaluationConfig(n_images=0), sampler, checkpoint_steps=500)
+    options = {**TRAINER_DEFAULTS, "logger": TensorBoardLogger(run.path, name="", version="logs"), **trainer_options}
+    options["callbacks"] = [*options.get("callbacks", []), *callbacks]
+    fit(pl.Trainer(**options), BlockReconstruction(pipeline, recipe), data, run, sampler, ckpt_path)
+    return pipeline
+
+
+def fit(
+    trainer: pl.Trainer,
+    module: BlockReconstruction,
+    data: CalibrationDataModule,
+    run: RunDirectory,
+    sampler: SamplerConfig,
+    ckpt_path: str | None,
+) -> None:
+    """Runs a calibration in its run directory."""
+    run.begin()
+    data.sampler = sampler
+    data.directory = data.directory or str(run.path / "calibration")
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    if module.finished:
+        module.use_learned()

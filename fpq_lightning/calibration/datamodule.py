@@ -1,0 +1,180 @@
+"""The calibration set as a LightningDataModule."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+
+from fpq_lightning.calibration.store import ActivationStore, parse_bytes
+from fpq_lightning.calibration.trajectories import (
+    Inputs,
+    load_inputs,
+    noise_real_images,
+    sample_trajectories,
+    save_inputs,
+)
+from fpq_lightning.pipelines import SamplerConfig
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class UnitBatches:
+    """Batches of sample indices for one unit; batch i is a function of (seed, unit, i) alone.
+
+    Args:
+        seed: of the calibration.
+        unit: position of the unit.
+        n: samples to draw from.
+        batch_size: indices a batch.
+        length: number of batches.
+    """
+
+    def __init__(self, seed: int, unit: int, n: int, batch_size: int, length: int) -> None:
+        self.seed, self.unit, self.n, self.batch_size, self.length = seed, unit, n, batch_size, length
+        self._next = 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while self._next < self.length:
+            draw = np.random.default_rng([self.seed, self.unit, self._next])
+            self._next += 1
+            yield torch.from_numpy(draw.integers(self.n, size=self.batch_size))
+        self._next = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the loader is."""
+        return {"next": self._next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on from there."""
+        self._next = state["next"]
+
+
+class CalibrationDataModule(pl.LightningDataModule):
+    """Samples what the denoiser sees along the sampler's trajectories and serves it a unit at a time.
+
+    Args:
+        n_samples: size of the calibration set, over all timesteps.
+        seed: of its noise and of the order of batches.
+        source: ``trajectories`` of the full-precision model, or the name or directory of a `datasets` dataset, or a
+            parquet file, of real images that are noised to random timesteps.
+        image_column: of the dataset of real images.
+        timesteps: how often each timestep is kept: ``uniform``, ``late`` (towards the image) or ``early``.
+        held_out_fraction: share of the set that decides between learned and nearest rounding.
+        n_search: samples that the search of formats and clips sees.
+        micro_batch: samples a forward pass outside the optimisation.
+        directory: where the set is kept as a `datasets` dataset; None leaves the choice to the run.
+        store_budget: bytes of the compute device that captured activations may take, such as ``4GiB``.
+        store_host_budget: bytes of host memory that they may take beyond, when computing on a GPU; what is left goes
+            to memory-mapped files.
+        store_dtype: of captured activations.
+    """
+
+    def __init__(
+        self,
+        n_samples: int = 5120,
+        seed: int = 0,
+        source: str = "trajectories",
+        image_column: str = "image",
+        timesteps: Literal["uniform", "late", "early"] = "uniform",
+        held_out_fraction: float = 0.0625,
+        n_search: int = 64,
+        micro_batch: int = 64,
+        directory: str | None = None,
+        store_budget: str = "4GiB",
+        store_host_budget: str = "16GiB",
+        store_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    ) -> None:
+        super().__init__()
+        if n_samples < 4:
+            raise ValueError(f"the calibration set would be empty: data.n_samples must be at least 4, got {n_samples}")
+        if not 0 < held_out_fraction < 1:
+            raise ValueError(f"data.held_out_fraction must be between 0 and 1, got {held_out_fraction}")
+        parse_bytes(store_budget), parse_bytes(store_host_budget)
+        self.n_samples = n_samples
+        self.seed = seed
+        self.source = source
+        self.image_column = image_column
+        self.timesteps = timesteps
+        self.held_out_fraction = held_out_fraction
+        self.n_search = n_search
+        self.micro_batch = micro_batch
+        self.directory = directory
+        self.store_budget, self.store_host_budget = store_budget, store_host_budget
+        self.store_dtype = store_dtype
+        self.sampler = SamplerConfig()
+        self.inputs: Inputs = {}
+        self.sampling_seconds = 0.0
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result of a calibration: not where things are kept."""
+        names = ("n_samples", "seed", "source", "image_column", "timesteps", "held_out_fraction", "n_search")
+        return {name: getattr(self, name) for name in (*names, "micro_batch", "store_dtype")}
+
+    # --- Lightning ---------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Makes the calibration set, on the main process, unless it is there."""
+        if self.inputs or (self.directory and Path(self.directory).is_dir()):
+            return
+        start = time.perf_counter()
+        inputs = self.make_inputs()
+        self.sampling_seconds = time.perf_counter() - start
+        if self.directory is None:
+            self.inputs = inputs
+        else:
+            save_inputs(inputs, self.directory)
+
+    def setup(self, stage: str) -> None:
+        """Loads the calibration set."""
+        if not self.inputs:
+            self.inputs = load_inputs(cast(str, self.directory))
+
+    def train_dataloader(self) -> UnitBatches:
+        """Batches of the unit in work; a single one if there is nothing to learn."""
+        module = cast(Any, self.trainer).lightning_module
+        return UnitBatches(self.seed, module.position, self.n_train, self.batch_size, max(module.iterations, 1))
+
+    # --- the set -----------------------------------------------------------------------------------------------
+
+    def make_inputs(self) -> Inputs:
+        """Samples or noises the calibration set with the trainer's pipeline."""
+        trainer = cast(Any, self.trainer)
+        pipeline = trainer.lightning_module.pipeline.to(trainer.strategy.root_device)
+        if self.source == "trajectories":
+            return sample_trajectories(pipeline, self.sampler, self.n_samples, self.seed, self.timesteps)
+        return noise_real_images(pipeline, self.source, self.image_column, self.n_samples, self.seed)
+
+    @property
+    def n(self) -> int:
+        """Samples in the set."""
+        return next(len(v) for v in self.inputs.values() if isinstance(v, Tensor) and v.ndim)
+
+    @property
+    def n_train(self) -> int:
+        """Samples that are learned from; the rest is held out."""
+        return self.n - max(1, round(self.n * self.held_out_fraction))
+
+    def held_out(self) -> Tensor:
+        """Indices of the held-out samples."""
+        return torch.arange(self.n_train, self.n)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of one optimisation step."""
+        return min(cast(Any, self.trainer).lightning_module.recipe.rounding.batch_size, self.n_train)
+
+    def make_store(self, device: torch.device) -> ActivationStore:
+        """An empty activation store under the budgets."""
+        return ActivationStore(
+            device, _DTYPES[self.store_dtype], parse_bytes(self.store_budget), parse_bytes(self.store_host_budget)
+        )

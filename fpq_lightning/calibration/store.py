@@ -1,0 +1,154 @@
+"""Captured activations under a byte budget."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def parse_bytes(size: str | int) -> int:
+    """Reads a number of bytes such as ``4GiB``, ``512MB`` (also 1024-based) or ``1000000``.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([bkmgt]?)(i?b)?\s*", str(size).lower())
+    if match is None:
+        raise ValueError(f"cannot read {size!r} as a number of bytes: write for example 4GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+@dataclass
+class _Entry:
+    tensor: Tensor
+    next_use: int
+    tier: str  # device, host or disk
+    file: Path | None = None
+
+    @property
+    def bytes(self) -> int:
+        return self.tensor.numel() * self.tensor.element_size()
+
+
+class ActivationStore:
+    """Arrays `[n_samples, ...]` that live on the compute device, in host memory or in memory-mapped files.
+
+    What is needed soonest lies nearest: an array that does not fit the budget pushes out those with a later
+    `next_use`, or goes out itself.
+
+    Args:
+        device: the compute device.
+        dtype: of stored floating-point values.
+        budget: bytes of the compute device's memory.
+        host_budget: bytes of host memory beyond it, when the device is not the host.
+        directory: where files go; the system's temporary directory by default.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        budget: int = 2**32,
+        host_budget: int = 2**34,
+        directory: str | Path | None = None,
+    ) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.budgets = {"device": budget, "host": 0 if device.type == "cpu" else host_budget}
+        self.peak = 0
+        self._entries: dict[str, _Entry] = {}
+        self._directory = directory
+        self._scratch: tempfile.TemporaryDirectory | None = None
+
+    def used(self, tier: str) -> int:
+        """Bytes held in a tier: ``device``, ``host`` or ``disk``."""
+        return sum(e.bytes for e in self._entries.values() if e.tier == tier)
+
+    def allocate(self, key: str, shape: tuple[int, ...], dtype: torch.dtype, next_use: int) -> None:
+        """Makes room for an array.
+
+        Args:
+            key: its name.
+            shape: `[n_samples, ...]`.
+            dtype: of what will be written; floating types are stored as the store's own.
+            next_use: when it will be read next, in any unit that orders the arrays.
+        """
+        dtype = self.dtype if dtype.is_floating_point else dtype
+        size = torch.Size(shape).numel() * dtype.itemsize
+        tier = self._make_room("device", size, next_use)
+        self._entries[key] = self._new(tier, shape, dtype, next_use)
+        self.peak = max(self.peak, self.used("device"))
+
+    def _make_room(self, tier: str, size: int, next_use: int) -> str:
+        """The tier where `size` bytes go, after moving out what is needed later."""
+        if tier == "disk" or size > self.budgets[tier]:
+            return "disk" if tier == "disk" else self._make_room(self._below(tier), size, next_use)
+        while self.used(tier) + size > self.budgets[tier]:
+            key, entry = max(
+                ((k, e) for k, e in self._entries.items() if e.tier == tier), key=lambda item: item[1].next_use
+            )
+            if entry.next_use <= next_use:
+                return self._make_room(self._below(tier), size, next_use)
+            below = self._make_room(self._below(tier), entry.bytes, entry.next_use)
+            moved = self._new(below, tuple(entry.tensor.shape), entry.tensor.dtype, entry.next_use)
+            moved.tensor.copy_(entry.tensor)
+            self.free(key)
+            self._entries[key] = moved
+        return tier
+
+    def _below(self, tier: str) -> str:
+        return "host" if tier == "device" and self.budgets["host"] else "disk"
+
+    def _new(self, tier: str, shape: tuple[int, ...], dtype: torch.dtype, next_use: int) -> _Entry:
+        if tier != "disk":
+            device = self.device if tier == "device" else torch.device("cpu")
+            return _Entry(torch.empty(shape, dtype=dtype, device=device), next_use, tier)
+        if self._scratch is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="fpq-store-", dir=self._directory)
+        with tempfile.NamedTemporaryFile(dir=self._scratch.name, delete=False) as handle:
+            file = Path(handle.name)
+        numel = torch.Size(shape).numel()
+        tensor = torch.from_file(str(file), shared=True, size=numel, dtype=dtype).reshape(shape)
+        return _Entry(tensor, next_use, tier, file)
+
+    def write(self, key: str, start: int, values: Tensor) -> None:
+        """Writes rows from `start` on."""
+        self._entries[key].tensor[start : start + len(values)].copy_(values)
+
+    def read(self, key: str, rows: slice | Tensor) -> Tensor:
+        """Rows on the compute device, float32 if floating."""
+        entry = self._entries[key]
+        if isinstance(rows, Tensor):
+            found = entry.tensor.index_select(0, rows.to(entry.tensor.device))
+        else:
+            found = entry.tensor[rows]
+        found = found.to(self.device, non_blocking=True)
+        return found.float() if found.is_floating_point() else found
+
+    def on_device(self, key: str) -> bool:
+        """Whether an array lies on the compute device."""
+        return self._entries[key].tier == "device"
+
+    def schedule(self, key: str, next_use: int) -> None:
+        """Says anew when an array will be read next."""
+        self._entries[key].next_use = next_use
+
+    def free(self, key: str) -> None:
+        """Forgets an array."""
+        entry = self._entries.pop(key)
+        if entry.file is not None:
+            entry.file.unlink()
+
+    def close(self) -> None:
+        """Forgets everything and removes the files."""
+        self._entries.clear()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None

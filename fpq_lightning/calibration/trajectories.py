@@ -1,0 +1,240 @@
+"""Calibration sets: what the denoiser is called with.
+
+Either along the full-precision model's own sampling trajectories, or real images noised to random timesteps.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from fpq_lightning.pipelines import SamplerConfig, denoiser_name, sample, set_sampler
+
+Inputs = dict[str, Any]
+"""Keyword arguments of the denoiser: tensors with a leading dimension of samples, and constants."""
+
+
+def _chunks(n: int, size: int) -> Iterator[range]:
+    return (range(i, min(i + size, n)) for i in range(0, n, size))
+
+
+def _per_sample(name: str, value: Any, batch: int) -> Any:
+    """Gives the timestep, which pipelines pass as one number for the batch, a value for each sample."""
+    if name == "timestep":
+        value = torch.as_tensor(value)
+        return value.expand(batch) if value.ndim == 0 else value
+    return value
+
+
+def timestep_weights(weighting: Literal["uniform", "late", "early"], steps: int) -> Tensor:
+    """How often each step of a trajectory is kept, `[steps]`, summing to 1; step 0 is pure noise."""
+    position = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
+    weights = {"uniform": torch.ones(steps), "late": 0.5 + position, "early": 1.5 - position}[weighting]
+    return weights / weights.sum()
+
+
+def steps_to_keep(n: int, steps: int, weighting: Literal["uniform", "late", "early"], seed: int) -> list[list[int]]:
+    """Which steps of which trajectory make a calibration set of `n` samples.
+
+    Every trajectory gives as many samples as there are steps, so that a uniform set holds every step equally often.
+
+    Returns:
+        For each trajectory the steps that are kept (a step may be kept more than once if weighted).
+    """
+    trajectories = -(-n // steps)
+    if weighting == "uniform":
+        kept = [list(range(steps)) for _ in range(trajectories)]
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.multinomial(
+            timestep_weights(weighting, steps), trajectories * steps, replacement=True, generator=generator
+        )
+        kept = [sorted(row.tolist()) for row in draws.reshape(trajectories, steps)]
+    surplus = trajectories * steps - n
+    if surplus:
+        stay = np.random.default_rng(seed).permutation(steps)[: steps - surplus]
+        kept[-1] = [kept[-1][i] for i in sorted(stay)]
+    return kept
+
+
+@torch.no_grad()
+def sample_trajectories(
+    pipeline: DiffusionPipeline,
+    sampler: SamplerConfig,
+    n: int,
+    seed: int = 0,
+    weighting: Literal["uniform", "late", "early"] = "uniform",
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> Inputs:
+    """Runs the pipeline and keeps what its denoiser is called with.
+
+    Args:
+        pipeline: in full precision.
+        sampler: how to sample.
+        n: samples to keep in all.
+        seed: of the first trajectory's noise; the others count up from it.
+        weighting: how often each timestep is kept.
+        on_batch: called with the trajectories done and in all.
+
+    Returns:
+        Denoiser inputs of `n` samples, on the CPU.
+
+    Raises:
+        ValueError: if `n` is not positive or the trajectories hold NaN or Inf.
+    """
+    if n < 1:
+        raise ValueError(f"the calibration set would be empty: ask for at least 1 sample, got {n}")
+    set_sampler(pipeline, sampler)
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    signature = inspect.signature(type(denoiser).forward)
+    keep = steps_to_keep(n, sampler.steps, weighting, seed)
+    collected: dict[str, list[Tensor]] = {}
+    constants: Inputs = {}
+    step = 0
+    batch: range = range(0)
+
+    def record(module: Any, args: tuple, kwargs: dict) -> None:
+        nonlocal step
+        bound = signature.bind(module, *args, **kwargs).arguments
+        bound.pop("self")
+        rows = [row for row, i in enumerate(batch) for _ in range(keep[i].count(step))]
+        for name, value in bound.items():
+            value = _per_sample(name, value, len(batch))
+            if isinstance(value, Tensor) and value.ndim and len(value) == len(batch):
+                collected.setdefault(name, []).append(value[torch.tensor(rows, dtype=torch.long)].cpu())
+            else:
+                constants[name] = value
+        step += 1
+
+    handle = denoiser.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        for batch in _chunks(len(keep), sampler.batch_size):
+            step = 0
+            sample(pipeline, sampler, [seed + i for i in batch])
+            on_batch(batch.stop, len(keep))
+    finally:
+        handle.remove()
+    inputs: Inputs = {name: torch.cat(parts) for name, parts in collected.items()}
+    for name, value in inputs.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(
+                f"the full-precision model gives NaN or Inf along its trajectories ({name}): it cannot be calibrated"
+            )
+    # Neighbours in the set come from other trajectories and steps, so that any part of it is representative.
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(next(iter(inputs.values())))))
+    return {**{name: value[order] for name, value in inputs.items()}, **constants}
+
+
+@torch.no_grad()
+def noise_real_images(pipeline: DiffusionPipeline, source: str, column: str, n: int, seed: int = 0) -> Inputs:
+    """Real images noised to timesteps drawn uniformly.
+
+    Args:
+        pipeline: an unconditional pixel-space pipeline; its scheduler adds the noise.
+        source: a parquet file, or the name or directory of a `datasets` dataset.
+        column: of the images.
+        n: number of samples.
+        seed: of the choice of images, timesteps and noise.
+
+    Returns:
+        Denoiser inputs of `n` samples, on the CPU.
+
+    Raises:
+        ValueError: if the dataset is empty, lacks the column, or the pipeline is conditioned.
+        FileNotFoundError: if there is no such dataset.
+    """
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    if list(inspect.signature(pipeline.__call__).parameters)[0] == "prompt" or hasattr(pipeline, "vae"):
+        raise ValueError(f"{type(pipeline).__name__} is conditioned or latent: calibrate it on trajectories")
+    images = load_images(source, column)
+    size = denoiser.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(images), (n,), generator=generator).tolist()
+    clean = torch.stack([image_tensor(images[i][column], height, width) for i in chosen])
+    timestep = torch.randint(pipeline.scheduler.config.num_train_timesteps, (n,), generator=generator)
+    noise = torch.randn(clean.shape, generator=generator)
+    return {"sample": pipeline.scheduler.add_noise(clean, noise, timestep), "timestep": timestep, "return_dict": False}
+
+
+def load_images(source: str, column: str) -> datasets.Dataset:
+    """Opens a dataset of images: a parquet file, or the name or directory of a `datasets` dataset.
+
+    Raises:
+        ValueError: if it is empty or lacks the column.
+        FileNotFoundError: if it is not there.
+    """
+    try:
+        if source.endswith(".parquet"):
+            dataset = datasets.load_dataset("parquet", data_files=source, split="train")
+        elif (Path(source) / "dataset_info.json").is_file():
+            dataset = datasets.load_from_disk(source)
+        else:
+            dataset = datasets.load_dataset(source, split="train")
+    except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise FileNotFoundError(f"there is no dataset of images {source}: {str(error).splitlines()[0]}") from error
+    if column not in dataset.column_names:
+        raise ValueError(f"{source} has no column {column!r}; it has {', '.join(dataset.column_names)}")
+    if not len(dataset):
+        raise ValueError(f"{source} holds no images")
+    return dataset
+
+
+def image_tensor(image: Any, height: int, width: int) -> Tensor:
+    """A PIL image as `[3, height, width]`, float32 in [-1, 1]."""
+    resized = image.convert("RGB")
+    if resized.size != (width, height):
+        resized = resized.resize((width, height))
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float().div_(127.5).sub_(1)
+
+
+def save_inputs(inputs: Inputs, directory: str | Path) -> None:
+    """Writes a calibration set as a `datasets` dataset (Arrow), a column for each tensor.
+
+    Constants are kept in the description of the dataset as JSON.
+    """
+    import json
+
+    columns = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
+    constants = {k: v for k, v in inputs.items() if not isinstance(v, Tensor)}
+    features = datasets.Features({name: _feature(value) for name, value in columns.items()})
+    info = datasets.DatasetInfo(description=json.dumps(constants), features=features)
+    dataset = datasets.Dataset.from_dict({k: v.numpy() for k, v in columns.items()}, features=features, info=info)
+    dataset.save_to_disk(str(directory))
+
+
+def _feature(value: Tensor) -> Any:
+    dtype = str(value.dtype).removeprefix("torch.")
+    shape: Sequence[int] = value.shape[1:]
+    if not shape:
+        return datasets.Value(dtype)
+    if len(shape) == 1:
+        return datasets.Sequence(datasets.Value(dtype), length=shape[0])
+    return getattr(datasets, f"Array{len(shape)}D")(shape=tuple(shape), dtype=dtype)
+
+
+def load_inputs(directory: str | Path) -> Inputs:
+    """Reads what `save_inputs` wrote.
+
+    Raises:
+        FileNotFoundError: if there is no dataset.
+        ValueError: if it is empty.
+    """
+    import json
+
+    if not Path(directory).is_dir():
+        raise FileNotFoundError(f"there is no calibration set at {directory}")
+    dataset = datasets.load_from_disk(str(directory))
+    if not len(dataset):
+        raise ValueError(f"the calibration set at {directory} is empty: delete it to sample a new one")
+    table = dataset.with_format("numpy")
+    inputs: Inputs = {name: torch.from_numpy(np.asarray(table[name][:])) for name in dataset.column_names}
+    return {**inputs, **json.loads(dataset.info.description or "{}")}

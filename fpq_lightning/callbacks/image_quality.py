@@ -1,0 +1,68 @@
+"""Judging a quantized model by its images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from tqdm import tqdm
+
+from fpq_lightning.evaluation import EvaluationConfig, compare, sample_variant
+from fpq_lightning.layers import Mode
+from fpq_lightning.pipelines import SamplerConfig
+from fpq_lightning.reconstruction.module import BlockReconstruction
+
+_SHOWN = 8
+
+
+class ImageQuality(pl.Callback):
+    """At the end of the calibration samples the same seeds in full precision, with nearest and learned rounding.
+
+    Attributes:
+        variants: metrics by variant, as in `report.json`.
+        samples: the first images of each variant, `[n, 3, height, width]` in [-1, 1].
+
+    Args:
+        config: what quality is measured on.
+        sampler: how images are sampled.
+    """
+
+    def __init__(self, config: EvaluationConfig, sampler: SamplerConfig) -> None:
+        self.config = config
+        self.sampler = sampler
+        self.variants: dict[str, dict[str, Any]] = {}
+        self.samples: dict[str, Tensor] = {}
+
+    @rank_zero_only
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Samples and compares."""
+        assert isinstance(pl_module, BlockReconstruction)
+        if not pl_module.finished or not self.config.n_images:
+            return
+        n = self.config.n_images
+        device = pl_module.device
+        with tqdm(total=4 * n, desc="sampling", unit="image", dynamic_ncols=True) as bar:
+
+            def images(mode: Mode, seeds: range) -> Tensor:
+                bar.set_description(f"sampling {mode.replace('_', ' ')}")
+                return sample_variant(pl_module.pipeline, self.sampler, seeds, mode, bar.update)
+
+            reference = images("full_precision", self.config.seeds)
+            other_seeds = range(self.config.seeds.stop, self.config.seeds.stop + n)
+            others = images("full_precision", other_seeds)
+            # The noise floor: what two full-precision sets differ by.
+            metrics = compare(self.config.metrics(), reference, others, device, same_seeds=False)
+            self._keep("full_precision", reference, metrics)
+            modes: tuple[Mode, ...] = ("nearest", "learned")
+            for mode in modes:
+                found = images(mode, self.config.seeds)
+                self._keep(mode, found, compare(self.config.metrics(), found, reference, device))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _keep(self, variant: str, images: Tensor, metrics: dict[str, Any]) -> None:
+        self.samples[variant] = images[:_SHOWN]
+        self.variants[variant] = {**metrics, "seeds": [self.config.seeds.start, self.config.seeds.stop - 1]}

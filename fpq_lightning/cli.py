@@ -1,0 +1,206 @@
+"""The command line: ``fpq fit | test | predict``, a LightningCLI.
+
+Examples:
+    fpq fit --config configs/quickstart.yaml
+    fpq fit --config fp4_fp8 --model PATH_OR_HUB_ID
+    fpq test --model runs/quickstart/quantized
+    fpq predict --model runs/quickstart/quantized --output images
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from fpq_lightning import api
+from fpq_lightning.calibration.datamodule import CalibrationDataModule
+from fpq_lightning.evaluation import EvaluationConfig
+from fpq_lightning.generation import ImageGeneration, SeedDataModule, WriteImages
+from fpq_lightning.pipelines import SamplerConfig, load_pipeline
+from fpq_lightning.recipes import Recipe
+from fpq_lightning.reconstruction.module import BlockReconstruction
+from fpq_lightning.runs import RunDirectory, RunState
+
+_CONFIGS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
+
+
+def find_config(name: str) -> str:
+    """A configuration file: a path, or the name of a shipped one such as ``fp4_fp8``.
+
+    Raises:
+        FileNotFoundError: if it is neither.
+    """
+    if Path(name).is_file():
+        return name
+    root = next((c for c in _CONFIGS if c.is_dir()), _CONFIGS[0])
+    stem = name.removesuffix(".yaml")
+    shipped = {str(f.relative_to(root).with_suffix("")): f for f in sorted(root.rglob("*.yaml"))}
+    for key, file in shipped.items():
+        if stem in (key, f"configs/{key}", Path(key).name):
+            return str(file)
+    raise FileNotFoundError(f"there is no configuration {name}: give a YAML file or one of {', '.join(shipped)}")
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the run directory."""
+
+    def __init__(self, *args: Any, run_dir: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, save_to_log_dir=False, overwrite=True, **kwargs)
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Writes the file."""
+        if stage == "fit":
+            file = Path(self.config.run_dir) / "config.yaml"
+            self.parser.save(self.config, file, skip_none=False, overwrite=True, multifile=False)
+
+
+class FPQCommandLine(LightningCLI):
+    """LightningCLI whose ``--model`` is a diffusers pipeline."""
+
+    run: RunDirectory
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Trainer methods that are commands."""
+        skip = {"model", "datamodule", "dataloaders"}
+        return {
+            "fit": {*skip, "train_dataloaders", "val_dataloaders", "weights_only"},
+            "test": {*skip, "ckpt_path", "verbose", "weights_only"},
+            "predict": {*skip, "ckpt_path", "return_predictions", "weights_only"},
+        }
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        self._preparing = subcommand
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what the command at hand needs."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items()})
+        parser.add_argument("--model", type=str, help="Directory or hub id of a diffusers pipeline.")
+        parser.add_argument("--sampler", type=SamplerConfig, default=SamplerConfig(), help="How images are sampled.")
+        if self._preparing in ("fit", "test"):
+            parser.add_argument("--evaluation", type=EvaluationConfig, default=EvaluationConfig(), help="Image quality.")
+        if self._preparing == "fit":
+            parser.add_argument("--run_dir", type=str | None, default=None, help="Default: runs/<model>-<formats>.")
+            parser.add_argument("--recipe", type=Recipe, default=Recipe(), help="What to quantize to.")
+            parser.add_argument("--checkpoint_steps", type=int, default=500, help="Steps between checkpoints.")
+            parser.add_lightning_class_args(CalibrationDataModule, "data")
+        if self._preparing == "predict":
+            parser.add_argument("--output", type=str, required=True, help="Directory for the images.")
+            parser.add_argument("--n_images", type=int, default=16, help="Number of images.")
+            parser.add_argument("--seed", type=int, default=0, help="Seed of the first image; image i has seed + i.")
+
+    def instantiate_classes(self) -> None:
+        """Makes module, datamodule and trainer of the command."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+        options = self.config_init[self.subcommand]
+        if not options.model:
+            raise ValueError("no model: give --model, the directory or hub id of a diffusers pipeline")
+        callbacks: list[pl.Callback] = {"fit": self._prepare_fit, "test": self._prepare_test,
+                                        "predict": self._prepare_predict}[cast(str, self.subcommand)](options)  # fmt: skip
+        trainer = dict(options.trainer)
+        trainer["callbacks"] = [*(trainer.get("callbacks") or []), *callbacks]
+        if trainer["logger"] is None:
+            fits = self.subcommand == "fit"
+            trainer["logger"] = TensorBoardLogger(self.run.path, name="", version="logs") if fits else False
+        self.trainer = self.trainer_class(**trainer)
+
+    def _prepare_fit(self, options: Namespace) -> list[pl.Callback]:
+        pipeline = load_pipeline(options.model)
+        self.datamodule = options.data
+        run_dir = options.run_dir or default_run_dir(options.model, options.recipe)
+        options.run_dir = self.config[self.subcommand].run_dir = run_dir
+        self.run = api.open_run(run_dir, pipeline, options.model, options.recipe, options.data, options.sampler)
+        state = self.run.state()
+        if state is RunState.FINISHED:
+            print(f"{self.run.path} is finished: see {self.run.path / 'report.md'}. To run it again, delete it.")
+            raise SystemExit(0)
+        if state is RunState.UNFINISHED and options.ckpt_path is None:
+            raise ValueError(f"{self.run.path} holds this run, unfinished: add --ckpt_path last to go on with it")
+        if state is RunState.NEW and options.ckpt_path == "last":
+            print(f"{self.run.path} has no checkpoint yet: starting from the beginning")
+            options.ckpt_path = None
+        self.model = BlockReconstruction(pipeline, options.recipe)
+        save = _SaveConfig(self._parser(self.subcommand), self.config[self.subcommand])
+        callbacks = api.run_callbacks(
+            self.run, options.model, options.evaluation, options.sampler, options.checkpoint_steps
+        )
+        return [save, *callbacks]
+
+    def _prepare_test(self, options: Namespace) -> list[pl.Callback]:
+        self.model = ImageGeneration(options.model, options.sampler, options.evaluation)
+        self.datamodule = SeedDataModule(options.evaluation.seeds, options.sampler.batch_size)
+        return []
+
+    def _prepare_predict(self, options: Namespace) -> list[pl.Callback]:
+        if options.n_images < 1:
+            raise ValueError(f"--n_images must be at least 1, got {options.n_images}")
+        self.model = ImageGeneration(options.model, options.sampler)
+        seeds = range(options.seed, options.seed + options.n_images)
+        self.datamodule = SeedDataModule(seeds, options.sampler.batch_size)
+        return [WriteImages(options.output)]
+
+    def fit(self, **options: Any) -> None:
+        """Runs the calibration in its run directory."""
+        api.fit(self.trainer, self.model, self.datamodule, self.run,
+                self.config_init[self.subcommand].sampler, options.get("ckpt_path"))  # fmt: skip
+        if (self.run.path / "report.md").is_file():
+            print(f"wrote {self.run.quantized}, {self.run.path / 'report.md'}")
+
+
+def default_run_dir(model: str, recipe: Recipe) -> str:
+    """``runs/<model>-<weight formats>-<activation formats>``."""
+
+    def name(formats: str | list[str] | None) -> str:
+        return "fp32" if formats is None else formats if isinstance(formats, str) else "+".join(formats)
+
+    stem = Path(model).name or Path(model).resolve().name
+    return f"runs/{stem}-{name(recipe.weights.formats)}-{name(recipe.activations.formats)}"
+
+
+def _quiet() -> None:
+    warnings.filterwarnings("ignore", message=".*torch_dtype.*")
+    warnings.filterwarnings("ignore", message=".*num_workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of ``fpq``."""
+    _quiet()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        for i, argument in enumerate(arguments):
+            if i and arguments[i - 1] in ("--config", "-c"):
+                arguments[i] = find_config(argument)
+            elif argument.startswith("--config="):
+                arguments[i] = f"--config={find_config(argument.removeprefix('--config='))}"
+        FPQCommandLine(
+            trainer_defaults=api.TRAINER_DEFAULTS,
+            args=arguments,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_callback=None,
+        )
+    except (ValueError, FileNotFoundError, MisconfigurationException) as error:
+        sys.exit(f"fpq: {' '.join(str(error).split())}")
+    except OSError as error:
+        sys.exit(f"fpq: {error.filename or 'writing'}: {error.strerror or error}; free space or choose another place")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""``fpq test`` and ``fpq predict``: a model's images as a LightningModule over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from diffusers import DiffusionPipeline
+from lightning.pytorch.callbacks import BasePredictionWriter
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fpq_lightning.evaluation import EvaluationConfig
+from fpq_lightning.pipelines import SamplerConfig, load_pipeline, sample, set_sampler
+from fpq_lightning.storage.quantized import is_quantized, load_quantized, read_description
+
+
+class SeedDataModule(pl.LightningDataModule):
+    """Batches of image seeds.
+
+    Args:
+        seeds: of the images.
+        batch_size: images at a time.
+    """
+
+    def __init__(self, seeds: range, batch_size: int) -> None:
+        super().__init__()
+        self.seeds, self.batch_size = seeds, batch_size
+
+    def _loader(self) -> DataLoader:
+        return DataLoader(list(self.seeds), batch_size=self.batch_size)  # type: ignore[arg-type]
+
+    test_dataloader = predict_dataloader = _loader
+
+
+class ImageGeneration(pl.LightningModule):
+    """Samples images of a (quantized) pipeline and, in ``test``, compares them with the full-precision model's.
+
+    Args:
+        model: directory or hub id; activation formats of a quantized one are applied.
+        sampler: how images are sampled.
+        evaluation: what quality is measured on; only for ``test``.
+    """
+
+    def __init__(self, model: str, sampler: SamplerConfig, evaluation: EvaluationConfig | None = None) -> None:
+        super().__init__()
+        self.sampler = sampler
+        self.quantized = is_quantized(model)
+        self.pipeline = load_quantized(model) if self.quantized else load_pipeline(model)
+        self.reference: DiffusionPipeline | None = None
+        if evaluation is not None:
+            reference = evaluation.reference
+            if reference is None and self.quantized:
+                reference = read_description(model)["base_model"]
+            if reference is not None:
+                self.reference = load_pipeline(reference)
+            self.metrics = evaluation.metrics()
+
+    def setup(self, stage: str) -> None:
+        """Moves the pipelines to the device."""
+        for pipeline in (self.pipeline, self.reference):
+            if pipeline is not None:
+                pipeline.to(self.trainer.strategy.root_device)
+                set_sampler(pipeline, self.sampler)
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Compares the images of a batch of seeds."""
+        seeds = batch.tolist()
+        images = sample(self.pipeline, self.sampler, seeds).to(self.device)
+        reference = images if self.reference is None else sample(self.reference, self.sampler, seeds).to(self.device)
+        self.metrics.update(images, reference, same_seeds=True)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the metrics; those that need a reference are left out without one."""
+        values = self.metrics.compute()
+        if self.reference is None:
+            values = {"fd_real": values["fd_real"]}
+        self.log_dict({k: math.nan if v is None else v for k, v in values.items()})
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
+        """Images of a batch of seeds."""
+        seeds = batch.tolist()
+        return {"seeds": seeds, "images": sample(self.pipeline, self.sampler, seeds)}
+
+
+class WriteImages(BasePredictionWriter):
+    """Writes predicted images as ``<seed>.png``.
+
+    Args:
+        output: directory.
+    """
+
+    def __init__(self, output: str) -> None:
+        super().__init__(write_interval="batch")
+        self.output = Path(output)
+        self.output.mkdir(parents=True, exist_ok=True)
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Writes the images of a batch."""
+        for seed, image in zip(prediction["seeds"], prediction["images"], strict=True):
+            pixels = image.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 0)
+            Image.fromarray(pixels.numpy()).save(self.output / f"{seed:06d}.png")

@@ -1,0 +1,107 @@
+"""Units of reconstruction, found from the module tree alone.
+
+BRECQ (Li et al. 2021) and Q-Diffusion (Li et al. 2023) reconstruct a residual block at a time. Which modules those
+are follows from the structure: a *stage* holds a list of composite modules (UNet down blocks hold ResNets, a
+transformer holds its blocks), a *block* is a composite below the stages, and a layer that stands alone is a unit of
+its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from fpq_lightning.layers import is_quantizable
+
+
+@dataclass
+class Unit:
+    """A part of the network that is reconstructed as a whole.
+
+    Attributes:
+        name: of the module in the network.
+        module: it.
+        layers: its layers that are to be quantized, by full name, in the order in which they first run.
+        sources: earlier units whose outputs its inputs are made from, without another unit between.
+    """
+
+    name: str
+    module: nn.Module
+    layers: dict[str, nn.Module]
+    sources: list[int] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights and biases of its quantized layers."""
+        return sum(p.numel() for layer in self.layers.values() for p in (layer.weight, layer.bias) if p is not None)
+
+
+def _layer_count(module: nn.Module) -> int:
+    return sum(is_quantizable(m) for m in module.modules())
+
+
+def _is_stage(module: nn.Module) -> bool:
+    lists = (m for m in module.modules() if isinstance(m, nn.ModuleList))
+    return any(_layer_count(element) > 1 for elements in lists for element in elements)
+
+
+def _walk(module: nn.Module, name: str, is_root: bool) -> Iterator[tuple[str, nn.Module]]:
+    if not _layer_count(module):
+        return
+    is_container = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    if is_root or is_container or (not is_quantizable(module) and _is_stage(module)):
+        for child_name, child in module.named_children():
+            yield from _walk(child, f"{name}.{child_name}" if name else child_name, is_root=False)
+    else:
+        yield name, module
+
+
+def select_layers(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> set[str]:
+    """The layers that glob patterns choose.
+
+    Args:
+        names: names of all quantizable layers.
+        include: patterns, of which a layer must match one.
+        exclude: patterns, of which it may match none.
+
+    Raises:
+        ValueError: if a pattern matches no layer, or no layer is left.
+    """
+    for pattern in [*include, *exclude]:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"pattern {pattern!r} matches none of the {len(names)} layers, such as {names[0]!r}")
+    chosen = {
+        name
+        for name in names
+        if any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
+    }
+    if not chosen:
+        raise ValueError(f"include {list(include)} and exclude {list(exclude)} leave no layer to quantize")
+    return chosen
+
+
+def discover_units(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[Unit]:
+    """Finds the units of a network, in the order of the module tree.
+
+    Every quantizable layer is in exactly one unit. A unit none of whose layers is chosen is listed all the same, so
+    that its output can be carried along.
+
+    Raises:
+        ValueError: if a pattern matches nothing or the network has no quantizable layer.
+    """
+    names = [name for name, module in model.named_modules() if is_quantizable(module)]
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no Linear or Conv layer to quantize")
+    chosen = select_layers(names, include, exclude)
+    units = []
+    for name, module in _walk(model, "", is_root=True):
+        layers = {
+            full: layer
+            for sub, layer in module.named_modules()
+            if is_quantizable(layer) and (full := f"{name}.{sub}" if sub else name) in chosen
+        }
+        units.append(Unit(name, module, layers))
+    return units

@@ -1,0 +1,111 @@
+"""diffusers pipelines: loading, the denoiser, and sampling that is a function of the image index."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import schedulers as diffusers_schedulers
+from torch import Tensor, nn
+
+DENOISERS = ("transformer", "unet")
+
+
+@dataclass
+class SamplerConfig:
+    """How images are sampled, in calibration and evaluation alike.
+
+    Attributes:
+        scheduler: class name of the diffusers scheduler, made from the configuration of the pipeline's own; None
+            keeps the pipeline's own.
+        steps: number of inference steps.
+        guidance_scale: of classifier-free guidance, where the pipeline has one.
+        batch_size: images at a time.
+    """
+
+    scheduler: str | None = "DDIMScheduler"
+    steps: int = 25
+    guidance_scale: float | None = None
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError(f"sampling needs steps and batch_size of at least 1, got {self}")
+        if self.scheduler is not None and not hasattr(diffusers_schedulers, self.scheduler):
+            raise ValueError(f"diffusers has no scheduler {self.scheduler!r}: use for example DDIMScheduler")
+
+
+def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """Loads a pipeline from a directory or the hub.
+
+    Raises:
+        FileNotFoundError: if `model` looks like a path and there is no pipeline.
+        ValueError: if it cannot be loaded.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        if not (path / "model_index.json").is_file():
+            raise FileNotFoundError(f"{path} has no model_index.json: give the directory of a diffusers pipeline")
+    elif str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"there is no model at {path}: give a pipeline directory or a hub id such as owner/name")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(str(path) if path.exists() else str(model), torch_dtype=dtype)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"cannot load the pipeline {model}: {reason}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def denoiser_name(pipeline: DiffusionPipeline) -> str:
+    """The name of the pipeline's denoiser, ``transformer`` or ``unet``.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    for name in DENOISERS:
+        if isinstance(getattr(pipeline, name, None), nn.Module):
+            return name
+    raise ValueError(f"{type(pipeline).__name__} has no denoiser: expected a component named {' or '.join(DENOISERS)}")
+
+
+def set_sampler(pipeline: DiffusionPipeline, sampler: SamplerConfig) -> None:
+    """Gives the pipeline the sampler's scheduler, configured as its own one."""
+    if sampler.scheduler is not None:
+        scheduler_class: type[SchedulerMixin] = getattr(diffusers_schedulers, sampler.scheduler)
+        if type(pipeline.scheduler) is not scheduler_class:
+            pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
+
+
+@torch.no_grad()
+def sample(
+    pipeline: DiffusionPipeline, sampler: SamplerConfig, seeds: Sequence[int], prompts: Sequence[str] | None = None
+) -> Tensor:
+    """Samples one image for each seed.
+
+    Image i starts from ``torch.Generator("cpu").manual_seed(seeds[i])``, whatever the batch and the device.
+
+    Returns:
+        `[n, channels, height, width]`, float32 in [-1, 1], on the CPU.
+    """
+    accepted = inspect.signature(pipeline.__call__).parameters
+    arguments: dict[str, Any] = {
+        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        "num_inference_steps": sampler.steps,
+        "output_type": "np",
+    }
+    if sampler.guidance_scale is not None:
+        arguments["guidance_scale"] = sampler.guidance_scale
+    if "prompt" in accepted:
+        if prompts is None:
+            raise ValueError(f"{type(pipeline).__name__} is conditioned on text: give prompts")
+        arguments["prompt"] = list(prompts)
+    else:
+        arguments["batch_size"] = len(seeds)
+    images = pipeline(**arguments).images
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().mul_(2).sub_(1)

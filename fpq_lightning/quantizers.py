@@ -1,0 +1,167 @@
+"""Placing a format on a tensor: scale, offset and granularity.
+
+``Q(x) = offset + scale * value(code)`` with ``code`` the nearest one to ``(x - offset) / scale``.
+A searched real-valued exponent bias is nothing but a scale (Kuzmin et al. 2022): with clip ``c`` and
+format maximum ``m`` the scale is ``c / m``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fpq_lightning.formats import Format, parse_format
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """How many scales a weight gets: a weight is viewed as rows, and each row has one.
+
+    Attributes:
+        kind: one row for the whole tensor, one for each output channel, or one for each group of
+            `group_size` consecutive weights of an output channel (input channel, then kernel position).
+        group_size: length of a group; only with ``kind="group"``.
+    """
+
+    kind: Literal["tensor", "channel", "group"] = "channel"
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("tensor", "channel", "group"):
+            raise ValueError(f"unknown granularity {self.kind!r}: use tensor, channel or group")
+        if (self.kind == "group") != (self.group_size is not None):
+            raise ValueError(f"group_size goes with granularity group and only with it, got {self}")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size must be at least 1, got {self.group_size}")
+
+    def rows(self, weight: Tensor, name: str = "weight") -> Tensor:
+        """Views a weight `[out, ...]` as rows `[n_rows, row_length]`.
+
+        Raises:
+            ValueError: if the group size does not divide the weights of an output channel.
+        """
+        flat = weight.reshape(1 if self.kind == "tensor" else weight.shape[0], -1)
+        if self.group_size is None:
+            return flat
+        if flat.shape[1] % self.group_size:
+            raise ValueError(
+                f"{name}: group_size {self.group_size} does not divide its {flat.shape[1]} weights an output "
+                "channel; choose a divisor or exclude the layer"
+            )
+        return flat.reshape(-1, self.group_size)
+
+
+class Quantizer(nn.Module):
+    """A format with its scale and offset on a tensor.
+
+    Args:
+        fmt: the number format.
+        scale: positive float32, broadcastable to the tensor; ``None`` takes it from each token at run time.
+        offset: float32 like `scale`, the value of code zero; ``None`` means 0.
+        token_dims: with a run-time scale, the dimensions that share one: their largest magnitude is the clip.
+    """
+
+    scale: Tensor | None
+    offset: Tensor | None
+    log_gain: nn.Parameter | None
+
+    def __init__(
+        self,
+        fmt: Format,
+        scale: Tensor | None,
+        offset: Tensor | None = None,
+        token_dims: tuple[int, ...] = (-1,),
+    ) -> None:
+        super().__init__()
+        self.format = fmt
+        self.token_dims = token_dims
+        self.register_buffer("scale", None if scale is None else scale.detach().float())
+        self.register_buffer("offset", None if offset is None else offset.detach().float())
+        self.register_parameter("log_gain", None)
+
+    @property
+    def clip(self) -> Tensor:
+        """The largest representable value (per row)."""
+        if self.scale is None:
+            raise ValueError("a dynamic quantizer has no clip of its own")
+        top = self.scale * self.format.max
+        return top if self.offset is None else top + self.offset
+
+    def learn_scale(self) -> None:
+        """Makes the logarithm of a factor on the scale a parameter."""
+        if self.scale is not None:
+            self.log_gain = nn.Parameter(torch.zeros_like(self.scale))
+
+    def freeze_scale(self) -> None:
+        """Makes the learned factor part of the scale."""
+        if self.log_gain is not None:
+            self.scale = self.current_scale().detach()
+            self.log_gain = None
+
+    def current_scale(self) -> Tensor:
+        """The static scale, with the factor that is being learned."""
+        if self.scale is None:
+            raise ValueError("a dynamic quantizer has no scale of its own")
+        return self.scale if self.log_gain is None else self.scale * self.log_gain.exp()
+
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The tensor at the unit scale of the format, and the scale."""
+        x = x.float()
+        if self.scale is None:
+            scale = x.detach().abs().amax(dim=self.token_dims, keepdim=True).clamp_(min=1e-12) / self.format.max
+        else:
+            scale = self.current_scale()
+        return (x if self.offset is None else x - self.offset) / scale, scale
+
+    def _placed(self, value: Tensor, scale: Tensor) -> Tensor:
+        return value * scale if self.offset is None else value * scale + self.offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantizes and dequantizes; straight-through gradient inside the range, zero outside.
+
+        The gradient with respect to a learned scale is that of LSQ (Esser et al. 2020):
+        ``value - x / scale`` inside the range and the bound outside.
+        """
+        y, scale = self._normalised(x)
+        if torch.is_grad_enabled() and y.requires_grad:
+            clamped = y.clamp(self.format.min, self.format.max)
+            value = clamped + (self.format.quantize(y.detach()) - clamped).detach()
+        else:
+            value = self.format.quantize(y)
+        return self._placed(value, scale).to(x.dtype)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes (uint8, the shape of `x`) of the nearest values.
+
+        Raises:
+            ValueError: if `x` holds NaN.
+        """
+        return self.format.encode(self._normalised(x)[0])
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values (float32) of `codes`; bit-equal to the quantized tensor they were encoded from."""
+        if self.scale is None:
+            raise ValueError("codes of a dynamic quantizer cannot be decoded without its scales")
+        return self._placed(self.format.decode(codes), self.scale)
+
+    def to_state(self) -> dict[str, Any]:
+        """Tensors and plain types that `from_state` reads."""
+        return {
+            "format": self.format.name,
+            "scale": None if self.scale is None else self.current_scale().detach(),
+            "offset": self.offset,
+            "token_dims": list(self.token_dims),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Quantizer:
+        """The inverse of `to_state`."""
+        return cls(parse_format(state["format"]), state["scale"], state["offset"], tuple(state["token_dims"]))
+
+    def extra_repr(self) -> str:
+        scales = "dynamic" if self.scale is None else f"{self.scale.numel()} scales"
+        return f"{self.format}, {scales}{'' if self.offset is None else ', offset'}"

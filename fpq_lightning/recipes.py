@@ -1,0 +1,148 @@
+"""What a user chooses: formats, granularity, search, rounding, exclusions."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from fpq_lightning.formats import FAMILIES, Format, parse_formats
+from fpq_lightning.quantizers import Granularity
+
+
+@dataclass
+class WeightRecipe:
+    """How weights are quantized.
+
+    Attributes:
+        formats: a format, a family (``fp4``, ``fp6``, ``fp8``) or a list; one is chosen for each tensor. None leaves
+            the weights in full precision.
+        granularity: one scale for each tensor, output channel or group.
+        group_size: weights in a group, with ``granularity: group``.
+        objective: what the search of format and clip minimises: the error of the layer's ``output`` or of the
+            ``tensor``; ``max`` takes the largest magnitude as the clip.
+    """
+
+    formats: str | list[str] | None = "fp4"
+    granularity: Literal["tensor", "channel", "group"] = "channel"
+    group_size: int | None = None
+    objective: Literal["output", "tensor", "max"] = "output"
+
+
+@dataclass
+class ActivationRecipe:
+    """How the inputs of layers are quantized.
+
+    Attributes:
+        formats: as for weights; None leaves activations in full precision.
+        unsigned: also try the unsigned formats of the same width, whose range starts at the smallest value
+            (MSFP, arXiv 2505.21591).
+        granularity: one static scale for each ``tensor``, or one for each ``token`` at run time.
+        objective: as for weights.
+    """
+
+    formats: str | list[str] | None = "fp8"
+    unsigned: bool = False
+    granularity: Literal["tensor", "token"] = "tensor"
+    objective: Literal["output", "tensor", "max"] = "tensor"
+
+
+@dataclass
+class RoundingRecipe:
+    """How the rounding of the weights is learned, a unit at a time.
+
+    Attributes:
+        learned: whether it is learned at all.
+        iterations: optimisation steps for each unit.
+        batch_size: samples a step, over all processes.
+        learning_rate: of the rounding variables (Adam).
+        scale_learning_rate: of weight scales, activation scales and biases, relative to their size (Adam).
+        regularisation: weight of the regulariser that drives the variables to 0 or 1. The error it is weighed
+            against is relative to that of nearest rounding.
+        warmup: share of the iterations without regulariser.
+        scale_aware: learn V in units of each weight's step (FP4DiT).
+        learn_weight_scales: learn a factor for each weight scale, too.
+        learn_activation_scales: learn static activation scales, too (LSQ).
+        learn_biases: learn biases, too.
+    """
+
+    learned: bool = True
+    iterations: int = 2500
+    batch_size: int = 32
+    learning_rate: float = 1e-2
+    scale_learning_rate: float = 1e-3
+    regularisation: float = 1.0
+    warmup: float = 0.2
+    scale_aware: bool = False
+    learn_weight_scales: bool = True
+    learn_activation_scales: bool = True
+    learn_biases: bool = True
+
+
+@dataclass
+class Recipe:
+    """Everything that decides the quantized model, apart from the model and its calibration data.
+
+    Attributes:
+        weights: of the layers' weights.
+        activations: of the layers' inputs.
+        rounding: of the weights.
+        include: glob patterns of layer names; a layer must match one.
+        exclude: glob patterns of layer names that stay in full precision.
+        hardware_types: take families (``fp4``, ``fp6``, ``fp8``) as the types that tensor cores know.
+        split_skips: one quantizer for each piece of a concatenation that a layer reads.
+        quantized_inputs: reconstruct a unit from the inputs that the quantized network gives it rather than those
+            of the full-precision one.
+        correct_biases: at the end take the mean output error of each layer out of its bias.
+    """
+
+    weights: WeightRecipe = field(default_factory=WeightRecipe)
+    activations: ActivationRecipe = field(default_factory=ActivationRecipe)
+    rounding: RoundingRecipe = field(default_factory=RoundingRecipe)
+    include: list[str] = field(default_factory=lambda: ["*"])
+    exclude: list[str] = field(default_factory=list)
+    hardware_types: bool = False
+    split_skips: bool = True
+    quantized_inputs: bool = True
+    correct_biases: bool = True
+
+    def __post_init__(self) -> None:
+        self.weight_formats()
+        self.activation_formats()
+        self.granularity()
+        if self.weights.formats is None and self.activations.formats is None:
+            raise ValueError("the recipe quantizes neither weights nor activations: set a format for one of them")
+        r = self.rounding
+        if r.learned and (r.iterations < 1 or r.batch_size < 1 or not 0 <= r.warmup < 1):
+            raise ValueError(
+                f"learned rounding needs iterations and batch_size of at least 1 and warmup in [0, 1), got {r}"
+            )
+
+    def granularity(self) -> Granularity:
+        """The granularity of weight scales."""
+        return Granularity(self.weights.granularity, self.weights.group_size)
+
+    def weight_formats(self) -> tuple[Format, ...]:
+        """Candidate formats of weights, empty for full precision."""
+        return self._formats(self.weights.formats)
+
+    def activation_formats(self) -> tuple[Format, ...]:
+        """Candidate formats of activations, empty for full precision."""
+        formats = self._formats(self.activations.formats)
+        if not (self.activations.unsigned and formats):
+            return formats
+        family = f"ufp{formats[0].bits}"
+        if self.hardware_types or family not in FAMILIES:
+            raise ValueError(f"there are no unsigned {'hardware ' * self.hardware_types}formats of {formats[0].bits} bits")
+        return formats + parse_formats(family)
+
+    def _formats(self, names: str | list[str] | None) -> tuple[Format, ...]:
+        if names is None:
+            return ()
+        items = [names] if isinstance(names, str) else names
+        if self.hardware_types:
+            items = [f"hardware_{item}" if f"hardware_{item}" in FAMILIES else item for item in items]
+        return parse_formats(items)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only."""
+        return asdict(self)

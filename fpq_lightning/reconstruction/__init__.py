@@ -1,0 +1,1 @@
+"""Reconstruction of a quantized network, a unit at a time."""

@@ -1,0 +1,119 @@
+"""Where the reconstruction of a unit starts: formats and clips of its layers, weights first, then inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from fpq_lightning.formats import Format
+from fpq_lightning.layers import LayerQuantization, QuantizedLayer, running
+from fpq_lightning.model.blocks import Unit
+from fpq_lightning.quantizers import Quantizer
+from fpq_lightning.recipes import Recipe
+from fpq_lightning.search import search_output_error, search_tensor_error
+
+_MAX_VALUES = 2**20  # of an activation that the search looks at
+
+
+def collect_layer_inputs(unit: Unit, call: Callable[[], Any]) -> dict[str, Tensor]:
+    """The input of every layer of a unit in a full-precision call."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in unit.layers}
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args, name=name: seen[name].append(args[0].detach()))
+        for name, layer in unit.layers.items()
+    ]
+    try:
+        with torch.no_grad(), running(unit.module, "full_precision"):
+            call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(parts) for name, parts in seen.items() if parts}
+
+
+def _operate_part(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor:
+    """The contribution of one part of the input channels to the output, without bias."""
+    if isinstance(layer, torch.nn.Linear):
+        return F.linear(x, weight)
+    if len(layer.splits) == 1:
+        return layer.operate(x, weight, None)
+    convolution = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.ndim]
+    conv = cast(torch.nn.Conv2d, layer)
+    return convolution(x, weight, None, conv.stride, conv.padding, conv.dilation)
+
+
+def _search_weight(layer: QuantizedLayer, x: Tensor, part: Tensor, formats: tuple[Format, ...], recipe: Recipe) -> Quantizer:
+    rows = layer.granularity.rows(part)
+    if recipe.weights.objective != "output":
+        return search_tensor_error(rows, formats, max_only=recipe.weights.objective == "max")
+    per_channel = layer.granularity.kind != "tensor"
+
+    def output_error(trial: Quantizer) -> Tensor:
+        error = trial(rows).reshape(part.shape) - part
+        squared = _operate_part(layer, x, error).square()
+        by_channel = squared.sum(dim=tuple(d for d in range(squared.ndim) if d != layer.channel_dim % squared.ndim))
+        return by_channel if per_channel else by_channel.sum(0, keepdim=True)
+
+    return search_output_error(rows, formats, output_error)
+
+
+def _search_input(layer: QuantizedLayer, x: Tensor, weight: Tensor, formats: tuple[Format, ...], recipe: Recipe) -> Quantizer:
+    activations = recipe.activations
+    if activations.granularity == "token":
+        dims = layer.token_dims
+        trials = [Quantizer(fmt, None, token_dims=dims) for fmt in formats if fmt.signed]
+        return min(trials, key=lambda q: (q(x) - x).square().sum().item())
+    values = x.reshape(1, -1)
+    if values.shape[1] > _MAX_VALUES:
+        values = values[:, :: values.shape[1] // _MAX_VALUES]
+    # The extremes decide the largest clip tried, wherever the sampling above falls.
+    values = torch.cat([values, x.amin().reshape(1, 1), x.amax().reshape(1, 1)], dim=1)
+    if activations.objective == "output":
+
+        def output_error(trial: Quantizer) -> Tensor:
+            return _operate_part(layer, _placed_like(trial, x) - x, weight).square().sum().reshape(1)
+
+        quantizer = search_output_error(values, formats, output_error)
+    else:
+        quantizer = search_tensor_error(values, formats, max_only=activations.objective == "max")
+    offset = None if quantizer.offset is None else quantizer.offset.reshape(())
+    return Quantizer(quantizer.format, cast(Tensor, quantizer.scale).data.reshape(()), offset)
+
+
+def _placed_like(trial: Quantizer, x: Tensor) -> Tensor:
+    return trial(x.reshape(1, -1)).reshape(x.shape)
+
+
+@torch.no_grad()
+def search_unit(unit: Unit, layer_inputs: dict[str, Tensor], recipe: Recipe) -> None:
+    """Chooses format and clip of every weight and input of a unit; gives its layers the variant ``nearest``.
+
+    Args:
+        unit: its layers are quantized classes.
+        layer_inputs: of `collect_layer_inputs`.
+        recipe: candidates and objectives.
+
+    Raises:
+        ValueError: if a weight or an input holds NaN or Inf, or the group size does not divide a weight.
+    """
+    for name, module in unit.layers.items():
+        layer = cast(QuantizedLayer, module)
+        x = layer_inputs[name].float()
+        if not layer.weight.isfinite().all():
+            raise ValueError(f"{name}: its weight holds NaN or Inf; repair the model or exclude the layer")
+        if not x.isfinite().all():
+            raise ValueError(f"{name}: its input holds NaN or Inf on the calibration set; exclude the layer")
+        weights, inputs = [], []
+        xs = x.split(layer.splits, dim=layer.channel_dim) if len(layer.splits) > 1 else (x,)
+        for part, x_part in zip(layer.weight_parts(), xs, strict=True):
+            weight = part
+            if formats := recipe.weight_formats():
+                weights.append(_search_weight(layer, x_part, part, formats, recipe))
+                weight = weights[-1](layer.granularity.rows(part)).reshape(part.shape)
+            if formats := recipe.activation_formats():
+                inputs.append(_search_input(layer, x_part, weight, formats, recipe))
+        layer.variants["nearest"] = LayerQuantization(weights, inputs)

@@ -1,0 +1,94 @@
+"""Learned rounding on a floating-point (or integer) grid.
+
+AdaRound (Nagel et al. 2020, arXiv 2004.10568) carried over to formats whose step differs from element to
+element (FP4DiT, arXiv 2503.15465): each weight lies between two grid values, and a variable decides which.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fpq_lightning.quantizers import Quantizer
+
+# The stretch of the rectified sigmoid (Louizos et al. 2018): h reaches 0 and 1 at finite V.
+GAMMA, ZETA = -0.1, 1.1
+
+
+class LearnedRounding(nn.Module):
+    """The rounding variables V of one quantized weight: ``W~ = offset + scale * (base + h(V)) * step``.
+
+    ``h(V) = clamp((zeta - gamma) * sigmoid(V) + gamma, 0, 1)`` starts at the fraction that the weight lies above
+    `base`, so learning starts from the full-precision weight.
+
+    Args:
+        quantizer: format and scale of the rows; the scale is part of the result and may be learned.
+        rows: the full-precision weight, `[n_rows, row_length]`.
+        scale_aware: let h see ``V / step``, V starting at step times its plain value, so that the gradient of V
+            does not depend on the step (FP4DiT). Steps are relative to the largest of the row.
+    """
+
+    base: Tensor
+    step: Tensor
+
+    def __init__(self, quantizer: Quantizer, rows: Tensor, scale_aware: bool = False) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        fmt = quantizer.format
+        y = quantizer._normalised(rows.detach())[0].detach().clamp(fmt.min, fmt.max)
+        step = fmt.step(y)
+        base = (y / step).floor()
+        # At h = 0 and h = 1 the gradient of the clamp is one-sided.
+        h = (y / step - base).clamp_(0.01, 0.99)
+        self.register_buffer("base", base)
+        self.register_buffer("step", step)
+        self.register_buffer("sensitivity", step / step.amax(dim=1, keepdim=True) if scale_aware else None)
+        v = torch.logit((h - GAMMA) / (ZETA - GAMMA))
+        self.v = nn.Parameter(v if self.sensitivity is None else v * self.sensitivity)
+
+    def h(self) -> Tensor:
+        """How far up each weight is rounded, in [0, 1], the shape of the rows."""
+        v = self.v if self.sensitivity is None else self.v / self.sensitivity
+        return torch.clamp((ZETA - GAMMA) * torch.sigmoid(v) + GAMMA, 0, 1)
+
+    def _place(self, up: Tensor) -> Tensor:
+        fmt = self.quantizer.format
+        return ((self.base + up) * self.step).clamp(fmt.min, fmt.max)
+
+    def forward(self, hardness: Tensor | float = 0.0) -> Tensor:
+        """The rows between soft rounding (`hardness` 0) and the hard decision (1); the gradient is that of h.
+
+        With the hard decision in the forward pass the loss sees the weights that will be kept, so that no gap is
+        left between what was learned and its rounding, however few the iterations.
+        """
+        h = self.h()
+        up = h + hardness * ((self.v >= 0).float() - h).detach()
+        return self.quantizer._placed(self._place(up), self.quantizer.current_scale())
+
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """The hard decision ``V >= 0`` as codes (uint8) of the quantizer's format."""
+        return self.quantizer.format.encode(self._place((self.v >= 0).float()))
+
+
+def rounding_regulariser(h: Tensor, beta: Tensor | float) -> Tensor:
+    """Mean of ``1 - |2h - 1|^beta`` (AdaRound, equation 24): zero once every h is 0 or 1."""
+    return (1 - (2 * h - 1).abs().pow(beta)).mean()
+
+
+def beta_schedule(progress: float, warmup: float, start: float = 20.0, end: float = 2.0) -> float | None:
+    """The exponent of the regulariser, falling along a cosine from `start` to `end`.
+
+    Args:
+        progress: share of the iterations done, in [0, 1].
+        warmup: share during which there is no regulariser.
+
+    Returns:
+        beta, or None during the warm-up.
+    """
+    if progress < warmup:
+        return None
+    rest = (progress - warmup) / max(1.0 - warmup, 1e-9)
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * rest))

@@ -1,0 +1,180 @@
+"""Search of format and clip.
+
+The candidates are those of Kuzmin et al. 2022: clips in ``linspace(0.1, 1.2, 111) * max|x|`` for every format. The
+squared error of one candidate follows from the sorted values and their prefix sums (between two neighbouring
+decision thresholds every value goes to the same grid point), so a candidate costs a few binary searches instead of
+a pass over the tensor, and clips are searched coarse to fine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fpq_lightning.formats import Format, IntFormat
+from fpq_lightning.quantizers import Quantizer
+
+CLIPS = torch.linspace(0.1, 1.2, 111)
+_COARSE = 10
+_CHUNK = 2**24  # thresholds looked up at once; bounds memory to a few hundred MB
+
+
+class SortedRows:
+    """Rows sorted once, for the squared error of any number of quantizers.
+
+    Args:
+        rows: finite values `[n_rows, n]`.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.values = rows.float().sort(dim=1).values
+        zero = torch.zeros(len(rows), 1, dtype=torch.float64, device=rows.device)
+        double = self.values.double()
+        self._sum = torch.cat([zero, double.cumsum(1)], 1)
+        self._energy = double.square().sum(1, keepdim=True)
+
+    @property
+    def magnitude(self) -> Tensor:
+        """The largest magnitude of each row, `[n_rows, 1]`."""
+        return torch.maximum(self.values[:, -1:].abs(), self.values[:, :1].abs()).clamp(min=1e-12)
+
+    def squared_error(self, fmt: Format, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+        """Sum of squared quantization errors.
+
+        Args:
+            fmt: the format.
+            scale: `[n_rows, n_candidates]`.
+            offset: `[n_rows, n_candidates]` or None.
+
+        Returns:
+            float64 `[n_rows, n_candidates]`.
+        """
+        grid = fmt.grid.to(scale.device)
+        chunks = max(1, min(scale.shape[1], scale.numel() * len(grid) // _CHUNK))
+        parts = [
+            self._squared_error(grid, s, o)
+            for s, o in zip(
+                scale.chunk(chunks, 1), offset.chunk(chunks, 1) if offset is not None else [None] * chunks, strict=False
+            )
+        ]
+        return torch.cat(parts, 1)
+
+    def _squared_error(self, grid: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+        rows, candidates = scale.shape
+        shift = 0.0 if offset is None else offset.double()[..., None]
+        points = scale.double()[..., None] * grid.double() + shift
+        thresholds = ((points[..., 1:] + points[..., :-1]) / 2).float()
+        below = torch.searchsorted(self.values, thresholds.reshape(rows, -1))
+        count = torch.diff(
+            below.reshape(rows, candidates, -1),
+            prepend=below.new_zeros(rows, candidates, 1),
+            append=below.new_full((rows, candidates, 1), self.values.shape[1]),
+        )
+        sums = torch.diff(
+            self._sum.gather(1, below).reshape(rows, candidates, -1),
+            prepend=self._sum.new_zeros(rows, candidates, 1),
+            append=self._sum[:, -1:, None].expand(rows, candidates, 1),
+        )
+        return self._energy + (points * (points * count - 2 * sums)).sum(-1)
+
+
+def candidate_scales(rows: SortedRows, fmt: Format, fractions: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Scale and offset of clips that are fractions of the largest magnitude (of the range for unsigned formats).
+
+    Args:
+        rows: the values.
+        fmt: the format. A signed one is symmetric; an unsigned one starts at the smallest value, or for integers at
+            the nearest multiple of the scale, so that zero stays exact.
+        fractions: `[n_rows or 1, n_candidates]`.
+    """
+    if fmt.signed:
+        return rows.magnitude * fractions / fmt.max, None
+    low = rows.values[:, :1].clamp(max=0.0)
+    high = rows.values[:, -1:].clamp(min=0.0)
+    scale = (high - low).clamp(min=1e-12) * fractions / fmt.max
+    if isinstance(fmt, IntFormat):
+        # An integer format clips both ends alike.
+        return scale, (low * fractions / scale).round() * scale
+    return scale, low.expand_as(scale)
+
+
+def search_clip(rows: SortedRows, fmt: Format, max_only: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The clip of least squared error for each row, coarse to fine over `CLIPS`.
+
+    Args:
+        rows: the values.
+        fmt: the format.
+        max_only: take the largest magnitude as the clip (no search).
+
+    Returns:
+        scale `[n_rows, 1]`, offset `[n_rows, 1]` or None, and the squared error `[n_rows, 1]`.
+    """
+    clips = CLIPS.to(rows.values.device)
+
+    def best(fractions: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        scale, offset = candidate_scales(rows, fmt, fractions)
+        error, index = rows.squared_error(fmt, scale, offset).min(dim=1, keepdim=True)
+        return scale.gather(1, index), None if offset is None else offset.gather(1, index), error, index
+
+    if max_only:
+        return best(torch.ones_like(rows.magnitude))[:3]
+    coarse = torch.arange(0, len(clips), _COARSE, device=clips.device)
+    centre = coarse[best(clips[coarse][None])[3]]
+    window = torch.arange(1 - _COARSE, _COARSE, device=clips.device)
+    return best(clips[(centre + window).clamp(0, len(clips) - 1)])[:3]
+
+
+def search_tensor_error(rows: Tensor, formats: Sequence[Format], max_only: bool = False) -> Quantizer:
+    """Format (one for all rows) and clip (one for each row) of least squared error of the tensor itself.
+
+    Args:
+        rows: `[n_rows, n]`.
+        formats: the candidates.
+        max_only: no search of the clip.
+    """
+    ordered = SortedRows(rows)
+    found = [(fmt, *search_clip(ordered, fmt, max_only)) for fmt in formats]
+    fmt, scale, offset, _ = min(found, key=lambda f: f[3].sum().item())
+    return Quantizer(fmt, scale, offset)
+
+
+def search_output_error(
+    rows: Tensor,
+    formats: Sequence[Format],
+    output_error: Callable[[Quantizer], Tensor],
+    factors: Sequence[float] = (0.76, 0.82, 0.88, 0.94, 1.0, 1.06, 1.12),
+) -> Quantizer:
+    """Format and clip of least error of the layer's output (the objective of LLM-FP4, Liu et al. 2023).
+
+    The clips tried are multiples of the one of least tensor error.
+
+    Args:
+        rows: `[n_rows, n]`.
+        formats: the candidates.
+        output_error: squared error of the output for a quantizer, `[n]` where each n-th of the rows makes one output.
+        factors: multiples of the tensor-error clip.
+    """
+    ordered = SortedRows(rows)
+    best: tuple[float, Quantizer] | None = None
+    for fmt in formats:
+        scale, offset, _ = search_clip(ordered, fmt)
+        trials = []
+        for factor in factors:
+            trial = Quantizer(fmt, scale * factor, None if offset is None else offset * _offset_factor(fmt, factor))
+            trials.append((output_error(trial), trial))
+        errors = torch.stack([error for error, _ in trials])
+        index = errors.argmin(dim=0)
+        pick = index.repeat_interleave(len(rows) // len(index))[None, :, None]
+        chosen_scale = torch.stack([t.current_scale() for _, t in trials]).gather(0, pick)[0]
+        chosen_offset = None if offset is None else torch.stack([t.offset for _, t in trials]).gather(0, pick)[0]
+        total = errors.gather(0, index[None]).sum().item()
+        if best is None or total < best[0]:
+            best = total, Quantizer(fmt, chosen_scale, chosen_offset)
+    assert best is not None, "no candidate formats"
+    return best[1]
+
+
+def _offset_factor(fmt: Format, factor: float) -> float:
+    return factor if isinstance(fmt, IntFormat) else 1.0

@@ -1,0 +1,161 @@
+"""``quantized/``: a diffusers pipeline with float32 weights on the low-bit grid, activation formats beside them.
+
+Plain `DiffusionPipeline.from_pretrained` opens it. `load_quantized` also applies the activation formats.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from fpq_lightning.layers import (
+    QUANTIZED_CLASSES,
+    LayerQuantization,
+    QuantizedLayer,
+    is_quantizable,
+    make_quantized,
+    quantized_layers,
+)
+from fpq_lightning.pipelines import denoiser_name, load_pipeline
+from fpq_lightning.quantizers import Granularity, Quantizer
+from fpq_lightning.storage.files import whole_directory, write_json
+
+FILE = "quantization.json"
+FORMAT_VERSION = 1
+
+_README = """# A quantized diffusion model
+
+Made by fpq_lightning {version} from `{base_model}`.
+
+The weights lie on a low-bit grid and are stored as float32, since half precision would move them off it;
+`DiffusionPipeline.from_pretrained` opens this directory as it is, then with full-precision activations.
+Activation formats and scales are in `{file}`; `fpq test --model DIR`, `fpq predict --model DIR --output OUT` and
+`fpq_lightning.load_quantized(DIR)` apply them.
+"""
+
+
+@contextmanager
+def as_plain(model: nn.Module) -> Iterator[None]:
+    """Makes quantized layers plain ones with their quantized weights for a while, so that the model can be saved."""
+    before = {}
+    for name, layer in quantized_layers(model).items():
+        before[name] = (type(layer), layer.weight, layer.bias, layer._modules.pop("variants"))
+        variants = cast(nn.ModuleDict, before[name][3])
+        if "learned" in variants:
+            quantization = cast(LayerQuantization, variants["learned"])
+            weight = layer.quantized_weight(quantization)
+            layer.weight = nn.Parameter(weight.detach().float().clone(), requires_grad=False)
+            if quantization.bias is not None:
+                layer.bias = nn.Parameter(quantization.bias.detach().clone(), requires_grad=False)
+    layers = {name: model.get_submodule(name) for name in before}
+    for name, layer in layers.items():
+        layer.__class__ = next(plain for plain, cls in QUANTIZED_CLASSES.items() if cls is before[name][0])
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.__class__, weight, bias, variants = before[name]
+            layer.weight = weight
+            layer.bias = bias
+            layer._modules["variants"] = variants
+
+
+def _describe(quantizer: Quantizer) -> dict[str, Any]:
+    state = quantizer.to_state()
+    return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
+def describe_layers(model: nn.Module) -> dict[str, Any]:
+    """What `quantization.json` says of each layer: parts, weight formats, input quantizers."""
+    description = {}
+    for name, layer in quantized_layers(model).items():
+        if "learned" not in layer.variants:
+            continue
+        quantization = cast(LayerQuantization, layer.variants["learned"])
+        description[name] = {
+            "splits": list(layer.splits),
+            "weights": [q.format.name for q in quantization.weights],
+            "inputs": [_describe(q) for q in quantization.inputs],
+        }
+    return description
+
+
+def save_quantized(pipeline: DiffusionPipeline, directory: Path, details: Mapping[str, Any]) -> None:
+    """Writes a quantized pipeline, whole or not at all.
+
+    Args:
+        pipeline: its denoiser's layers have the variant ``learned``.
+        directory: replaced if it exists.
+        details: further entries of `quantization.json`: ``base_model``, ``recipe``, ``version``, ``fingerprint``.
+
+    Raises:
+        ValueError: if a quantized weight holds NaN or Inf.
+    """
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    layers = describe_layers(denoiser)
+    with whole_directory(directory) as temporary:
+        with as_plain(denoiser):
+            for name in layers:
+                if not denoiser.get_submodule(name).weight.isfinite().all():
+                    raise ValueError(f"{name}: its quantized weight holds NaN or Inf; nothing was written")
+            pipeline.save_pretrained(temporary)
+        write_json(temporary / FILE, {"format_version": FORMAT_VERSION, **details, "layers": layers})
+        (temporary / "README.md").write_text(_README.format(file=FILE, **details))
+
+
+def load_quantized(directory: str | Path) -> DiffusionPipeline:
+    """Opens what `save_quantized` wrote, with its activation formats in force.
+
+    Raises:
+        FileNotFoundError: if there is no such pipeline.
+        ValueError: if `quantization.json` is damaged, of another version, or does not fit the model.
+    """
+    pipeline = load_pipeline(directory)
+    description = read_description(directory)
+    denoiser = getattr(pipeline, denoiser_name(pipeline)).eval().requires_grad_(False)
+    for name, entry in description["layers"].items():
+        try:
+            layer = denoiser.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f"{Path(directory) / FILE} names a layer {name} that the model lacks") from error
+        if not is_quantizable(layer):
+            raise ValueError(f"{Path(directory) / FILE} names {name}, which is no Linear or Conv layer of the model")
+        quantized: QuantizedLayer = make_quantized(layer, Granularity("tensor"), entry["splits"])
+        inputs = [
+            Quantizer.from_state(
+                {k: torch.tensor(v) if k in ("scale", "offset") and v is not None else v for k, v in q.items()}
+            )
+            for q in entry["inputs"]
+        ]
+        quantized.variants["learned"] = LayerQuantization(inputs=inputs)
+        quantized.set_mode("learned")
+    return pipeline
+
+
+def is_quantized(directory: str | Path) -> bool:
+    """Whether a directory holds a quantized pipeline."""
+    return (Path(directory) / FILE).is_file()
+
+
+def read_description(directory: str | Path) -> dict[str, Any]:
+    """Reads `quantization.json`.
+
+    Raises:
+        ValueError: if it is damaged or of another version.
+    """
+    file = Path(directory) / FILE
+    try:
+        description = json.loads(file.read_text())
+        version, _ = description["format_version"], description["layers"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): quantize the model again") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{file} has format version {version}; this fpq_lightning reads version {FORMAT_VERSION}")
+    return description
