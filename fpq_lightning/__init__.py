@@ -1,7 +1,5 @@
 """Post-training floating-point quantization of diffusion models."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 from fpq_lightning.api import quantize
 from fpq_lightning.calibration.datamodule import CalibrationDataModule
 from fpq_lightning.evaluation import EvaluationConfig

@@ -53,9 +53,6 @@ def find_config(name: str) -> str:
 class _SaveConfig(SaveConfigCallback):
     """Writes ``config.yaml`` into the run directory."""
 
-    def __init__(self, *args: Any, run_dir: str | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, save_to_log_dir=False, overwrite=True, **kwargs)
-
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Writes the file."""
         if stage == "fit":
@@ -89,7 +86,9 @@ class FPQCommandLine(LightningCLI):
         parser.add_argument("--model", type=str, help="Directory or hub id of a diffusers pipeline.")
         parser.add_argument("--sampler", type=SamplerConfig, default=SamplerConfig(), help="How images are sampled.")
         if self._preparing in ("fit", "test"):
-            parser.add_argument("--evaluation", type=EvaluationConfig, default=EvaluationConfig(), help="Image quality.")
+            parser.add_argument(
+                "--evaluation", type=EvaluationConfig, default=EvaluationConfig(), help="Image quality."
+            )
         if self._preparing == "fit":
             parser.add_argument("--run_dir", type=str | None, default=None, help="Default: runs/<model>-<formats>.")
             parser.add_argument("--recipe", type=Recipe, default=Recipe(), help="What to quantize to.")
@@ -131,7 +130,7 @@ class FPQCommandLine(LightningCLI):
             print(f"{self.run.path} has no checkpoint yet: starting from the beginning")
             options.ckpt_path = None
         self.model = BlockReconstruction(pipeline, options.recipe)
-        save = _SaveConfig(self._parser(self.subcommand), self.config[self.subcommand])
+        save = _SaveConfig(self._parser(self.subcommand), self.config[self.subcommand], save_to_log_dir=False)
         callbacks = api.run_callbacks(
             self.run, options.model, options.evaluation, options.sampler, options.checkpoint_steps
         )

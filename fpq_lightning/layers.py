@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,13 @@ from fpq_lightning.quantizers import Granularity, Quantizer
 from fpq_lightning.rounding import LearnedRounding
 
 Mode = Literal["full_precision", "nearest", "learned"]
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def _modules(modules: Sequence[M]) -> Sequence[M]:
+    return cast(Sequence[M], nn.ModuleList(modules))
 
 
 class LayerQuantization(nn.Module):
@@ -39,9 +46,9 @@ class LayerQuantization(nn.Module):
 
     def __init__(self, weights: Sequence[Quantizer] = (), inputs: Sequence[Quantizer] = ()) -> None:
         super().__init__()
-        self.weights = nn.ModuleList(weights)
-        self.inputs = nn.ModuleList(inputs)
-        self.roundings = nn.ModuleList()
+        self.weights = _modules(weights)
+        self.inputs = _modules(inputs)
+        self.roundings = _modules([])
         self.codes: list[Tensor] | None = None
         self.register_parameter("bias", None)
 
@@ -61,13 +68,13 @@ class LayerQuantization(nn.Module):
             scale_aware: see `LearnedRounding`.
         """
         pairs = zip(self.weights, rows, strict=True)
-        self.roundings = nn.ModuleList(LearnedRounding(q, part, scale_aware) for q, part in pairs)
+        self.roundings = _modules([LearnedRounding(q, part, scale_aware) for q, part in pairs])
 
     def finish_learning(self) -> None:
         """Hardens the rounding variables to codes and freezes everything."""
         if self.roundings:
             self.codes = [rounding.codes() for rounding in self.roundings]
-        self.roundings = nn.ModuleList()
+        self.roundings = _modules([])
         for quantizer in [*self.weights, *self.inputs]:
             quantizer.freeze_scale()
         if self.bias is not None:
@@ -151,7 +158,7 @@ class QuantizedLayer(nn.Module):
         if not quantization.weights:
             return self.weight
         if quantization.roundings:
-            return self.from_rows([r()[0] for r in quantization.roundings])
+            return self.from_rows([r() for r in quantization.roundings])
         with torch.no_grad():
             if quantization.codes is not None:
                 pairs = zip(quantization.weights, quantization.codes, strict=True)
@@ -190,19 +197,19 @@ class QuantizedLayer(nn.Module):
         return self.operate(self.quantize_input(x, quantization), weight, bias)
 
 
-class QuantizedLinear(QuantizedLayer, nn.Linear):
+class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
     """`torch.nn.Linear` with quantized input and weight."""
 
 
-class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
+class QuantizedConv1d(QuantizedLayer, nn.Conv1d):  # type: ignore[misc]
     """`torch.nn.Conv1d` with quantized input and weight."""
 
 
-class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
     """`torch.nn.Conv2d` with quantized input and weight."""
 
 
-class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
+class QuantizedConv3d(QuantizedLayer, nn.Conv3d):  # type: ignore[misc]
     """`torch.nn.Conv3d` with quantized input and weight."""
 
 

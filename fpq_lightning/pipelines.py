@@ -52,7 +52,9 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Diff
         if not (path / "model_index.json").is_file():
             raise FileNotFoundError(f"{path} has no model_index.json: give the directory of a diffusers pipeline")
     elif str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
-        raise FileNotFoundError(f"there is no model at {path}: give a pipeline directory or a hub id such as owner/name")
+        raise FileNotFoundError(
+            f"there is no model at {path}: give a pipeline directory or a hub id such as owner/name"
+        )
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(path) if path.exists() else str(model), torch_dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -55,6 +55,21 @@ class Granularity:
         return flat.reshape(-1, self.group_size)
 
 
+class _StraightThrough(torch.autograd.Function):
+    """Rounding to the grid whose gradient is one inside the range and zero outside."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, fmt: Format) -> Tensor:  # type: ignore[override]
+        if y.requires_grad:
+            ctx.save_for_backward((y >= fmt.min) & (y <= fmt.max))
+        return fmt.quantize(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (inside,) = ctx.saved_tensors
+        return gradient * inside, None
+
+
 class Quantizer(nn.Module):
     """A format with its scale and offset on a tensor.
 
@@ -127,12 +142,7 @@ class Quantizer(nn.Module):
         ``value - x / scale`` inside the range and the bound outside.
         """
         y, scale = self._normalised(x)
-        if torch.is_grad_enabled() and y.requires_grad:
-            clamped = y.clamp(self.format.min, self.format.max)
-            value = clamped + (self.format.quantize(y.detach()) - clamped).detach()
-        else:
-            value = self.format.quantize(y)
-        return self._placed(value, scale).to(x.dtype)
+        return self._placed(_StraightThrough.apply(y, self.format), scale).to(x.dtype)
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes (uint8, the shape of `x`) of the nearest values.

@@ -55,14 +55,15 @@ class RoundingRecipe:
         iterations: optimisation steps for each unit.
         batch_size: samples a step, over all processes.
         learning_rate: of the rounding variables (Adam).
-        scale_learning_rate: of weight scales, activation scales and biases, relative to their size (Adam).
+        scale_learning_rate: of weight and activation scales, relative to their size (Adam).
         regularisation: weight of the regulariser that drives the variables to 0 or 1. The error it is weighed
             against is relative to that of nearest rounding.
         warmup: share of the iterations without regulariser.
+        straight_through: share of the iterations after which the forward pass takes the hard decision while the
+            gradient stays that of the rectified sigmoid; 1 is AdaRound as published.
         scale_aware: learn V in units of each weight's step (FP4DiT).
         learn_weight_scales: learn a factor for each weight scale, too.
         learn_activation_scales: learn static activation scales, too (LSQ).
-        learn_biases: learn biases, too.
     """
 
     learned: bool = True
@@ -72,10 +73,10 @@ class RoundingRecipe:
     scale_learning_rate: float = 1e-3
     regularisation: float = 1.0
     warmup: float = 0.2
+    straight_through: float = 0.5
     scale_aware: bool = False
     learn_weight_scales: bool = True
     learn_activation_scales: bool = True
-    learn_biases: bool = True
 
 
 @dataclass
@@ -132,7 +133,9 @@ class Recipe:
             return formats
         family = f"ufp{formats[0].bits}"
         if self.hardware_types or family not in FAMILIES:
-            raise ValueError(f"there are no unsigned {'hardware ' * self.hardware_types}formats of {formats[0].bits} bits")
+            raise ValueError(
+                f"there are no unsigned {'hardware ' * self.hardware_types}formats of {formats[0].bits} bits"
+            )
         return formats + parse_formats(family)
 
     def _formats(self, names: str | list[str] | None) -> tuple[Format, ...]:

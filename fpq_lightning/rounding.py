@@ -32,10 +32,12 @@ class LearnedRounding(nn.Module):
 
     base: Tensor
     step: Tensor
+    sensitivity: Tensor | None
 
     def __init__(self, quantizer: Quantizer, rows: Tensor, scale_aware: bool = False) -> None:
         super().__init__()
         self.quantizer = quantizer
+        self.hardness: Tensor | float = 0.0
         fmt = quantizer.format
         y = quantizer._normalised(rows.detach())[0].detach().clamp(fmt.min, fmt.max)
         step = fmt.step(y)
@@ -57,14 +59,14 @@ class LearnedRounding(nn.Module):
         fmt = self.quantizer.format
         return ((self.base + up) * self.step).clamp(fmt.min, fmt.max)
 
-    def forward(self, hardness: Tensor | float = 0.0) -> Tensor:
-        """The rows between soft rounding (`hardness` 0) and the hard decision (1); the gradient is that of h.
+    def forward(self) -> Tensor:
+        """The rows with soft rounding (`hardness` 0) or with the hard decision (1); the gradient is that of h.
 
         With the hard decision in the forward pass the loss sees the weights that will be kept, so that no gap is
         left between what was learned and its rounding, however few the iterations.
         """
         h = self.h()
-        up = h + hardness * ((self.v >= 0).float() - h).detach()
+        up = h + self.hardness * ((self.v >= 0).float() - h).detach()
         return self.quantizer._placed(self._place(up), self.quantizer.current_scale())
 
     @torch.no_grad()
@@ -84,6 +86,8 @@ def beta_schedule(progress: float, warmup: float, start: float = 20.0, end: floa
     Args:
         progress: share of the iterations done, in [0, 1].
         warmup: share during which there is no regulariser.
+        start: beta at the end of the warm-up.
+        end: beta at the end.
 
     Returns:
         beta, or None during the warm-up.

@@ -89,7 +89,7 @@ def candidate_scales(rows: SortedRows, fmt: Format, fractions: Tensor) -> tuple[
             the nearest multiple of the scale, so that zero stays exact.
         fractions: `[n_rows or 1, n_candidates]`.
     """
-    if fmt.signed:
+    if fmt.min < 0:
         return rows.magnitude * fractions / fmt.max, None
     low = rows.values[:, :1].clamp(max=0.0)
     high = rows.values[:, -1:].clamp(min=0.0)
@@ -160,18 +160,20 @@ def search_output_error(
     best: tuple[float, Quantizer] | None = None
     for fmt in formats:
         scale, offset, _ = search_clip(ordered, fmt)
-        trials = []
-        for factor in factors:
-            trial = Quantizer(fmt, scale * factor, None if offset is None else offset * _offset_factor(fmt, factor))
-            trials.append((output_error(trial), trial))
-        errors = torch.stack([error for error, _ in trials])
+        trials = (
+            Quantizer(fmt, scale * factor, None if offset is None else offset * _offset_factor(fmt, factor))
+            for factor in factors
+        )
+        errors = torch.stack([output_error(trial) for trial in trials])
         index = errors.argmin(dim=0)
         pick = index.repeat_interleave(len(rows) // len(index))[None, :, None]
-        chosen_scale = torch.stack([t.current_scale() for _, t in trials]).gather(0, pick)[0]
-        chosen_offset = None if offset is None else torch.stack([t.offset for _, t in trials]).gather(0, pick)[0]
+        scales = torch.stack([scale * factor for factor in factors]).gather(0, pick)[0]
+        offsets = None
+        if offset is not None:
+            offsets = torch.stack([offset * _offset_factor(fmt, factor) for factor in factors]).gather(0, pick)[0]
         total = errors.gather(0, index[None]).sum().item()
         if best is None or total < best[0]:
-            best = total, Quantizer(fmt, chosen_scale, chosen_offset)
+            best = total, Quantizer(fmt, scales, offsets)
     assert best is not None, "no candidate formats"
     return best[1]
 

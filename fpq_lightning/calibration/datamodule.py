@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fpq_lightning.calibration.store import ActivationStore, parse_bytes
 from fpq_lightning.calibration.trajectories import (
-    Inputs,
-    load_inputs,
+    CalibrationSet,
+    load_calibration_set,
     noise_real_images,
     sample_trajectories,
-    save_inputs,
+    save_calibration_set,
 )
 from fpq_lightning.pipelines import SamplerConfig
 
@@ -69,6 +69,8 @@ class CalibrationDataModule(pl.LightningDataModule):
             parquet file, of real images that are noised to random timesteps.
         image_column: of the dataset of real images.
         timesteps: how often each timestep is kept: ``uniform``, ``late`` (towards the image) or ``early``.
+        weighting: of the errors of samples: all alike, or by how much of an error of the denoiser's output the
+            sampler lets through to the image at their timestep.
         held_out_fraction: share of the set that decides between learned and nearest rounding.
         n_search: samples that the search of formats and clips sees.
         micro_batch: samples a forward pass outside the optimisation.
@@ -86,6 +88,7 @@ class CalibrationDataModule(pl.LightningDataModule):
         source: str = "trajectories",
         image_column: str = "image",
         timesteps: Literal["uniform", "late", "early"] = "uniform",
+        weighting: Literal["uniform", "sensitivity"] = "sensitivity",
         held_out_fraction: float = 0.0625,
         n_search: int = 64,
         micro_batch: int = 64,
@@ -105,6 +108,7 @@ class CalibrationDataModule(pl.LightningDataModule):
         self.source = source
         self.image_column = image_column
         self.timesteps = timesteps
+        self.weighting = weighting
         self.held_out_fraction = held_out_fraction
         self.n_search = n_search
         self.micro_batch = micro_batch
@@ -112,32 +116,41 @@ class CalibrationDataModule(pl.LightningDataModule):
         self.store_budget, self.store_host_budget = store_budget, store_host_budget
         self.store_dtype = store_dtype
         self.sampler = SamplerConfig()
-        self.inputs: Inputs = {}
+        self._set: CalibrationSet | None = None
         self.sampling_seconds = 0.0
 
     def identity(self) -> dict[str, Any]:
         """What decides the result of a calibration: not where things are kept."""
-        names = ("n_samples", "seed", "source", "image_column", "timesteps", "held_out_fraction", "n_search")
+        names = (
+            "n_samples",
+            "seed",
+            "source",
+            "image_column",
+            "timesteps",
+            "weighting",
+            "held_out_fraction",
+            "n_search",
+        )
         return {name: getattr(self, name) for name in (*names, "micro_batch", "store_dtype")}
 
     # --- Lightning ---------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
         """Makes the calibration set, on the main process, unless it is there."""
-        if self.inputs or (self.directory and Path(self.directory).is_dir()):
+        if self._set or (self.directory and Path(self.directory).is_dir()):
             return
         start = time.perf_counter()
-        inputs = self.make_inputs()
+        made = self.make_set()
         self.sampling_seconds = time.perf_counter() - start
         if self.directory is None:
-            self.inputs = inputs
+            self._set = made
         else:
-            save_inputs(inputs, self.directory)
+            save_calibration_set(made, self.directory)
 
     def setup(self, stage: str) -> None:
         """Loads the calibration set."""
-        if not self.inputs:
-            self.inputs = load_inputs(cast(str, self.directory))
+        if self._set is None:
+            self._set = load_calibration_set(cast(str, self.directory))
 
     def train_dataloader(self) -> UnitBatches:
         """Batches of the unit in work; a single one if there is nothing to learn."""
@@ -146,18 +159,26 @@ class CalibrationDataModule(pl.LightningDataModule):
 
     # --- the set -----------------------------------------------------------------------------------------------
 
-    def make_inputs(self) -> Inputs:
+    def make_set(self) -> CalibrationSet:
         """Samples or noises the calibration set with the trainer's pipeline."""
         trainer = cast(Any, self.trainer)
         pipeline = trainer.lightning_module.pipeline.to(trainer.strategy.root_device)
         if self.source == "trajectories":
-            return sample_trajectories(pipeline, self.sampler, self.n_samples, self.seed, self.timesteps)
+            return sample_trajectories(
+                pipeline, self.sampler, self.n_samples, self.seed, self.timesteps, self.weighting
+            )
         return noise_real_images(pipeline, self.source, self.image_column, self.n_samples, self.seed)
+
+    @property
+    def set(self) -> CalibrationSet:
+        """The calibration set, once `setup` has run."""
+        assert self._set is not None, "setup has not run"
+        return self._set
 
     @property
     def n(self) -> int:
         """Samples in the set."""
-        return next(len(v) for v in self.inputs.values() if isinstance(v, Tensor) and v.ndim)
+        return len(self.set)
 
     @property
     def n_train(self) -> int:

@@ -8,15 +8,16 @@ evaluated once for each path and sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fpq_lightning.calibration.store import ActivationStore
+from fpq_lightning.calibration.trajectories import CalibrationSet
 from fpq_lightning.layers import running
 from fpq_lightning.model.blocks import Unit
 
@@ -56,18 +57,18 @@ class _Tree:
             for a, b in zip(leaves, other, strict=True)
         ]
 
-    def keys(self) -> list[str]:
+    def stored(self) -> list[str]:
         return [f"{self.name}.{i}" for i, batched in enumerate(self.batched) if batched]
 
     def allocate(self, store: ActivationStore, n: int, next_use: int) -> None:
-        for key, leaf in zip(self.keys(), self._batched_of(self.constants), strict=True):
+        for key, leaf in zip(self.stored(), self._batched_of(self.constants), strict=True):
             store.allocate(key, (n, *leaf.shape[1:]), leaf.dtype, next_use)
 
     def _batched_of(self, leaves: list[Any]) -> list[Tensor]:
         return [leaf for leaf, batched in zip(leaves, self.batched, strict=True) if batched]
 
     def write(self, store: ActivationStore, start: int, tree: Any) -> None:
-        for key, leaf in zip(self.keys(), self._batched_of(tree_flatten(tree)[0]), strict=True):
+        for key, leaf in zip(self.stored(), self._batched_of(tree_flatten(tree)[0]), strict=True):
             store.write(key, start, leaf)
 
     def fill(self, batched: list[Tensor]) -> Any:
@@ -76,7 +77,7 @@ class _Tree:
         return tree_unflatten(leaves, self.spec)
 
     def read(self, store: ActivationStore, rows: slice | Tensor) -> Any:
-        return self.fill([store.read(key, rows) for key in self.keys()])
+        return self.fill([store.read(key, rows) for key in self.stored()])
 
     def placeholder(self, n: int) -> Any:
         """Zeros of the right shape that take no memory."""
@@ -89,7 +90,7 @@ class NetworkReplay:
     Args:
         model: the network, its units' layers quantized classes.
         units: in execution order, of `trace_units`.
-        inputs: keyword arguments of the network; tensors with a leading dimension of all samples, the rest constant.
+        calibration: keyword arguments of the network, and weights of the samples.
         store: for activations.
         micro_batch: samples a pass.
         quantized_inputs: whether `inputs` of a unit come from the quantized path.
@@ -99,7 +100,7 @@ class NetworkReplay:
         self,
         model: nn.Module,
         units: list[Unit],
-        inputs: Mapping[str, Any],
+        calibration: CalibrationSet,
         store: ActivationStore,
         micro_batch: int = 64,
         quantized_inputs: bool = True,
@@ -110,8 +111,9 @@ class NetworkReplay:
         self.micro_batch = micro_batch
         self.quantized_inputs = quantized_inputs
         self.position = 0
-        self._inputs = inputs
-        self.n = next(len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim)
+        self._inputs = calibration.inputs
+        self._weights = calibration.weights.to(store.device)
+        self.n = len(calibration)
         self._last_use = [max((k for k, u in enumerate(units) if i in u.sources), default=i) for i in range(len(units))]
         self._input_trees, self._output_trees = self._templates()
 
@@ -169,11 +171,8 @@ class NetworkReplay:
                 return tree.read(self.store, rows)
             return tree.placeholder(rows.stop - rows.start)
 
-        with _stubs(self.units, stub):
-            try:
-                self.model(**self._network_inputs(rows))
-            except _Stop:
-                pass
+        with _stubs(self.units, stub), suppress(_Stop):
+            self.model(**self._network_inputs(rows))
         return captured
 
     @torch.no_grad()
@@ -196,7 +195,7 @@ class NetworkReplay:
     def is_on_device(self) -> bool:
         """Whether what an optimisation step reads lies on the compute device."""
         trees = (self._input_trees[self.position], self._output_tree("full_precision", self.position))
-        return all(self.store.on_device(key) for tree in trees for key in tree.keys())
+        return all(self.store.on_device(key) for tree in trees for key in tree.stored())
 
     def call(self, inputs: Any) -> Any:
         """Runs the current unit."""
@@ -211,6 +210,10 @@ class NetworkReplay:
         """Full-precision outputs of the current unit, floating-point leaves only."""
         tree = self._output_tree("full_precision", self.position)
         return output_leaves(tree.read(self.store, rows))
+
+    def weights(self, rows: slice | Tensor) -> Tensor:
+        """How much errors on samples matter, `[n]`."""
+        return self._weights[rows.to(self._weights.device) if isinstance(rows, Tensor) else rows]
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -227,7 +230,7 @@ class NetworkReplay:
                         args, kwargs = self._unit_inputs("quantized", rows)
                     output = unit.module(*args, **kwargs)
                     self._output_tree("quantized", index).write(self.store, rows.start, output)
-        for key in self._input_trees[index].keys():
+        for key in self._input_trees[index].stored():
             self.store.free(key)
         for source in range(index + 1):
             for path in PATHS:
@@ -242,10 +245,10 @@ class NetworkReplay:
     def _settle(self, path: Path, source: int, index: int) -> None:
         """Frees an output after its last use, or says when it is needed next."""
         if self._last_use[source] == index:
-            for key in self._output_tree(path, source).keys():
+            for key in self._output_tree(path, source).stored():
                 self.store.free(key)
         elif self._last_use[source] > index:
-            for key in self._output_tree(path, source).keys():
+            for key in self._output_tree(path, source).stored():
                 self.store.schedule(key, self._next_use(source))
 
 

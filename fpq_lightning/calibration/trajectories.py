@@ -5,8 +5,11 @@ Either along the full-precision model's own sampling trajectories, or real image
 
 from __future__ import annotations
 
+import copy
 import inspect
+import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +20,28 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from fpq_lightning.pipelines import SamplerConfig, denoiser_name, sample, set_sampler
+from fpq_lightning.storage.files import whole_directory
 
 Inputs = dict[str, Any]
 """Keyword arguments of the denoiser: tensors with a leading dimension of samples, and constants."""
+
+_WEIGHT = "sample_weight"
+
+
+@dataclass
+class CalibrationSet:
+    """What the denoiser is called with.
+
+    Attributes:
+        inputs: keyword arguments of the denoiser.
+        weights: how much an error on each sample matters, float32 `[n]`, mean 1.
+    """
+
+    inputs: Inputs
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.weights)
 
 
 def _chunks(n: int, size: int) -> Iterator[range]:
@@ -65,15 +87,33 @@ def steps_to_keep(n: int, steps: int, weighting: Literal["uniform", "late", "ear
     return kept
 
 
+def output_sensitivity(scheduler: Any, arguments: tuple, options: dict[str, Any]) -> Tensor:
+    """How much of an error of the denoiser's output one scheduler step lets through to the sample, `[batch]`.
+
+    A finite difference on a copy of the scheduler, so that any scheduler will do. Near the end of a trajectory the
+    noise is so small that even a large relative error of its prediction changes the image little.
+    """
+    output, timestep, sample = arguments
+    probe = output.std() * 1e-2
+    stepped = []
+    for shift in (0.0, probe):
+        clone = copy.copy(scheduler)
+        clone.__dict__ = copy.deepcopy({k: v for k, v in vars(scheduler).items() if k != "step"})
+        stepped.append(clone.step(output + shift, timestep, sample, **{**options, "generator": None}))
+    before, after = (s[0] if isinstance(s, tuple) else s.prev_sample for s in stepped)
+    return ((after - before).flatten(1).square().mean(1).sqrt() / probe).cpu()
+
+
 @torch.no_grad()
 def sample_trajectories(
     pipeline: DiffusionPipeline,
     sampler: SamplerConfig,
     n: int,
     seed: int = 0,
-    weighting: Literal["uniform", "late", "early"] = "uniform",
+    timesteps: Literal["uniform", "late", "early"] = "uniform",
+    weighting: Literal["uniform", "sensitivity"] = "uniform",
     on_batch: Callable[[int, int], None] = lambda done, total: None,
-) -> Inputs:
+) -> CalibrationSet:
     """Runs the pipeline and keeps what its denoiser is called with.
 
     Args:
@@ -81,11 +121,12 @@ def sample_trajectories(
         sampler: how to sample.
         n: samples to keep in all.
         seed: of the first trajectory's noise; the others count up from it.
-        weighting: how often each timestep is kept.
+        timesteps: how often each timestep is kept.
+        weighting: weigh samples alike, or by the square of `output_sensitivity`.
         on_batch: called with the trajectories done and in all.
 
     Returns:
-        Denoiser inputs of `n` samples, on the CPU.
+        The set, on the CPU.
 
     Raises:
         ValueError: if `n` is not positive or the trajectories hold NaN or Inf.
@@ -95,14 +136,16 @@ def sample_trajectories(
     set_sampler(pipeline, sampler)
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     signature = inspect.signature(type(denoiser).forward)
-    keep = steps_to_keep(n, sampler.steps, weighting, seed)
+    keep = steps_to_keep(n, sampler.steps, timesteps, seed)
     collected: dict[str, list[Tensor]] = {}
     constants: Inputs = {}
+    weights: list[Tensor] = []
     step = 0
+    rows: list[int] = []
     batch: range = range(0)
 
     def record(module: Any, args: tuple, kwargs: dict) -> None:
-        nonlocal step
+        nonlocal step, rows
         bound = signature.bind(module, *args, **kwargs).arguments
         bound.pop("self")
         rows = [row for row, i in enumerate(batch) for _ in range(keep[i].count(step))]
@@ -114,7 +157,16 @@ def sample_trajectories(
                 constants[name] = value
         step += 1
 
+    scheduler_step = pipeline.scheduler.step
+
+    def measured_step(*args: Any, **kwargs: Any) -> Any:
+        sensitivity = output_sensitivity(pipeline.scheduler, args, kwargs)
+        weights.append(sensitivity.square()[torch.tensor(rows, dtype=torch.long)])
+        return scheduler_step(*args, **kwargs)
+
     handle = denoiser.register_forward_pre_hook(record, with_kwargs=True)
+    if weighting == "sensitivity":
+        pipeline.scheduler.step = measured_step
     try:
         for batch in _chunks(len(keep), sampler.batch_size):
             step = 0
@@ -122,6 +174,7 @@ def sample_trajectories(
             on_batch(batch.stop, len(keep))
     finally:
         handle.remove()
+        vars(pipeline.scheduler).pop("step", None)
     inputs: Inputs = {name: torch.cat(parts) for name, parts in collected.items()}
     for name, value in inputs.items():
         if value.is_floating_point() and not value.isfinite().all():
@@ -130,11 +183,13 @@ def sample_trajectories(
             )
     # Neighbours in the set come from other trajectories and steps, so that any part of it is representative.
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(next(iter(inputs.values())))))
-    return {**{name: value[order] for name, value in inputs.items()}, **constants}
+    weight = torch.cat(weights)[order] if weights else torch.ones(len(order))
+    inputs = {name: value[order] for name, value in inputs.items()}
+    return CalibrationSet({**inputs, **constants}, weight / weight.mean())
 
 
 @torch.no_grad()
-def noise_real_images(pipeline: DiffusionPipeline, source: str, column: str, n: int, seed: int = 0) -> Inputs:
+def noise_real_images(pipeline: DiffusionPipeline, source: str, column: str, n: int, seed: int = 0) -> CalibrationSet:
     """Real images noised to timesteps drawn uniformly.
 
     Args:
@@ -145,14 +200,14 @@ def noise_real_images(pipeline: DiffusionPipeline, source: str, column: str, n: 
         seed: of the choice of images, timesteps and noise.
 
     Returns:
-        Denoiser inputs of `n` samples, on the CPU.
+        The set, on the CPU, its samples weighted alike.
 
     Raises:
         ValueError: if the dataset is empty, lacks the column, or the pipeline is conditioned.
         FileNotFoundError: if there is no such dataset.
     """
     denoiser = getattr(pipeline, denoiser_name(pipeline))
-    if list(inspect.signature(pipeline.__call__).parameters)[0] == "prompt" or hasattr(pipeline, "vae"):
+    if "prompt" in inspect.signature(pipeline.__call__).parameters or hasattr(pipeline, "vae"):
         raise ValueError(f"{type(pipeline).__name__} is conditioned or latent: calibrate it on trajectories")
     images = load_images(source, column)
     size = denoiser.config.sample_size
@@ -162,7 +217,8 @@ def noise_real_images(pipeline: DiffusionPipeline, source: str, column: str, n: 
     clean = torch.stack([image_tensor(images[i][column], height, width) for i in chosen])
     timestep = torch.randint(pipeline.scheduler.config.num_train_timesteps, (n,), generator=generator)
     noise = torch.randn(clean.shape, generator=generator)
-    return {"sample": pipeline.scheduler.add_noise(clean, noise, timestep), "timestep": timestep, "return_dict": False}
+    noised = pipeline.scheduler.add_noise(clean, noise, timestep)
+    return CalibrationSet({"sample": noised, "timestep": timestep, "return_dict": False}, torch.ones(n))
 
 
 def load_images(source: str, column: str) -> datasets.Dataset:
@@ -196,19 +252,19 @@ def image_tensor(image: Any, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
-def save_inputs(inputs: Inputs, directory: str | Path) -> None:
+def save_calibration_set(calibration: CalibrationSet, directory: str | Path) -> None:
     """Writes a calibration set as a `datasets` dataset (Arrow), a column for each tensor.
 
     Constants are kept in the description of the dataset as JSON.
     """
-    import json
-
-    columns = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
-    constants = {k: v for k, v in inputs.items() if not isinstance(v, Tensor)}
+    columns = {k: v for k, v in calibration.inputs.items() if isinstance(v, Tensor)}
+    constants = {k: v for k, v in calibration.inputs.items() if k not in columns}
+    columns[_WEIGHT] = calibration.weights
     features = datasets.Features({name: _feature(value) for name, value in columns.items()})
     info = datasets.DatasetInfo(description=json.dumps(constants), features=features)
     dataset = datasets.Dataset.from_dict({k: v.numpy() for k, v in columns.items()}, features=features, info=info)
-    dataset.save_to_disk(str(directory))
+    with whole_directory(Path(directory)) as temporary:
+        dataset.save_to_disk(str(temporary))
 
 
 def _feature(value: Tensor) -> Any:
@@ -221,20 +277,23 @@ def _feature(value: Tensor) -> Any:
     return getattr(datasets, f"Array{len(shape)}D")(shape=tuple(shape), dtype=dtype)
 
 
-def load_inputs(directory: str | Path) -> Inputs:
-    """Reads what `save_inputs` wrote.
+def load_calibration_set(directory: str | Path) -> CalibrationSet:
+    """Reads what `save_calibration_set` wrote.
 
     Raises:
         FileNotFoundError: if there is no dataset.
-        ValueError: if it is empty.
+        ValueError: if it is empty or damaged.
     """
-    import json
-
     if not Path(directory).is_dir():
         raise FileNotFoundError(f"there is no calibration set at {directory}")
-    dataset = datasets.load_from_disk(str(directory))
-    if not len(dataset):
+    try:
+        dataset = datasets.load_from_disk(str(directory))
+        table = dataset.with_format("numpy")
+        columns: Inputs = {name: torch.from_numpy(np.array(table[name][:])) for name in dataset.column_names}
+        constants = json.loads(dataset.info.description or "{}")
+        weights = columns.pop(_WEIGHT)
+    except Exception as error:  # whatever a damaged Arrow file raises
+        raise ValueError(f"the calibration set at {directory} cannot be read ({error}): delete it") from error
+    if not len(weights):
         raise ValueError(f"the calibration set at {directory} is empty: delete it to sample a new one")
-    table = dataset.with_format("numpy")
-    inputs: Inputs = {name: torch.from_numpy(np.asarray(table[name][:])) for name in dataset.column_names}
-    return {**inputs, **json.loads(dataset.info.description or "{}")}
+    return CalibrationSet({**columns, **constants}, weights)

@@ -33,7 +33,7 @@ def weight_statistics(module: torch.nn.Module) -> dict[str, float | None]:
     """Bits a weight (codes and scales) and share of exact zeros over the quantized weights; None without any."""
     bits = zeros = total = 0.0
     for layer in quantized_layers(module).values():
-        quantization = layer.variants["learned"] if "learned" in layer.variants else None
+        quantization = dict(layer.variants.items()).get("learned")
         if not isinstance(quantization, LayerQuantization) or not quantization.weights:
             continue
         weight = layer.quantized_weight(quantization)

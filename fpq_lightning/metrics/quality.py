@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torchmetrics import Metric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -78,7 +78,7 @@ class QualityMetrics(nn.Module):
 
     def compute(self, same_seeds: bool = True) -> dict[str, float | None]:
         """fd, fd_real, psnr and ssim; None for what does not apply or is not finite."""
-        metrics = {"fd": self.fd, "fd_real": self.fd_real, "psnr": None, "ssim": None}
+        metrics: dict[str, Metric | None] = {"fd": self.fd, "fd_real": self.fd_real, "psnr": None, "ssim": None}
         if same_seeds:
             metrics |= {"psnr": self.psnr, "ssim": self.ssim}
         values = {name: metric.compute().item() if metric and self.finite else None for name, metric in metrics.items()}

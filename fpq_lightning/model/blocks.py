@@ -36,7 +36,7 @@ class Unit:
     @property
     def parameters(self) -> int:
         """Number of weights and biases of its quantized layers."""
-        return sum(p.numel() for layer in self.layers.values() for p in (layer.weight, layer.bias) if p is not None)
+        return sum(p.numel() for layer in self.layers.values() for p in layer.parameters(recurse=False))
 
 
 def _layer_count(module: nn.Module) -> int:

@@ -46,7 +46,9 @@ def _operate_part(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor:
     return convolution(x, weight, None, conv.stride, conv.padding, conv.dilation)
 
 
-def _search_weight(layer: QuantizedLayer, x: Tensor, part: Tensor, formats: tuple[Format, ...], recipe: Recipe) -> Quantizer:
+def _search_weight(
+    layer: QuantizedLayer, x: Tensor, part: Tensor, formats: tuple[Format, ...], recipe: Recipe
+) -> Quantizer:
     rows = layer.granularity.rows(part)
     if recipe.weights.objective != "output":
         return search_tensor_error(rows, formats, max_only=recipe.weights.objective == "max")
@@ -61,11 +63,13 @@ def _search_weight(layer: QuantizedLayer, x: Tensor, part: Tensor, formats: tupl
     return search_output_error(rows, formats, output_error)
 
 
-def _search_input(layer: QuantizedLayer, x: Tensor, weight: Tensor, formats: tuple[Format, ...], recipe: Recipe) -> Quantizer:
+def _search_input(
+    layer: QuantizedLayer, x: Tensor, weight: Tensor, formats: tuple[Format, ...], recipe: Recipe
+) -> Quantizer:
     activations = recipe.activations
     if activations.granularity == "token":
         dims = layer.token_dims
-        trials = [Quantizer(fmt, None, token_dims=dims) for fmt in formats if fmt.signed]
+        trials = [Quantizer(fmt, None, token_dims=dims) for fmt in formats if fmt.min < 0]
         return min(trials, key=lambda q: (q(x) - x).square().sum().item())
     values = x.reshape(1, -1)
     if values.shape[1] > _MAX_VALUES:
@@ -89,12 +93,13 @@ def _placed_like(trial: Quantizer, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def search_unit(unit: Unit, layer_inputs: dict[str, Tensor], recipe: Recipe) -> None:
+def search_unit(unit: Unit, layer_inputs: dict[str, Tensor], weights: Tensor, recipe: Recipe) -> None:
     """Chooses format and clip of every weight and input of a unit; gives its layers the variant ``nearest``.
 
     Args:
         unit: its layers are quantized classes.
         layer_inputs: of `collect_layer_inputs`.
+        weights: how much an error on each sample matters, `[n]`.
         recipe: candidates and objectives.
 
     Raises:
@@ -107,13 +112,17 @@ def search_unit(unit: Unit, layer_inputs: dict[str, Tensor], recipe: Recipe) -> 
             raise ValueError(f"{name}: its weight holds NaN or Inf; repair the model or exclude the layer")
         if not x.isfinite().all():
             raise ValueError(f"{name}: its input holds NaN or Inf on the calibration set; exclude the layer")
-        weights, inputs = [], []
+        # An output error is linear in the input, so scaled inputs give weighted errors. Layers that see another
+        # leading dimension than the samples (tokens folded into it) weigh them alike.
+        significance = weights.sqrt() if len(weights) == len(x) else x.new_ones(len(x))
+        quantizers, inputs = [], []
         xs = x.split(layer.splits, dim=layer.channel_dim) if len(layer.splits) > 1 else (x,)
         for part, x_part in zip(layer.weight_parts(), xs, strict=True):
             weight = part
             if formats := recipe.weight_formats():
-                weights.append(_search_weight(layer, x_part, part, formats, recipe))
-                weight = weights[-1](layer.granularity.rows(part)).reshape(part.shape)
+                scaled = x_part * significance.reshape(-1, *[1] * (x.ndim - 1))
+                quantizers.append(_search_weight(layer, scaled, part, formats, recipe))
+                weight = quantizers[-1](layer.granularity.rows(part)).reshape(part.shape)
             if formats := recipe.activation_formats():
                 inputs.append(_search_input(layer, x_part, weight, formats, recipe))
-        layer.variants["nearest"] = LayerQuantization(weights, inputs)
+        layer.variants["nearest"] = LayerQuantization(quantizers, inputs)

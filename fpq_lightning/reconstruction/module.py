@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import time
 import warnings
 from collections.abc import Iterator
@@ -26,6 +28,9 @@ from fpq_lightning.rounding import beta_schedule
 
 warnings.filterwarnings("ignore", message=".*`LightningModule.configure_optimizers` returned `None`.*")
 warnings.filterwarnings("ignore", message=".*`training_step` returned `None`.*")
+
+
+_LOG_EVERY = 50
 
 
 @dataclass
@@ -101,7 +106,7 @@ class BlockReconstruction(pl.LightningModule):
             return
         units = discover_units(self.denoiser, self.recipe.include, self.recipe.exclude)
         device = next(self.denoiser.parameters()).device
-        first = {k: v[:1].to(device) if _is_batch(v) else v for k, v in self.calibration.inputs.items()}
+        first = {k: v[:1].to(device) if _is_batch(v) else v for k, v in self.calibration.set.inputs.items()}
         self.units, splits = trace_units(self.denoiser, units, first)
         ran = {unit.name for unit in self.units}
         if skipped := [unit.name for unit in units if unit.name not in ran and unit.layers]:
@@ -139,7 +144,7 @@ class BlockReconstruction(pl.LightningModule):
             self._replay = NetworkReplay(
                 self.denoiser,
                 self.units,
-                self.calibration.inputs,
+                self.calibration.set,
                 self.calibration.make_store(self.device),
                 self.calibration.micro_batch,
                 self.recipe.quantized_inputs,
@@ -160,7 +165,8 @@ class BlockReconstruction(pl.LightningModule):
         fresh = "nearest" not in next(iter(self._layers(unit).values())).variants
         if fresh:
             rows = torch.arange(min(self.calibration.n_search, self.calibration.n_train))
-            search_unit(unit, collect_layer_inputs(unit, lambda: replay.call(replay.inputs(rows))), self.recipe)
+            layer_inputs = collect_layer_inputs(unit, lambda: replay.call(replay.inputs(rows)))
+            search_unit(unit, layer_inputs, replay.weights(rows), self.recipe)
             report.error_nearest = unit_error(replay, "nearest", self.calibration.held_out())
             for name, layer in self._layers(unit).items():
                 nearest = cast(LayerQuantization, layer.variants["nearest"])
@@ -197,9 +203,14 @@ class BlockReconstruction(pl.LightningModule):
         if self.device.type != "cuda" or not replay.is_on_device():
             return objective
         rows = torch.zeros(self.calibration.batch_size, dtype=torch.long, device=self.device)
-        scalars = (torch.tensor(2.0, device=self.device), torch.tensor(0.0, device=self.device))
-        with self.trainer.precision_plugin.forward_context(), torch.enable_grad():
-            return torch.cuda.make_graphed_callables(objective, (rows, *scalars), allow_unused_input=True)
+        scalars = (torch.zeros((), device=self.device) for _ in range(3))
+        gc.collect()
+        gc.disable()  # an older graph that is collected during the capture would break it
+        try:
+            with self.trainer.precision_plugin.forward_context(), torch.enable_grad():
+                return torch.cuda.make_graphed_callables(objective, (rows, *scalars), allow_unused_input=True)
+        finally:
+            gc.enable()
 
     def finish_unit(self) -> None:
         """Hardens the unit in work, keeps the better of learned and nearest, and moves both paths on."""
@@ -253,9 +264,10 @@ class BlockReconstruction(pl.LightningModule):
                 if len(outputs) != 1 or outputs[0].shape[layer.channel_dim] != len(layer.weight):
                     return error
                 difference = (targets[0] - outputs[0]).transpose(1, layer.channel_dim).double()
-                total = total + difference.mean(dim=[d for d in range(difference.ndim) if d != 1]) * len(r)
+                weighted = difference.flatten(2).mean(2) if difference.ndim > 2 else difference
+                total = total + (weighted * replay.weights(r)[:, None]).sum(0)
         before = quantization.bias
-        shift = (cast(Tensor, total) / self.calibration.n_train).float()
+        shift = (cast(Tensor, total) / replay.weights(torch.cat(rows)).sum()).float()
         start = layer.bias if before is None else before
         quantization.set_bias(shift if start is None else start + shift)
         corrected = unit_error(replay, "learned", self.calibration.held_out())
@@ -272,7 +284,8 @@ class BlockReconstruction(pl.LightningModule):
         if not self.iterations:
             return None
         rounding = self.recipe.rounding
-        learned = [p for p in nn.ModuleList(self._variants(self.units[self.position], "learned")).named_parameters()]
+        variants = self._variants(self.units[self.position], "learned")
+        learned = list(nn.ModuleList(variants).named_parameters())
         rates = {"v": rounding.learning_rate, "log_gain": rounding.scale_learning_rate}
         groups = [
             {"params": [p for name, p in learned if name.endswith(f".{kind}")], "lr": rate, "initial_lr": rate}
@@ -298,11 +311,12 @@ class BlockReconstruction(pl.LightningModule):
         progress = self.iteration / self.iterations
         beta = beta_schedule(progress, self.recipe.rounding.warmup)
         strength = 0.0 if beta is None else self.recipe.rounding.regularisation
-        scalars = torch.tensor([beta or 2.0, strength]).to(self.device, non_blocking=True)
+        hardness = float(progress >= self.recipe.rounding.straight_through)
+        scalars = torch.tensor([beta or 2.0, strength, hardness]).to(self.device, non_blocking=True)
         for group in cast(torch.optim.Optimizer, self.optimizers()).param_groups:
             group["lr"] = group["initial_lr"] * learning_rate_factor(progress)
-        loss, error = self._objective(batch, scalars[0], scalars[1])
-        if self.global_step % self.trainer.log_every_n_steps == 0:
+        loss, error = self._objective(batch, *scalars)
+        if self.iteration % _LOG_EVERY == 0:
             self.log("loss", loss.detach())
             self.log("error", error)
         return loss
@@ -322,7 +336,7 @@ class BlockReconstruction(pl.LightningModule):
 
     # --- state -------------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Empty: checkpoints hold the quantization (see `on_save_checkpoint`), never the model."""
         return {}
 
@@ -339,9 +353,7 @@ class BlockReconstruction(pl.LightningModule):
         layers = {}
         for name, layer in self._known_layers():
             variants = cast(dict[str, LayerQuantization], layer.variants)
-            layers[name] = {
-                mode: q.to_state() for mode, q in variants.items() if mode == "nearest" or not q.roundings
-            }
+            layers[name] = {mode: q.to_state() for mode, q in variants.items() if mode == "nearest" or not q.roundings}
         learning = None
         if self._objective is not None:
             learning = dict(nn.ModuleList(self._variants(self.units[self.position], "learned")).state_dict())
@@ -372,8 +384,8 @@ class BlockReconstruction(pl.LightningModule):
 
 
 def learning_rate_factor(progress: float) -> float:
-    """Cosine decay to a tenth."""
-    return 0.55 + 0.45 * float(torch.cos(torch.tensor(progress * torch.pi)))
+    """Cosine decay to zero."""
+    return 0.5 + 0.5 * math.cos(math.pi * progress)
 
 
 def _is_batch(value: Any) -> bool:

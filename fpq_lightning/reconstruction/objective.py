@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fpq_lightning.calibration.replay import NetworkReplay, output_leaves
-from fpq_lightning.layers import LayerQuantization, running
-from fpq_lightning.rounding import rounding_regulariser
+from fpq_lightning.layers import LayerQuantization, Mode, running
+from fpq_lightning.rounding import LearnedRounding, rounding_regulariser
 
 
-def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Squared error over the energy of the targets, averaged over the outputs of a unit."""
+def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Weighted squared error over the weighted energy of the targets, averaged over the outputs of a unit.
+
+    Args:
+        outputs: `[batch, ...]` each.
+        targets: likewise.
+        weights: of the samples, `[batch]`.
+    """
+
+    def energy(x: Tensor) -> Tensor:
+        return (x.flatten(1).square().mean(1) * weights).sum()
+
     pairs = zip(outputs, targets, strict=True)
-    return torch.stack([(o - t).square().mean() / t.square().mean().clamp(min=1e-12) for o, t in pairs]).mean()
+    return torch.stack([energy(o - t) / energy(t).clamp(min=1e-12) for o, t in pairs]).mean()
 
 
 @torch.no_grad()
-def unit_error(replay: NetworkReplay, mode: Any, rows: Tensor) -> float:
+def unit_error(replay: NetworkReplay, mode: Mode, rows: Tensor) -> float:
     """Relative error of the current unit over given samples."""
+    outputs: list[list[Tensor]] = []
     with running(replay.unit.module, mode):
-        chunks = rows.split(replay.micro_batch)
-        errors = [relative_error(output_leaves(replay.call(replay.inputs(r))), replay.targets(r)) for r in chunks]
-    total = sum(error.item() * len(r) for error, r in zip(errors, chunks, strict=True))
-    return total / len(rows)
+        for chunk in rows.split(replay.micro_batch):
+            outputs.append(output_leaves(replay.call(replay.inputs(chunk))))
+    joined = [torch.cat(leaves) for leaves in zip(*outputs, strict=True)]
+    return relative_error(joined, replay.targets(rows), replay.weights(rows)).item()
 
 
 class UnitObjective(nn.Module):
@@ -41,28 +51,32 @@ class UnitObjective(nn.Module):
         nearest_error: relative error of nearest rounding.
     """
 
-    def __init__(
-        self, replay: NetworkReplay, quantizations: Iterable[LayerQuantization], nearest_error: float
-    ) -> None:
+    def __init__(self, replay: NetworkReplay, quantizations: Iterable[LayerQuantization], nearest_error: float) -> None:
         super().__init__()
         self.replay = replay
         self.module = replay.unit.module
         self.quantizations = list(quantizations)
         self.nearest_error = max(nearest_error, 1e-12)
 
-    def forward(self, rows: Tensor, beta: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, rows: Tensor, beta: Tensor, strength: Tensor, hardness: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and relative error.
 
         Args:
             rows: indices of calibration samples, int64 `[batch]`.
             beta: exponent of the regulariser, float32 scalar.
             strength: weight of the regulariser, 0 during the warm-up, float32 scalar.
+            hardness: of the rounding in the forward pass, 0 or 1, float32 scalar.
         """
+        for rounding in self._roundings():
+            rounding.hardness = hardness
         outputs = output_leaves(self.replay.call(self.replay.inputs(rows)))
-        error = relative_error(outputs, self.replay.targets(rows))
+        error = relative_error(outputs, self.replay.targets(rows), self.replay.weights(rows))
         return error / self.nearest_error + strength * self._regulariser(beta), error.detach()
 
+    def _roundings(self) -> list[LearnedRounding]:
+        return [rounding for q in self.quantizations for rounding in q.roundings]
+
     def _regulariser(self, beta: Tensor) -> Tensor:
-        hs = [rounding.h() for q in self.quantizations for rounding in q.roundings]
+        hs = [rounding.h() for rounding in self._roundings()]
         total = sum(h.numel() for h in hs)
         return torch.stack([rounding_regulariser(h, beta) * (h.numel() / total) for h in hs]).sum()

@@ -45,25 +45,24 @@ Activation formats and scales are in `{file}`; `fpq test --model DIR`, `fpq pred
 def as_plain(model: nn.Module) -> Iterator[None]:
     """Makes quantized layers plain ones with their quantized weights for a while, so that the model can be saved."""
     before = {}
-    for name, layer in quantized_layers(model).items():
-        before[name] = (type(layer), layer.weight, layer.bias, layer._modules.pop("variants"))
-        variants = cast(nn.ModuleDict, before[name][3])
+    quantized = quantized_layers(model)
+    for name, layer in quantized.items():
+        variants = cast(nn.ModuleDict, layer._modules.pop("variants"))
+        before[name] = (type(layer), layer.weight, layer.bias, variants)
         if "learned" in variants:
             quantization = cast(LayerQuantization, variants["learned"])
             weight = layer.quantized_weight(quantization)
             layer.weight = nn.Parameter(weight.detach().float().clone(), requires_grad=False)
             if quantization.bias is not None:
                 layer.bias = nn.Parameter(quantization.bias.detach().clone(), requires_grad=False)
-    layers = {name: model.get_submodule(name) for name in before}
-    for name, layer in layers.items():
-        layer.__class__ = next(plain for plain, cls in QUANTIZED_CLASSES.items() if cls is before[name][0])
+    plain_classes = {cls: plain for plain, cls in QUANTIZED_CLASSES.items()}
+    for layer in quantized.values():
+        cast(Any, layer).__class__ = plain_classes[type(layer)]
     try:
         yield
     finally:
-        for name, layer in layers.items():
-            layer.__class__, weight, bias, variants = before[name]
-            layer.weight = weight
-            layer.bias = bias
+        for name, layer in quantized.items():
+            layer.__class__, layer.weight, layer.bias, variants = before[name]
             layer._modules["variants"] = variants
 
 
