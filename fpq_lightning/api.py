@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from fpq_lightning.calibration.datamodule import CalibrationDataModule
+from fpq_lightning.calibration.datamodule import STEPS_PER_BATCH, CalibrationDataModule
 from fpq_lightning.callbacks import CalibrationProgress, FinalizeQuantization, ImageQuality, RunReport
 from fpq_lightning.evaluation import EvaluationConfig
 from fpq_lightning.pipelines import SamplerConfig, denoiser_name
@@ -59,7 +59,12 @@ def run_callbacks(
         quality,
         RunReport(run, quality),
         ModelCheckpoint(run.checkpoints, save_last=True, save_top_k=0, save_on_train_epoch_end=True),
-        ModelCheckpoint(run.checkpoints, save_last=True, save_top_k=0, every_n_train_steps=checkpoint_steps),
+        ModelCheckpoint(
+            run.checkpoints,
+            save_last=True,
+            save_top_k=0,
+            every_n_train_steps=max(1, checkpoint_steps // STEPS_PER_BATCH),
+        ),
     ]
 
 

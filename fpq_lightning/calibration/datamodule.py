@@ -25,19 +25,26 @@ from fpq_lightning.pipelines import SamplerConfig
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+STEPS_PER_BATCH = 10
+"""Optimisation steps that Lightning sees as one batch; what it does around a batch takes longer than a short step."""
+
+
 class UnitBatches:
-    """Batches of sample indices for one unit; batch i is a function of (seed, unit, i) alone.
+    """Sample indices for the optimisation steps of one unit; those of step i are a function of (seed, unit, i) alone.
+
+    A batch holds the indices of up to `STEPS_PER_BATCH` steps, `[steps, batch_size]`.
 
     Args:
         seed: of the calibration.
         unit: position of the unit.
         n: samples to draw from.
-        batch_size: indices a batch.
-        length: number of batches.
+        batch_size: indices a step.
+        steps: number of steps; with 0 there is one batch without steps.
     """
 
-    def __init__(self, seed: int, unit: int, n: int, batch_size: int, length: int) -> None:
-        self.seed, self.unit, self.n, self.batch_size, self.length = seed, unit, n, batch_size, length
+    def __init__(self, seed: int, unit: int, n: int, batch_size: int, steps: int) -> None:
+        self.seed, self.unit, self.n, self.batch_size, self.steps = seed, unit, n, batch_size, steps
+        self.length = max(1, -(-steps // STEPS_PER_BATCH))
         self._next = 0
 
     def __len__(self) -> int:
@@ -45,10 +52,16 @@ class UnitBatches:
 
     def __iter__(self) -> Iterator[Tensor]:
         while self._next < self.length:
-            draw = np.random.default_rng([self.seed, self.unit, self._next])
+            first = self._next * STEPS_PER_BATCH
             self._next += 1
-            yield torch.from_numpy(draw.integers(self.n, size=self.batch_size))
+            steps = range(first, min(first + STEPS_PER_BATCH, self.steps))
+            yield torch.stack([self.step(i) for i in steps]) if steps else torch.empty(0, 0)
         self._next = 0
+
+    def step(self, i: int) -> Tensor:
+        """Indices of step i, int64 `[batch_size]`."""
+        draw = np.random.default_rng([self.seed, self.unit, i])
+        return torch.from_numpy(draw.integers(self.n, size=self.batch_size))
 
     def state_dict(self) -> dict[str, int]:
         """Where the loader is."""
@@ -153,9 +166,9 @@ class CalibrationDataModule(pl.LightningDataModule):
             self._set = load_calibration_set(cast(str, self.directory))
 
     def train_dataloader(self) -> UnitBatches:
-        """Batches of the unit in work; a single one if there is nothing to learn."""
+        """Batches of the unit in work."""
         module = cast(Any, self.trainer).lightning_module
-        return UnitBatches(self.seed, module.position, self.n_train, self.batch_size, max(module.iterations, 1))
+        return UnitBatches(self.seed, module.position, self.n_train, self.batch_size, module.iterations)
 
     # --- the set -----------------------------------------------------------------------------------------------
 

@@ -62,7 +62,7 @@ class CalibrationProgress(ProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Moves the bar."""
-        self._bar.update(self._steps if pl_module.iterations == 0 else 1)  # type: ignore[operator]
+        self._bar.update(len(batch) or self._steps)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Names the unit."""

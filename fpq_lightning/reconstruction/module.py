@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 import warnings
@@ -13,6 +12,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from diffusers import DiffusionPipeline
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from fpq_lightning.calibration.datamodule import CalibrationDataModule
@@ -22,15 +22,12 @@ from fpq_lightning.model.blocks import Unit, discover_units
 from fpq_lightning.model.trace import trace_units
 from fpq_lightning.pipelines import denoiser_name
 from fpq_lightning.recipes import Recipe
+from fpq_lightning.reconstruction.backward import Backward, GraphedBackward
 from fpq_lightning.reconstruction.initialise import collect_layer_inputs, search_unit
 from fpq_lightning.reconstruction.objective import UnitObjective, unit_error
 from fpq_lightning.rounding import beta_schedule
 
 warnings.filterwarnings("ignore", message=".*`LightningModule.configure_optimizers` returned `None`.*")
-warnings.filterwarnings("ignore", message=".*`training_step` returned `None`.*")
-
-
-_LOG_EVERY = 50
 
 
 @dataclass
@@ -74,6 +71,7 @@ class BlockReconstruction(pl.LightningModule):
 
     def __init__(self, pipeline: DiffusionPipeline, recipe: Recipe) -> None:
         super().__init__()
+        self.automatic_optimization = False  # many steps a batch: a step is shorter than Lightning's way around it
         self.pipeline = pipeline
         self.recipe = recipe
         self.denoiser: nn.Module = getattr(pipeline, denoiser_name(pipeline)).eval().requires_grad_(False)
@@ -84,7 +82,7 @@ class BlockReconstruction(pl.LightningModule):
         self.iteration = 0  # its optimisation steps done
         self._entered = -1  # the unit whose activations are captured and variables made
         self._replay: NetworkReplay | None = None
-        self._objective: Any = None
+        self._backward: Backward | None = None
         self._learning_state: dict[str, Any] | None = None
         self._clock = time.perf_counter()
 
@@ -195,28 +193,15 @@ class BlockReconstruction(pl.LightningModule):
             self._variants(unit, "learned"),
             cast(float, self.reports[self.position].error_nearest),
         )
-        self._objective = self._accelerate(objective)
-
-    def _accelerate(self, objective: UnitObjective) -> Any:
-        """Replays the step as a CUDA graph where that can be: small blocks are bound by kernel launches."""
-        replay = cast(NetworkReplay, self._replay)
-        if self.device.type != "cuda" or not replay.is_on_device():
-            return objective
-        rows = torch.zeros(self.calibration.batch_size, dtype=torch.long, device=self.device)
-        scalars = (torch.zeros((), device=self.device) for _ in range(3))
-        gc.collect()
-        gc.disable()  # an older graph that is collected during the capture would break it
-        try:
-            with self.trainer.precision_plugin.forward_context(), torch.enable_grad():
-                return torch.cuda.make_graphed_callables(objective, (rows, *scalars), allow_unused_input=True)
-        finally:
-            gc.enable()
+        replayed = self.device.type == "cuda" and cast(NetworkReplay, self._replay).is_on_device()
+        backward = GraphedBackward if replayed else Backward
+        self._backward = backward(objective, self.calibration.batch_size, self.device)
 
     def finish_unit(self) -> None:
         """Hardens the unit in work, keeps the better of learned and nearest, and moves both paths on."""
         replay = cast(NetworkReplay, self._replay)
         unit, report = self.units[self.position], self.reports[self.position]
-        self._objective = None
+        self._backward = None
         if unit.layers:
             held_out = self.calibration.held_out()
             for layer in self._layers(unit).values():
@@ -292,7 +277,7 @@ class BlockReconstruction(pl.LightningModule):
             for kind, rate in rates.items()
         ]
         fused = self.device.type == "cuda"
-        return torch.optim.Adam([g for g in groups if g["params"]], fused=fused, capturable=False)
+        return torch.optim.Adam([g for g in groups if g["params"]], fused=fused)
 
     def on_train_start(self) -> None:
         """Leaves the evaluation mode of the denoiser as it is."""
@@ -304,27 +289,28 @@ class BlockReconstruction(pl.LightningModule):
         if self._entered != self.position and not self.finished:
             self.trainer.strategy.setup_optimizers(self.trainer)
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
-        """One step of learned rounding on the samples with indices `batch`."""
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Steps of learned rounding, one for each row of sample indices in `batch`."""
         if not self.iterations:
-            return None
-        progress = self.iteration / self.iterations
-        beta = beta_schedule(progress, self.recipe.rounding.warmup)
-        strength = 0.0 if beta is None else self.recipe.rounding.regularisation
-        hardness = float(progress >= self.recipe.rounding.straight_through)
-        scalars = torch.tensor([beta or 2.0, strength, hardness]).to(self.device, non_blocking=True)
-        for group in cast(torch.optim.Optimizer, self.optimizers()).param_groups:
-            group["lr"] = group["initial_lr"] * learning_rate_factor(progress)
-        loss, error = self._objective(batch, *scalars)
-        if self.iteration % _LOG_EVERY == 0:
-            self.log("loss", loss.detach())
-            self.log("error", error)
-        return loss
+            return
+        optimizer = cast(LightningOptimizer, self.optimizers())
+        for i, rows in enumerate(batch):
+            error = self._step(rows, optimizer if i == len(batch) - 1 else optimizer.optimizer)
+        self.log("error", error)
 
-    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
-        """Counts the step."""
-        if self.iterations:
-            self.iteration += 1
+    def _step(self, rows: Tensor, optimizer: torch.optim.Optimizer | LightningOptimizer) -> Tensor:
+        rounding = self.recipe.rounding
+        progress = self.iteration / self.iterations
+        beta = beta_schedule(progress, rounding.warmup)
+        strength = 0.0 if beta is None else rounding.regularisation
+        error = cast(Backward, self._backward)(
+            rows, (beta or 2.0, strength, float(progress >= rounding.straight_through))
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * learning_rate_factor(progress)
+        optimizer.step()
+        self.iteration += 1
+        return error
 
     def on_train_epoch_end(self) -> None:
         """Finishes the unit, unless the epoch is a resumed one that had nothing left to do."""
@@ -355,7 +341,7 @@ class BlockReconstruction(pl.LightningModule):
             variants = cast(dict[str, LayerQuantization], layer.variants)
             layers[name] = {mode: q.to_state() for mode, q in variants.items() if mode == "nearest" or not q.roundings}
         learning = None
-        if self._objective is not None:
+        if self._backward is not None:
             learning = dict(nn.ModuleList(self._variants(self.units[self.position], "learned")).state_dict())
         if self._clock and self._entered == self.position and not self.finished:
             now = time.perf_counter()

@@ -1,0 +1,77 @@
+"""Time of the weight search over a whole model, and its distance to the full grid of 111 clips.
+
+    python benchmarks/search.py                  # the architecture of google/ddpm-cifar10-32 (35.7 M), random weights
+    python benchmarks/search.py --model DIR      # a pipeline's own weights
+"""
+
+import argparse
+import logging
+import time
+
+import torch
+from diffusers import UNet2DModel
+
+from fpq_lightning.formats import parse_formats
+from fpq_lightning.layers import is_quantizable
+from fpq_lightning.pipelines import denoiser_name, load_pipeline
+from fpq_lightning.quantizers import Granularity
+from fpq_lightning.search import CLIPS, SortedRows, candidate_scales, search_tensor_error
+
+CIFAR10 = {
+    "sample_size": 32,
+    "block_out_channels": (128, 256, 256, 256),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 32,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+}
+
+
+def full_grid_error(rows: torch.Tensor, formats: tuple) -> float:
+    """Squared error of the best format with the best of all 111 clips for each row."""
+    ordered = SortedRows(rows)
+    errors = []
+    for fmt in formats:
+        scale, offset = candidate_scales(ordered, fmt, CLIPS.to(rows.device)[None])
+        errors.append(ordered.squared_error(fmt, scale, offset).min(1).values.sum())
+    return min(errors).item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None)
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.model is None:
+        model = UNet2DModel(**CIFAR10)
+    else:
+        pipeline = load_pipeline(args.model)
+        model = getattr(pipeline, denoiser_name(pipeline))
+    weights = [m.weight.detach().float().to(device) for m in model.modules() if is_quantizable(m)]
+    total = sum(w.numel() for w in weights)
+    search_tensor_error(weights[0].reshape(1, -1), parse_formats("fp4"))  # start the device's libraries
+    print(f"{total / 1e6:.1f} M weights on {device}, torch {torch.__version__}")
+    print("| formats | granularity | seconds | worst error over that of the full grid |\n| --- | --- | --- | --- |")
+    for names in ("fp4", "fp8"):
+        for kind in ("channel", "tensor"):
+            formats, granularity = parse_formats(names), Granularity(kind)
+            start = time.perf_counter()
+            found = [search_tensor_error(granularity.rows(w), formats) for w in weights]
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+            sample = weights[:: len(weights) // 8]
+            ratio = 0.0
+            for w, quantizer in zip(sample, found[:: len(weights) // 8], strict=True):
+                rows = granularity.rows(w)
+                error = (quantizer(rows) - rows).double().square().sum().item()
+                ratio = max(ratio, error / full_grid_error(rows, formats))
+            print(f"| {names} | {kind} | {seconds:.2f} | {ratio:.4f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
