@@ -1,7 +1,7 @@
 """Time of the weight search over a whole model, and its distance to the full grid of 111 clips.
 
-    python benchmarks/search.py                  # the architecture of google/ddpm-cifar10-32 (35.7 M), random weights
-    python benchmarks/search.py --model DIR      # a pipeline's own weights
+python benchmarks/search.py                  # the architecture of google/ddpm-cifar10-32 (35.7 M), random weights
+python benchmarks/search.py --model DIR      # a pipeline's own weights
 """
 
 import argparse

@@ -18,10 +18,11 @@ GAMMA, ZETA = -0.1, 1.1
 
 
 class LearnedRounding(nn.Module):
-    """The rounding variables V of one quantized weight: ``W~ = offset + scale * (base + h(V)) * step``.
+    """The rounding variables V of one quantized weight: ``W~ = offset + scale * sign * (base + h(V)) * step``.
 
-    ``h(V) = clamp((zeta - gamma) * sigmoid(V) + gamma, 0, 1)`` starts at the fraction that the weight lies above
-    `base`, so learning starts from the full-precision weight.
+    `base` is the magnitude rounded down to the grid, in steps of its binade; one step more is again on the grid, be
+    it the next binade's first value. ``h(V) = clamp((zeta - gamma) * sigmoid(V) + gamma, 0, 1)`` starts at the
+    fraction that the magnitude lies above `base`, so learning starts from the full-precision weight.
 
     Args:
         quantizer: format and scale of the rows; the scale is part of the result and may be learned.
@@ -41,17 +42,17 @@ class LearnedRounding(nn.Module):
         fmt = quantizer.format
         y = quantizer._normalised(rows.detach())[0].detach().clamp(fmt.min, fmt.max)
         step = fmt.step(y)
-        base = (y / step).floor()
+        magnitude = y.abs() / step
         # At h = 0 and h = 1 the gradient of the clamp is one-sided.
-        h = (y / step - base).clamp_(0.01, 0.99)
-        self.register_buffer("base", base)
-        self.register_buffer("step", step)
+        h = (magnitude - magnitude.floor()).clamp_(0.01, 0.99)
+        self.register_buffer("base", magnitude.floor())
+        self.register_buffer("step", torch.copysign(step, y))
         self.register_buffer("sensitivity", step / step.amax(dim=1, keepdim=True) if scale_aware else None)
         v = torch.logit((h - GAMMA) / (ZETA - GAMMA))
         self.v = nn.Parameter(v if self.sensitivity is None else v * self.sensitivity)
 
     def h(self) -> Tensor:
-        """How far up each weight is rounded, in [0, 1], the shape of the rows."""
+        """How far away from zero each weight is rounded, in [0, 1], the shape of the rows."""
         v = self.v if self.sensitivity is None else self.v / self.sensitivity
         return torch.clamp((ZETA - GAMMA) * torch.sigmoid(v) + GAMMA, 0, 1)
 

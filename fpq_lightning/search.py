@@ -17,7 +17,9 @@ from fpq_lightning.formats import Format, IntFormat
 from fpq_lightning.quantizers import Quantizer
 
 CLIPS = torch.linspace(0.1, 1.2, 111)
-_COARSE = 10
+_COARSE, _STARTS = 5, 3  # every fifth clip first, then the neighbours of the best three
+_FULL_GRID = 16  # formats of at most so many values are cheap enough to try every clip
+_SHORT_ROW = 512  # and so are rows of at most this length, whose error is too ragged to go coarse to fine
 _CHUNK = 2**24  # thresholds looked up at once; bounds memory to a few hundred MB
 
 
@@ -52,14 +54,10 @@ class SortedRows:
             float64 `[n_rows, n_candidates]`.
         """
         grid = fmt.grid.to(scale.device)
-        chunks = max(1, min(scale.shape[1], scale.numel() * len(grid) // _CHUNK))
-        parts = [
-            self._squared_error(grid, s, o)
-            for s, o in zip(
-                scale.chunk(chunks, 1), offset.chunk(chunks, 1) if offset is not None else [None] * chunks, strict=False
-            )
-        ]
-        return torch.cat(parts, 1)
+        size = max(1, _CHUNK // (len(scale) * len(grid)))
+        scales = scale.split(size, 1)
+        offsets = [None] * len(scales) if offset is None else offset.split(size, 1)
+        return torch.cat([self._squared_error(grid, s, o) for s, o in zip(scales, offsets, strict=True)], 1)
 
     def _squared_error(self, grid: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
         rows, candidates = scale.shape
@@ -113,17 +111,21 @@ def search_clip(rows: SortedRows, fmt: Format, max_only: bool = False) -> tuple[
     """
     clips = CLIPS.to(rows.values.device)
 
-    def best(fractions: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    def best(fractions: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         scale, offset = candidate_scales(rows, fmt, fractions)
         error, index = rows.squared_error(fmt, scale, offset).min(dim=1, keepdim=True)
-        return scale.gather(1, index), None if offset is None else offset.gather(1, index), error, index
+        return scale.gather(1, index), None if offset is None else offset.gather(1, index), error
 
     if max_only:
-        return best(torch.ones_like(rows.magnitude))[:3]
+        return best(torch.ones_like(rows.magnitude))
+    if len(fmt.grid) <= _FULL_GRID or rows.values.shape[1] <= _SHORT_ROW:
+        return best(clips[None])
     coarse = torch.arange(0, len(clips), _COARSE, device=clips.device)
-    centre = coarse[best(clips[coarse][None])[3]]
+    scale, offset = candidate_scales(rows, fmt, clips[coarse][None])
+    centres = coarse[rows.squared_error(fmt, scale, offset).topk(_STARTS, dim=1, largest=False).indices]
     window = torch.arange(1 - _COARSE, _COARSE, device=clips.device)
-    return best(clips[(centre + window).clamp(0, len(clips) - 1)])[:3]
+    fine = (centres[..., None] + window).clamp(0, len(clips) - 1).flatten(1)
+    return best(clips[fine])
 
 
 def search_tensor_error(rows: Tensor, formats: Sequence[Format], max_only: bool = False) -> Quantizer:

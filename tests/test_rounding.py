@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -38,9 +39,12 @@ def unit(quantizer: Quantizer, rows: Tensor) -> Tensor:
 
 
 def neighbours(fmt: Format, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The grid value at or below each element, and the one above that (the top one if there is none)."""
+    """The grid value of the next smaller magnitude (or the element's own), and the next larger one, if there is one."""
     below = torch.searchsorted(fmt.grid, y, right=True) - 1
-    return fmt.grid[below], fmt.grid[(below + 1).clamp(max=len(fmt.grid) - 1)]
+    above = torch.searchsorted(fmt.grid, y)
+    inner = torch.where(y < 0, fmt.grid[above.clamp(max=len(fmt.grid) - 1)], fmt.grid[below])
+    outer = torch.where(y < 0, fmt.grid[(above - 1).clamp(min=0)], fmt.grid[(below + 1).clamp(max=len(fmt.grid) - 1)])
+    return inner, outer
 
 
 def set_decisions(rounding: LearnedRounding, up: Tensor | bool, size: float = 50.0) -> None:
@@ -57,15 +61,15 @@ def test_learning_starts_at_the_full_precision_weight(fmt: Format, scale_aware: 
     quantizer, rows = make_problem(fmt)
     rounding = LearnedRounding(quantizer, rows, scale_aware)
     y = unit(quantizer, rows).double()
-    low, _ = neighbours(fmt, y.float())
+    inner, _ = neighbours(fmt, y.float())
     step = fmt.step(y.float()).double()
     # h is the fraction of the step; at 0 and 1 a guard of a hundredth keeps it off the clamp.
-    fraction = ((y - low.double()) / step).clamp(0, 1)
+    fraction = ((y - inner.double()).abs() / step).clamp(0, 1)
     tolerance = torch.where((fraction < 0.011) | (fraction > 0.989), 0.0101, 1e-4)
     assert ((rounding.h().double() - fraction).abs() <= tolerance).all()
     offset = 0.0 if quantizer.offset is None else quantizer.offset.double()
     reached = (rounding().detach().double() - offset) / quantizer.scale.double()
-    inside = y < fmt.max  # the top value cannot be exceeded, so no guard there
+    inside = (y < fmt.max) & ((y > fmt.min) | (fmt.min == 0))  # the ends cannot be exceeded, so no guard there
     assert ((reached - y).abs() <= tolerance * step)[inside].all()
     assert ((reached - y).abs() <= 1e-6 * fmt.max)[~inside].all()
     assert (y == fmt.max).any()
@@ -83,10 +87,11 @@ def test_hard_decision_before_learning_is_nearest_rounding(fmt: Format, scale_aw
 def test_gradient_is_alive_at_the_start_everywhere() -> None:
     for fmt in FORMATS:
         quantizer, rows = make_problem(fmt)
-        inside = unit(quantizer, rows) < fmt.max
+        y = unit(quantizer, rows)
+        inside = (y > fmt.min) & (y < fmt.max)
         rounding = LearnedRounding(quantizer, rows)
         rounding().sum().backward()
-        assert (rounding.v.grad[inside] > 0).all()
+        assert ((rounding.v.grad * torch.where(y < 0, -1, 1))[inside] > 0).all()
 
 
 # --- hard decisions ------------------------------------------------------------------------------------------------
@@ -133,19 +138,17 @@ def test_neighbours_are_right_on_both_sides_of_a_power_of_two(name: str) -> None
 
 
 @every_format
-def test_a_weight_at_the_lower_clip_moves_to_its_neighbour_at_most(fmt: Format) -> None:
-    quantizer = Quantizer(fmt, torch.ones(1, 1))
-    rounding = LearnedRounding(quantizer, torch.tensor([[fmt.min, fmt.min * 1.5 - 1]]))
-    set_decisions(rounding, True)
-    assert fmt.decode(rounding.codes()).tolist() == [[fmt.grid[1].item()] * 2]
-    set_decisions(rounding, False)
-    assert fmt.decode(rounding.codes()).tolist() == [[fmt.min] * 2]
+def test_a_weight_at_or_below_the_lower_clip_stays_there(fmt: Format) -> None:
+    rounding = LearnedRounding(Quantizer(fmt, torch.ones(1, 1)), torch.tensor([[fmt.min, fmt.min * 1.5]]))
+    for up in (False, True) if fmt.min < 0 else (False,):
+        set_decisions(rounding, up)
+        assert fmt.decode(rounding.codes()).tolist() == [[fmt.min] * 2]
 
 
 @every_format
 def test_a_weight_at_the_upper_clip_stays_there(fmt: Format) -> None:
     quantizer = Quantizer(fmt, torch.full((1, 1), 0.37))
-    rounding = LearnedRounding(quantizer, 0.37 * torch.tensor([[fmt.max, fmt.max * 1.01, fmt.max * 9]]))
+    rounding = LearnedRounding(quantizer, 0.37 * fmt.max * torch.tensor([[1.001, 1.1, 9.0]]))
     for up in (False, True):
         set_decisions(rounding, up)
         assert fmt.decode(rounding.codes()).tolist() == [[fmt.max] * 3]
@@ -310,7 +313,7 @@ def test_regulariser_is_the_formula_of_adaround(values: list[float], beta: float
     h = torch.tensor(values)
     expected = sum(1 - abs(2 * v - 1) ** beta for v in values) / len(values)
     assert rounding_regulariser(h, beta).item() == pytest.approx(expected, abs=1e-5)
-    assert torch.equal(rounding_regulariser(h, torch.tensor(beta)), rounding_regulariser(h, beta))
+    assert rounding_regulariser(h, torch.tensor(beta)).item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_regulariser_is_zero_once_all_is_decided_and_largest_at_one_half() -> None:
@@ -344,6 +347,6 @@ def test_beta_never_rises(warmup: float, start: float, end: float) -> None:
     betas = [beta_schedule(i / 50, warmup, start, end) for i in range(51)]
     known = [b for b in betas if b is not None]
     assert betas == [None] * (51 - len(known)) + known
-    assert all(a >= b for a, b in zip(known, known[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(known))
     assert known[-1] == pytest.approx(end)
     assert max(known) <= start + 1e-9

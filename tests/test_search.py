@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,9 @@ def test_clips_are_those_of_kuzmin() -> None:
 def nearest_error(fmt: Format, scale: Tensor, offset: Tensor | None, rows: Tensor) -> Tensor:
     """The sum of squared distances to the nearest of the points `offset + scale * grid`, float64 throughout."""
     points = scale.double() * fmt.grid.double() + (0 if offset is None else offset.double())
-    return torch.stack([(r.double()[:, None] - p).abs().amin(1).square().sum() for r, p in zip(rows, points, strict=True)])
+    return torch.stack(
+        [(r.double()[:, None] - p).abs().amin(1).square().sum() for r, p in zip(rows, points, strict=True)]
+    )
 
 
 def assert_same_error(actual: Tensor, quantizer: Quantizer, rows: Tensor) -> None:
@@ -113,48 +116,47 @@ def test_squared_error_of_any_scale_and_offset(name: str, fraction: float, shift
         assert_same_error(actual, Quantizer(fmt, scale, offset), rows)
 
 
+@pytest.fixture
+def lookups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many thresholds were looked up at once, for every time."""
+    sizes: list[int] = []
+    searchsorted = torch.searchsorted
+
+    def counting(values: Tensor, thresholds: Tensor, **options: Any) -> Tensor:
+        sizes.append(thresholds.numel())
+        return searchsorted(values, thresholds, **options)
+
+    monkeypatch.setattr(torch, "searchsorted", counting)
+    return sizes
+
+
 @pytest.mark.parametrize("name", ["e4m3", "uint4"])
-def test_lookups_in_chunks_give_the_same_errors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lookups_in_chunks_give_the_same_errors(name: str, monkeypatch: pytest.MonkeyPatch, lookups: list[int]) -> None:
     fmt, rows = parse_format(name), make_rows("gaussian", n_rows=4)
     scales = torch.rand(4, 17, generator=torch.Generator().manual_seed(0)) + 0.01
     offsets = None if fmt.signed else -scales * 3
     whole = SortedRows(rows).squared_error(fmt, scales, offsets)
-    looked_up = []
-    original = SortedRows._squared_error
-
-    def counting(self: SortedRows, grid: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-        looked_up.append(scale.numel() * len(grid))
-        return original(self, grid, scale, offset)
-
-    monkeypatch.setattr(SortedRows, "_squared_error", counting)
-    limit = 4 * len(fmt.grid) * 3  # three candidates
-    monkeypatch.setattr(search, "_CHUNK", limit)
-    assert torch.equal(SortedRows(rows).squared_error(fmt, scales, offsets), whole)
-    assert len(looked_up) > 1
-    monkeypatch.setattr(search, "_CHUNK", 1)  # less than a single candidate takes
-    assert torch.equal(SortedRows(rows).squared_error(fmt, scales, offsets), whole)
+    assert len(lookups) == 1
+    for at_once in (30, 12, 1):  # pairs of a row and a candidate
+        lookups.clear()
+        monkeypatch.setattr(search, "_CHUNK", at_once * len(fmt.grid))
+        assert torch.equal(SortedRows(rows).squared_error(fmt, scales, offsets), whole)
+        assert len(lookups) > 1
 
 
-def test_lookups_stay_within_the_chunk_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lookups_stay_within_the_chunk_limit(monkeypatch: pytest.MonkeyPatch, lookups: list[int]) -> None:
     """However many rows (groups of a large weight) and candidates there are."""
     fmt, rows = parse_format("e4m3"), make_rows("gaussian", n_rows=4)
-    sizes = []
-    original = SortedRows._squared_error
-
-    def counting(self: SortedRows, grid: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-        sizes.append(scale.numel() * len(grid))
-        return original(self, grid, scale, offset)
-
-    monkeypatch.setattr(SortedRows, "_squared_error", counting)
+    thresholds = len(fmt.grid) - 1
     too_large = []
     for candidates in (1, 2, 5, 17, 111):
         for at_once in (2, 4, 8, 13):  # pairs of a row and a candidate
-            sizes.clear()
+            lookups.clear()
             monkeypatch.setattr(search, "_CHUNK", at_once * len(fmt.grid))
             SortedRows(rows).squared_error(fmt, torch.ones(4, candidates))
-            assert sum(sizes) == candidates * 4 * len(fmt.grid)
-            if max(sizes) > at_once * len(fmt.grid):
-                too_large.append((candidates, at_once, max(sizes) // len(fmt.grid)))
+            assert sum(lookups) == candidates * 4 * thresholds
+            if max(lookups) > at_once * len(fmt.grid):
+                too_large.append((candidates, at_once, max(lookups) // thresholds))
     assert not too_large, too_large
 
 

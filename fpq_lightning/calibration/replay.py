@@ -18,11 +18,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fpq_lightning.calibration.store import ActivationStore
 from fpq_lightning.calibration.trajectories import CalibrationSet
-from fpq_lightning.layers import running
+from fpq_lightning.layers import Mode, running
 from fpq_lightning.model.blocks import Unit
 
 Path = str  # "full_precision" or "quantized"
 PATHS: tuple[Path, Path] = ("full_precision", "quantized")
+_MODES: dict[Path, Mode] = {"full_precision": "full_precision", "quantized": "learned"}
 
 
 class _Stop(Exception):  # noqa: N818
@@ -44,32 +45,36 @@ def _stubs(units: list[Unit], stub: Any) -> Iterator[None]:
 class _Tree:
     """A structure of tensors whose batch-major leaves lie in the store.
 
-    Which leaves are batch-major is told by two passes with batches of different size.
+    Which leaves are batch-major is told by two passes with batches of different size. Their leading dimension may
+    hold other dimensions folded into it (frames, windows), sample by sample.
     """
 
-    def __init__(self, name: str, small: Any, large: Any) -> None:
+    def __init__(self, name: str, unit: str, small: Any, large: Any) -> None:
         self.name = name
         leaves, self.spec = tree_flatten(small)
         other = tree_flatten(large)[0]
         self.constants: list[Any] = leaves
-        self.batched = [
-            isinstance(a, Tensor) and a.ndim > 0 and len(a) == 2 and len(b) == 3
-            for a, b in zip(leaves, other, strict=True)
-        ]
+        self.batched = [_is_batch_major(unit, a, b) for a, b in zip(leaves, other, strict=True)]
 
     def stored(self) -> list[str]:
         return [f"{self.name}.{i}" for i, batched in enumerate(self.batched) if batched]
 
     def allocate(self, store: ActivationStore, n: int, next_use: int) -> None:
-        for key, leaf in zip(self.stored(), self._batched_of(self.constants), strict=True):
-            store.allocate(key, (n, *leaf.shape[1:]), leaf.dtype, next_use)
+        leaves = zip(self.stored(), self._batched_of(self.constants), self._folds(), strict=True)
+        for key, leaf, folded in leaves:
+            store.allocate(key, (n, folded, *leaf.shape[1:]), leaf.dtype, next_use)
 
     def _batched_of(self, leaves: list[Any]) -> list[Tensor]:
         return [leaf for leaf, batched in zip(leaves, self.batched, strict=True) if batched]
 
+    def _folds(self) -> list[int]:
+        """Rows of the leading dimension that belong to one sample, for each batch-major leaf."""
+        return [len(leaf) // 2 for leaf in self._batched_of(self.constants)]
+
     def write(self, store: ActivationStore, start: int, tree: Any) -> None:
-        for key, leaf in zip(self.stored(), self._batched_of(tree_flatten(tree)[0]), strict=True):
-            store.write(key, start, leaf)
+        leaves = zip(self.stored(), self._batched_of(tree_flatten(tree)[0]), self._folds(), strict=True)
+        for key, leaf, folded in leaves:
+            store.write(key, start, leaf.unflatten(0, (-1, folded)))
 
     def fill(self, batched: list[Tensor]) -> Any:
         values = iter(batched)
@@ -77,11 +82,27 @@ class _Tree:
         return tree_unflatten(leaves, self.spec)
 
     def read(self, store: ActivationStore, rows: slice | Tensor) -> Any:
-        return self.fill([store.read(key, rows) for key in self.stored()])
+        return self.fill([store.read(key, rows).flatten(0, 1) for key in self.stored()])
 
-    def placeholder(self, n: int) -> Any:
-        """Zeros of the right shape that take no memory."""
-        return self.fill([leaf.new_zeros(()).expand(n, *leaf.shape[1:]) for leaf in self._batched_of(self.constants)])
+    def placeholder(self, n: int, in_memory: bool) -> Any:
+        """Zeros of the right shape, that take no memory unless the network changes them in place."""
+        zeros = [
+            leaf.new_zeros(()).expand(n * folded, *leaf.shape[1:])
+            for leaf, folded in zip(self._batched_of(self.constants), self._folds(), strict=True)
+        ]
+        return self.fill([z.clone() for z in zeros] if in_memory else zeros)
+
+
+def _is_batch_major(unit: str, small: Any, large: Any) -> bool:
+    """Whether a leaf grows with the batch, given its values for batches of two and three."""
+    if not isinstance(small, Tensor) or small.shape == large.shape:
+        return False
+    if small.shape[1:] == large.shape[1:] and len(small) * 3 == len(large) * 2:
+        return True
+    raise ValueError(
+        f"{unit} takes or gives a tensor whose shape {tuple(small.shape)} for two samples and {tuple(large.shape)} for "
+        "three does not grow with its leading dimension: it cannot be captured; exclude the layers of this unit"
+    )
 
 
 class NetworkReplay:
@@ -110,8 +131,10 @@ class NetworkReplay:
         self.store = store
         self.micro_batch = micro_batch
         self.quantized_inputs = quantized_inputs
+        self._input_path = "quantized" if quantized_inputs else "full_precision"
         self.position = 0
-        self._inputs = calibration.inputs
+        self._calibration = calibration
+        self._placeholders_in_memory = False
         self._weights = calibration.weights.to(store.device)
         self.n = len(calibration)
         self._last_use = [max((k for k, u in enumerate(units) if i in u.sources), default=i) for i in range(len(units))]
@@ -121,10 +144,6 @@ class NetworkReplay:
     def unit(self) -> Unit:
         """The current unit."""
         return self.units[self.position]
-
-    def _network_inputs(self, rows: slice) -> dict[str, Any]:
-        device = self.store.device
-        return {k: v[rows].to(device) if isinstance(v, Tensor) and v.ndim else v for k, v in self._inputs.items()}
 
     @torch.no_grad()
     def _templates(self) -> tuple[list[_Tree], list[_Tree]]:
@@ -138,16 +157,16 @@ class NetworkReplay:
                 )
                 for unit in self.units
             ]
-            rows = torch.arange(size) % self.n
-            inputs = {k: v[rows] if isinstance(v, Tensor) and v.ndim else v for k, v in self._inputs.items()}
             try:
-                self.model(**{k: v.to(self.store.device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
+                self.model(**self._calibration.batch(torch.arange(size) % self.n, self.store.device))
             finally:
                 for hook in hooks:
                     hook.remove()
         pairs = list(zip(seen[2], seen[3], strict=True))
-        inputs_trees = [_Tree("inputs", a[0], b[0]) for a, b in pairs]
-        return inputs_trees, [_Tree(str(i), a[1], b[1]) for i, (a, b) in enumerate(pairs)]
+        names = [unit.name for unit in self.units]
+        inputs = [_Tree("inputs", name, a[0], b[0]) for name, (a, b) in zip(names, pairs, strict=True)]
+        outputs = [_Tree("outputs", name, a[1], b[1]) for name, (a, b) in zip(names, pairs, strict=True)]
+        return inputs, outputs
 
     def _output_tree(self, path: Path, index: int) -> _Tree:
         tree = self._output_trees[index]
@@ -169,10 +188,17 @@ class NetworkReplay:
             tree = self._output_tree(path, index)
             if index in self.unit.sources:
                 return tree.read(self.store, rows)
-            return tree.placeholder(rows.stop - rows.start)
+            return tree.placeholder(rows.stop - rows.start, self._placeholders_in_memory)
 
-        with _stubs(self.units, stub), suppress(_Stop):
-            self.model(**self._network_inputs(rows))
+        try:
+            # Layers may also run between the units: DiT embeds the timestep once more with its first block's layers.
+            with running(self.model, _MODES[path]), _stubs(self.units, stub), suppress(_Stop):
+                self.model(**self._calibration.batch(rows, self.store.device))
+        except RuntimeError as error:
+            if self._placeholders_in_memory or "single memory location" not in str(error):
+                raise
+            self._placeholders_in_memory = True  # the network changes outputs of units in place
+            return self._unit_inputs(path, rows)
         return captured
 
     @torch.no_grad()
@@ -184,13 +210,16 @@ class NetworkReplay:
         targets = self._output_tree("full_precision", index)
         targets.allocate(self.store, self.n, next_use=index)
         for rows in self._batches():
+            # Stored before the unit runs, which may change its input in place.
+            inputs.write(self.store, rows.start, self._unit_inputs(self._input_path, rows))
             args, kwargs = self._unit_inputs("full_precision", rows)
             with running(unit.module, "full_precision"):
                 output = unit.module(*args, **kwargs)
             self._output_tree("full_precision", index).write(self.store, rows.start, output)
-            if self.quantized_inputs:
-                args, kwargs = self._unit_inputs("quantized", rows)
-            inputs.write(self.store, rows.start, (args, kwargs))
+        if self.quantized_inputs:
+            self._settle_sources()  # the unit's own inputs are all that is needed from here on
+            for key in [*inputs.stored(), *targets.stored()]:
+                self.store.promote(key)
 
     def is_on_device(self) -> bool:
         """Whether what an optimisation step reads lies on the compute device."""
@@ -232,22 +261,27 @@ class NetworkReplay:
                     self._output_tree("quantized", index).write(self.store, rows.start, output)
         for key in self._input_trees[index].stored():
             self.store.free(key)
-        for source in range(index + 1):
-            for path in PATHS:
-                if source == index and path == "quantized" and not later:
-                    continue
-                self._settle(path, source, index)
+        if not self.quantized_inputs:
+            self._settle_sources()
+        self._settle("full_precision", index)
+        if later:
+            self._settle("quantized", index)
         self.position += 1
 
     def _next_use(self, source: int) -> int:
         return min(k for k, u in enumerate(self.units) if source in u.sources and k > self.position)
 
-    def _settle(self, path: Path, source: int, index: int) -> None:
+    def _settle_sources(self) -> None:
+        for source in self.unit.sources:
+            for path in PATHS:
+                self._settle(path, source)
+
+    def _settle(self, path: Path, source: int) -> None:
         """Frees an output after its last use, or says when it is needed next."""
-        if self._last_use[source] == index:
+        if self._last_use[source] <= self.position:
             for key in self._output_tree(path, source).stored():
                 self.store.free(key)
-        elif self._last_use[source] > index:
+        else:
             for key in self._output_tree(path, source).stored():
                 self.store.schedule(key, self._next_use(source))
 

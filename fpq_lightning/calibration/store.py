@@ -19,7 +19,7 @@ def parse_bytes(size: str | int) -> int:
     Raises:
         ValueError: if it is none.
     """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([bkmgt]?)(i?b)?\s*", str(size).lower())
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([bkmgt]?)(i?b)?\s*", str(size).lower())
     if match is None:
         raise ValueError(f"cannot read {size!r} as a number of bytes: write for example 4GiB")
     return int(float(match[1]) * _UNITS[match[2]])
@@ -97,10 +97,7 @@ class ActivationStore:
             if entry.next_use <= next_use:
                 return self._make_room(self._below(tier), size, next_use)
             below = self._make_room(self._below(tier), entry.bytes, entry.next_use)
-            moved = self._new(below, tuple(entry.tensor.shape), entry.tensor.dtype, entry.next_use)
-            moved.tensor.copy_(entry.tensor)
-            self.free(key)
-            self._entries[key] = moved
+            self._entries[key] = self._moved(key, below)
         return tier
 
     def _below(self, tier: str) -> str:
@@ -128,9 +125,23 @@ class ActivationStore:
         if isinstance(rows, Tensor):
             found = entry.tensor.index_select(0, rows.to(entry.tensor.device))
         else:
-            found = entry.tensor[rows]
-        found = found.to(self.device, non_blocking=True)
+            found = entry.tensor[rows].clone()  # the network may change it in place
+        found = found.to(self.device)
         return found.float() if found.is_floating_point() else found
+
+    def promote(self, key: str) -> None:
+        """Moves an array to the compute device if the budget has room for it now."""
+        entry = self._entries[key]
+        if entry.tier != "device" and self.used("device") + entry.bytes <= self.budgets["device"]:
+            self._entries[key] = self._moved(key, "device")
+            self.peak = max(self.peak, self.used("device"))
+
+    def _moved(self, key: str, tier: str) -> _Entry:
+        entry = self._entries[key]
+        moved = self._new(tier, tuple(entry.tensor.shape), entry.tensor.dtype, entry.next_use)
+        moved.tensor.copy_(entry.tensor)
+        self.free(key)
+        return moved
 
     def on_device(self, key: str) -> bool:
         """Whether an array lies on the compute device."""

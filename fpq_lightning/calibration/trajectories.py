@@ -17,6 +17,7 @@ import datasets
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fpq_lightning.pipelines import SamplerConfig, denoiser_name, sample, set_sampler
@@ -26,6 +27,7 @@ Inputs = dict[str, Any]
 """Keyword arguments of the denoiser: tensors with a leading dimension of samples, and constants."""
 
 _WEIGHT = "sample_weight"
+_CONSTANTS = "constants.safetensors"
 
 
 @dataclass
@@ -42,6 +44,16 @@ class CalibrationSet:
 
     def __len__(self) -> int:
         return len(self.weights)
+
+    def batch(self, rows: slice | Tensor, device: torch.device) -> Inputs:
+        """Keyword arguments of the denoiser for some of the samples."""
+
+        def place(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return (value[rows] if value.ndim and len(value) == len(self) else value).to(device)
+
+        return {name: place(value) for name, value in self.inputs.items()}
 
 
 def _chunks(n: int, size: int) -> Iterator[range]:
@@ -255,16 +267,18 @@ def image_tensor(image: Any, height: int, width: int) -> Tensor:
 def save_calibration_set(calibration: CalibrationSet, directory: str | Path) -> None:
     """Writes a calibration set as a `datasets` dataset (Arrow), a column for each tensor.
 
-    Constants are kept in the description of the dataset as JSON.
+    Constants are kept in its description as JSON, and beside it as safetensors.
     """
-    columns = {k: v for k, v in calibration.inputs.items() if isinstance(v, Tensor)}
-    constants = {k: v for k, v in calibration.inputs.items() if k not in columns}
+    tensors = {k: v for k, v in calibration.inputs.items() if isinstance(v, Tensor)}
+    columns = {k: v for k, v in tensors.items() if v.ndim and len(v) == len(calibration)}
+    constants = {k: v for k, v in calibration.inputs.items() if k not in tensors}
     columns[_WEIGHT] = calibration.weights
     features = datasets.Features({name: _feature(value) for name, value in columns.items()})
     info = datasets.DatasetInfo(description=json.dumps(constants), features=features)
     dataset = datasets.Dataset.from_dict({k: v.numpy() for k, v in columns.items()}, features=features, info=info)
     with whole_directory(Path(directory)) as temporary:
         dataset.save_to_disk(str(temporary))
+        save_file({k: v.contiguous() for k, v in tensors.items() if k not in columns}, temporary / _CONSTANTS)
 
 
 def _feature(value: Tensor) -> Any:
@@ -291,6 +305,7 @@ def load_calibration_set(directory: str | Path) -> CalibrationSet:
         table = dataset.with_format("numpy")
         columns: Inputs = {name: torch.from_numpy(np.array(table[name][:])) for name in dataset.column_names}
         constants = json.loads(dataset.info.description or "{}")
+        constants |= load_file(Path(directory) / _CONSTANTS)
         weights = columns.pop(_WEIGHT)
     except Exception as error:  # whatever a damaged Arrow file raises
         raise ValueError(f"the calibration set at {directory} cannot be read ({error}): delete it") from error

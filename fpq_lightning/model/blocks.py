@@ -96,8 +96,10 @@ def discover_units(model: nn.Module, include: Sequence[str] = ("*",), exclude: S
     if not names:
         raise ValueError(f"{type(model).__name__} has no Linear or Conv layer to quantize")
     chosen = select_layers(names, include, exclude)
-    units = []
+    units: list[Unit] = []
     for name, module in _walk(model, "", is_root=True):
+        if any(module is unit.module for unit in units):
+            continue  # a module may have several names
         layers = {
             full: layer
             for sub, layer in module.named_modules()

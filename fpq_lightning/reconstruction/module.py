@@ -104,7 +104,7 @@ class BlockReconstruction(pl.LightningModule):
             return
         units = discover_units(self.denoiser, self.recipe.include, self.recipe.exclude)
         device = next(self.denoiser.parameters()).device
-        first = {k: v[:1].to(device) if _is_batch(v) else v for k, v in self.calibration.set.inputs.items()}
+        first = self.calibration.set.batch(slice(0, 1), device)
         self.units, splits = trace_units(self.denoiser, units, first)
         ran = {unit.name for unit in self.units}
         if skipped := [unit.name for unit in units if unit.name not in ran and unit.layers]:
@@ -372,7 +372,3 @@ class BlockReconstruction(pl.LightningModule):
 def learning_rate_factor(progress: float) -> float:
     """Cosine decay to zero."""
     return 0.5 + 0.5 * math.cos(math.pi * progress)
-
-
-def _is_batch(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0

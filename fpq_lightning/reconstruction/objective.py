@@ -16,13 +16,13 @@ def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor], weights
     """Weighted squared error over the weighted energy of the targets, averaged over the outputs of a unit.
 
     Args:
-        outputs: `[batch, ...]` each.
+        outputs: `[batch, ...]` each, or with further dimensions folded into the first.
         targets: likewise.
         weights: of the samples, `[batch]`.
     """
 
     def energy(x: Tensor) -> Tensor:
-        return (x.flatten(1).square().mean(1) * weights).sum()
+        return (x.reshape(len(weights), -1).square().mean(1) * weights).sum()
 
     pairs = zip(outputs, targets, strict=True)
     return torch.stack([energy(o - t) / energy(t).clamp(min=1e-12) for o, t in pairs]).mean()

@@ -1,0 +1,362 @@
+"""The command line: what it writes, and one clear line for everything that can be wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from models import CHECKOUT, STEPS, fit_arguments, run_fpq, run_scenarios, save_tiny, scenario
+from PIL import Image
+from safetensors.torch import load_file
+
+from fpq_lightning import SamplerConfig, load_quantized
+from fpq_lightning.pipelines import sample, set_sampler
+
+FEATURES = CHECKOUT / "data" / "cifar10-features"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def finished(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with evaluation."""
+    from fpq_lightning.cli import main
+
+    directory = tmp_path_factory.mktemp("run") / "run"
+    options = [f"--evaluation.features={FEATURES}", f"--evaluation.real={FEATURES / 'cifar10_train.safetensors'}"]
+    main([*fit_arguments(model, directory, n_images=3), *options, "--evaluation.seed=20"])
+    return directory
+
+
+@pytest.fixture(scope="module")
+def report(finished: Path) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads((finished / "report.json").read_text(), parse_constant=refuse)
+
+
+# --- what a run leaves -----------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_the_files_of_the_pinned_interface(finished: Path) -> None:
+    names = {"checkpoints/last.ckpt", "quantized", "report.json", "report.md", "samples.png", "config.yaml"}
+    assert {name for name in names if not (finished / name).exists()} == set()
+    assert list(finished.rglob("events.out.tfevents.*"))
+
+
+def test_the_report_has_the_pinned_schema(report: dict[str, Any]) -> None:
+    assert report["schema_version"] == 1
+    assert {"weight_bits", "sparsity", "versions", "fingerprint"} <= report.keys()
+    assert report["variants"].keys() == {"full_precision", "nearest", "learned"}
+    for variant in report["variants"].values():
+        assert variant.keys() == {"fd", "fd_real", "psnr", "ssim", "n_images", "seeds"}
+        assert variant["n_images"] == 3
+        assert all(v is None or isinstance(v, float) for k, v in variant.items() if k not in ("n_images", "seeds"))
+        assert variant["fd"] >= 0
+        assert variant["fd_real"] > 0
+    assert report["variants"]["full_precision"]["psnr"] is None
+    assert report["variants"]["nearest"]["psnr"] > 5
+    assert report["variants"]["learned"]["psnr"] > 5
+    keys = {"name", "parameters", "weight_formats", "activation_formats", "error_nearest", "error_learned", "kept"}
+    for block in report["blocks"]:
+        assert block.keys() == keys | {"iterations", "seconds"}
+    calibration = report["calibration"]
+    assert calibration.keys() == {"seconds", "peak_memory_bytes", "samples", "seeds"}
+    assert calibration["samples"] == 16
+    assert calibration["seconds"] > 0
+    assert calibration["peak_memory_bytes"] > 2**26
+    assert report["versions"]["torch"] == torch.__version__
+
+
+def test_the_report_counts_bits_and_zeros_of_the_saved_weights(finished: Path, report: dict[str, Any]) -> None:
+    saved = load_file(finished / "quantized" / "unet" / "diffusion_pytorch_model.safetensors")
+    bits = zeros = total = 0
+    for block in report["blocks"]:
+        for name, formats in block["weight_formats"].items():
+            weight = saved[f"{name}.weight"]
+            total += weight.numel()
+            zeros += int((weight == 0).sum())
+            bits += 4 * weight.numel() + 32 * len(weight) * len(formats)  # a scale a channel and part
+    assert report["weight_bits"] == pytest.approx(bits / total)
+    assert report["sparsity"] == pytest.approx(zeros / total)
+
+
+def test_the_readable_report_mentions_every_unit_and_variant(finished: Path, report: dict[str, Any]) -> None:
+    text = (finished / "report.md").read_text()
+    assert len(report["blocks"]) == 14
+    for block in report["blocks"]:
+        assert f"| {block['name']} |" in text
+    assert "noise floor" in text
+    assert "only rank" in text
+    assert report["fingerprint"] in text
+
+
+def test_the_samples_show_three_rows_of_as_many_images_as_there_are(finished: Path) -> None:
+    image = Image.open(finished / "samples.png")
+    image.load()
+    width, height = image.size
+    assert width > height * 0.8
+    assert height >= 3 * 64
+    assert width >= 3 * 64
+    assert np.asarray(image.convert("L")).std() > 5
+
+
+def test_the_saved_configuration_runs_again_as_the_same_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert yaml.safe_load((finished / "config.yaml").read_text())["recipe"]["rounding"]["iterations"] == 10
+    outcome = run_fpq(capsys, ["fit", "--config", str(finished / "config.yaml")])
+    assert outcome.code == 0, outcome.err
+    assert "finished" in outcome.out
+
+
+def test_a_run_writes_one_line_a_unit(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = run_fpq(capsys, fit_arguments(model, tmp_path / "run"))
+    assert outcome.code == 0, outcome.err
+    lines = [line for line in (outcome.out + outcome.err).replace("\r", "\n").splitlines() if "->" in line]
+    assert len(lines) == 14
+    assert all("error" in line and ("(learned)" in line or "(nearest)" in line) for line in lines)
+    assert str(tmp_path / "run" / "quantized") in outcome.out
+
+
+# --- the other commands ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["fit", "test", "predict"])
+def test_print_config_prints_every_value_as_yaml(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--output=x"] if command == "predict" else []
+    outcome = run_fpq(capsys, [command, "--model=m", "--sampler.steps=7", *more, "--print_config"])
+    assert outcome.code == 0, outcome.err
+    config = yaml.safe_load(outcome.out)
+    assert config["model"] == "m"
+    assert config["sampler"]["steps"] == 7
+    if command == "fit":
+        assert config["recipe"]["weights"]["formats"] == "fp4"
+        assert config["data"]["n_samples"] == 5120
+
+
+def test_predict_writes_the_images_that_load_quantized_samples(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantized, output = finished / "quantized", tmp_path / "images"
+    arguments = ["predict", f"--model={quantized}", f"--output={output}", "--n_images=5", "--seed=30"]
+    arguments += [f"--sampler.steps={STEPS}", "--sampler.batch_size=3", "--trainer.accelerator=cpu"]
+    outcome = run_fpq(capsys, arguments)
+    assert outcome.code == 0, outcome.err
+    assert sorted(f.name for f in output.iterdir()) == [f"{seed:06d}.png" for seed in range(30, 35)]
+    pipeline, sampler = load_quantized(quantized), SamplerConfig(steps=STEPS, batch_size=3)
+    set_sampler(pipeline, sampler)
+    images = torch.cat([sample(pipeline, sampler, seeds) for seeds in ([30, 31, 32], [33, 34])])
+    for seed, image in zip(range(30, 35), images, strict=True):
+        found = np.asarray(Image.open(output / f"{seed:06d}.png"))
+        expected = ((image.permute(1, 2, 0).double().numpy() + 1) / 2 * 255).round()
+        assert found.shape == (8, 8, 3)
+        assert np.abs(found - expected).max() <= 1
+        assert (found != expected).mean() < 0.05
+
+
+def test_test_prints_the_quality_of_a_quantized_model(
+    finished: Path, report: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["test", f"--model={finished / 'quantized'}", f"--sampler.steps={STEPS}", "--sampler.batch_size=4"]
+    arguments += ["--evaluation.n_images=3", "--evaluation.seed=20", f"--evaluation.features={FEATURES}"]
+    outcome = run_fpq(capsys, [*arguments, "--trainer.accelerator=cpu"])
+    assert outcome.code == 0, outcome.err
+    values = {}
+    for line in outcome.out.splitlines():
+        words = line.replace("│", " ").replace("|", " ").split()
+        if len(words) == 2 and words[0] in ("fd", "psnr", "ssim"):
+            values[words[0]] = float(words[1])
+    # The same images as in the run, so the same figures.
+    assert values["psnr"] == pytest.approx(report["variants"]["learned"]["psnr"], abs=1e-2)
+    assert values["fd"] == pytest.approx(report["variants"]["learned"]["fd"], rel=1e-2)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------
+
+
+def _with(file: str, change: Callable[[Path], Any]) -> Callable[[Path], Path]:
+    """A model directory with one file changed."""
+
+    def make(root: Path) -> Path:
+        directory = Path(save_tiny(root / "bad"))
+        change(directory / file)
+        return directory
+
+    return make
+
+
+def _damaged(name: str, value: float) -> Callable[[Path], Path]:
+    def damage(unet: torch.nn.Module) -> None:
+        unet.get_parameter(name).view(-1)[0] = value
+
+    return lambda root: Path(save_tiny(root / "bad", damage=damage))
+
+
+def _empty(root: Path) -> Path:
+    (root / "bad").mkdir()
+    return root / "bad"
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing": (lambda root: root / "none", "no model"),
+    "no hub id": (lambda root: "nothing", "no model"),
+    "empty directory": (_empty, "model_index.json"),
+    "a file": (lambda root: Path(__file__), "model_index.json"),
+    "damaged index": (_with("model_index.json", lambda f: f.write_text("{")), "bad"),
+    "damaged weights": (_with(_WEIGHTS, _cut), "bad"),
+    "missing weights": (_with(_WEIGHTS, Path.unlink), "bad"),
+    "damaged configuration": (_with("unet/config.json", lambda f: f.write_text("x")), "bad"),
+    "missing unet": (_with("unet", shutil.rmtree), "bad"),
+    "unreadable index": (_with("model_index.json", lambda f: (f.unlink(), f.mkdir())), "bad"),
+    "nan weight": (_damaged("mid_block.resnets.0.conv1.weight", float("nan")), "NaN"),
+    "inf weight": (_damaged("conv_in.weight", float("inf")), "NaN or Inf"),
+    "inf in activations": (_damaged("conv_in.bias", 3e38), "NaN or Inf"),
+}
+
+OPTIONS: dict[str, tuple[list[str], str]] = {
+    "unknown format": (["--recipe.weights.formats=e9m9x"], "unknown format"),
+    "unknown activation format": (["--recipe.activations.formats=fp7"], "unknown format"),
+    "group size": (["--recipe.weights.granularity=group", "--recipe.weights.group_size=5"], "group_size 5"),
+    "include": (['--recipe.include=["decoder.*"]'], "decoder"),
+    "exclude": (['--recipe.exclude=["decoder.*"]'], "decoder"),
+    "empty calibration set": (["--data.n_samples=0"], "empty"),
+    "unknown option": (["--recipe.wieghts.formats=fp4"], "wieghts"),
+    "unknown scheduler": (["--sampler.scheduler=Nope"], "Nope"),
+    "features that are not there": (["--evaluation.features=/none"], "/none"),
+    "images that are not there": (["--data.source=/none.parquet"], "/none.parquet"),
+    "a checkpoint that is not there": (["--ckpt_path=/none.ckpt"], "/none.ckpt"),
+    "unknown configuration": (["--config=no_such_recipe"], "no_such_recipe"),
+}
+
+
+def _assert_one_line(outcome: Any, message: str) -> None:
+    assert outcome.code != 0
+    assert "Traceback" not in outcome.err
+    assert len(outcome.errors) == 1, outcome.err
+    assert message in outcome.errors[0]
+    # Nothing after it.
+    assert outcome.err.rstrip().splitlines()[-1] == outcome.errors[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_bad_model_ends_fit_in_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make, message = MODELS[name]
+    outcome = run_fpq(capsys, fit_arguments(str(make(tmp_path)), tmp_path / "run"))
+    _assert_one_line(outcome, message)
+    assert not (tmp_path / "run" / "quantized").exists()
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_bad_option_ends_fit_in_one_line(
+    name: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, message = OPTIONS[name]
+    outcome = run_fpq(capsys, [*fit_arguments(model, tmp_path / "run"), *options])
+    _assert_one_line(outcome, message)
+    assert not (tmp_path / "run" / "quantized").exists()
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
+@pytest.mark.parametrize("command", ["fit", "test", "predict"])
+def test_a_command_without_a_model_asks_for_one(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [f"--output={tmp_path / 'images'}"] if command == "predict" else []
+    _assert_one_line(run_fpq(capsys, [command, *more]), "--model")
+
+
+def test_an_empty_calibration_set_on_disk_ends_in_one_line(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = {"sample": [], "timestep": [], "sample_weight": []}
+    datasets.Dataset.from_dict(empty).save_to_disk(str(tmp_path / "set"))
+    outcome = run_fpq(capsys, [*fit_arguments(model, tmp_path / "run"), f"--data.directory={tmp_path / 'set'}"])
+    _assert_one_line(outcome, "empty")
+
+
+def test_another_runs_directory_is_refused_in_one_line_and_left_alone(
+    finished: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {f: f.stat().st_mtime_ns for f in finished.rglob("*")}
+    outcome = run_fpq(capsys, [*fit_arguments(model, finished), "--recipe.activations.formats=fp6"])
+    _assert_one_line(outcome, "recipe.activations.formats: fp8 -> fp6")
+    assert {f: f.stat().st_mtime_ns for f in finished.rglob("*")} == before
+
+
+def test_a_directory_of_something_else_is_refused_in_one_line(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").write_text("dear")
+    _assert_one_line(run_fpq(capsys, fit_arguments(model, tmp_path)), "choose another --run_dir")
+    assert [f.name for f in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_directory_that_cannot_be_made_ends_in_one_line(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    _assert_one_line(run_fpq(capsys, fit_arguments(model, tmp_path / "file" / "run")), "--run_dir")
+
+
+def test_a_damaged_checkpoint_ends_in_one_line(
+    finished: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = fit_arguments(model, tmp_path / "run")
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "report.json").unlink()
+    _cut(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    _assert_one_line(run_fpq(capsys, [*arguments, "--ckpt_path=last"]), "last.ckpt")
+
+
+@pytest.mark.parametrize("command", ["test", "predict"])
+@pytest.mark.parametrize("name", ["missing", "empty directory", "damaged index", "damaged weights"])
+def test_a_bad_model_ends_test_and_predict_in_one_line(
+    command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, message = MODELS[name]
+    more = [f"--output={tmp_path / 'images'}"] if command == "predict" else []
+    _assert_one_line(run_fpq(capsys, [command, f"--model={make(tmp_path)}", *more]), message)
+
+
+def test_predict_without_images_or_onto_a_file_ends_in_one_line(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["predict", f"--model={model}", "--trainer.accelerator=cpu"]
+    _assert_one_line(run_fpq(capsys, [*arguments, f"--output={tmp_path}", "--n_images=0"]), "--n_images")
+    (tmp_path / "file").write_text("x")
+    _assert_one_line(run_fpq(capsys, [*arguments, f"--output={tmp_path / 'file'}"]), str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(model: str, tmp_path: Path) -> None:
+    # Files of at most so many bytes: what is written first, later and last fails.
+    limits = [3_000, 60_000, 75_000]
+    outcomes = run_scenarios(
+        [scenario(tmp_path / f"log{n}", fit_arguments(model, tmp_path / f"run{n}"), file_size=n) for n in limits]
+    )
+    for limit, outcome in zip(limits, outcomes, strict=True):
+        run = tmp_path / f"run{limit}"
+        assert outcome.code not in (0, None), f"{limit}: nothing was too large"
+        assert "Traceback" not in outcome.err, f"{limit}: {outcome.err[-600:]}"
+        assert len(outcome.errors) == 1
+        assert not (run / "quantized").exists()
+        assert not (run / "report.json").exists()
+        assert [f.name for f in run.iterdir() if f.name.startswith(".")] == []
