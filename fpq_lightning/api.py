@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from diffusers import DiffusionPipeline
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from fpq_lightning.calibration.datamodule import STEPS_PER_BATCH, CalibrationDataModule
-from fpq_lightning.callbacks import CalibrationProgress, FinalizeQuantization, ImageQuality, RunReport
+from fpq_lightning.calibration.datamodule import CalibrationDataModule
+from fpq_lightning.callbacks import CalibrationProgress, FinalizeQuantization, ImageQuality, RunCheckpoint, RunReport
 from fpq_lightning.evaluation import EvaluationConfig
 from fpq_lightning.pipelines import SamplerConfig, denoiser_name
 from fpq_lightning.recipes import Recipe
@@ -54,17 +54,10 @@ def run_callbacks(
     """What every calibration does besides optimising."""
     quality = ImageQuality(evaluation, sampler)
     return [
-        CalibrationProgress(),
         FinalizeQuantization(run, base_model),
         quality,
         RunReport(run, quality),
-        ModelCheckpoint(run.checkpoints, save_last=True, save_top_k=0, save_on_train_epoch_end=True),
-        ModelCheckpoint(
-            run.checkpoints,
-            save_last=True,
-            save_top_k=0,
-            every_n_train_steps=max(1, checkpoint_steps // STEPS_PER_BATCH),
-        ),
+        RunCheckpoint(run.checkpoints, checkpoint_steps),
     ]
 
 
@@ -107,8 +100,10 @@ def quantize(
         raise ValueError(f"{run.path} holds this run, finished: use load_quantized({str(run.quantized)!r})")
     if state is RunState.UNFINISHED and ckpt_path is None:
         raise ValueError(f"{run.path} holds this run, unfinished: pass ckpt_path='last' to go on with it")
-    callbacks = run_callbacks(run, name, evaluation or EvaluationConfig(n_images=0), sampler, checkpoint_steps=500)
     options = {**TRAINER_DEFAULTS, "logger": TensorBoardLogger(run.path, name="", version="logs"), **trainer_options}
+    callbacks = run_callbacks(run, name, evaluation or EvaluationConfig(n_images=0), sampler, checkpoint_steps=500)
+    if options.get("enable_progress_bar", True):
+        callbacks.append(CalibrationProgress())
     options["callbacks"] = [*options.get("callbacks", []), *callbacks]
     fit(pl.Trainer(**options), BlockReconstruction(pipeline, recipe), data, run, sampler, ckpt_path)
     return pipeline
@@ -123,9 +118,30 @@ def fit(
     ckpt_path: str | None,
 ) -> None:
     """Runs a calibration in its run directory."""
+    if ckpt_path == "last":
+        ckpt_path = str(run.checkpoints / "last.ckpt")
+        if not Path(ckpt_path).is_file():
+            print(f"{run.path} has no checkpoint yet: starting from the beginning")
+            ckpt_path = None
+    if ckpt_path is not None:
+        check_checkpoint(ckpt_path)
     run.begin()
     data.sampler = sampler
     data.directory = data.directory or str(run.path / "calibration")
     trainer.fit(module, data, ckpt_path=ckpt_path)
     if module.finished:
         module.use_learned()
+
+
+def check_checkpoint(file: str) -> None:
+    """Reads a checkpoint once, so that a damaged one is found before anything else is done.
+
+    Raises:
+        ValueError: if it cannot be read or is none of ours.
+    """
+    try:
+        readable = "fpq" in torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file raises
+        raise ValueError(f"the checkpoint {file} cannot be read ({error}): delete it to start again") from error
+    if not readable:
+        raise ValueError(f"{file} is no checkpoint of a calibration")

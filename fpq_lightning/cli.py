@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fpq_lightning import api
 from fpq_lightning.calibration.datamodule import CalibrationDataModule
+from fpq_lightning.callbacks import CalibrationProgress
 from fpq_lightning.evaluation import EvaluationConfig
 from fpq_lightning.generation import ImageGeneration, SeedDataModule, WriteImages
 from fpq_lightning.pipelines import SamplerConfig, load_pipeline
@@ -97,6 +98,7 @@ class FPQCommandLine(LightningCLI):
         if self._preparing == "predict":
             parser.add_argument("--output", type=str, required=True, help="Directory for the images.")
             parser.add_argument("--n_images", type=int, default=16, help="Number of images.")
+            parser.add_argument("--prompts", type=list[str] | None, default=None, help="One for each image.")
             parser.add_argument("--seed", type=int, default=0, help="Seed of the first image; image i has seed + i.")
 
     def instantiate_classes(self) -> None:
@@ -105,8 +107,8 @@ class FPQCommandLine(LightningCLI):
         options = self.config_init[self.subcommand]
         if not options.model:
             raise ValueError("no model: give --model, the directory or hub id of a diffusers pipeline")
-        callbacks: list[pl.Callback] = {"fit": self._prepare_fit, "test": self._prepare_test,
-                                        "predict": self._prepare_predict}[cast(str, self.subcommand)](options)  # fmt: skip
+        prepare = {"fit": self._prepare_fit, "test": self._prepare_test, "predict": self._prepare_predict}
+        callbacks: list[pl.Callback] = prepare[cast(str, self.subcommand)](options)
         trainer = dict(options.trainer)
         trainer["callbacks"] = [*(trainer.get("callbacks") or []), *callbacks]
         if trainer["logger"] is None:
@@ -126,15 +128,13 @@ class FPQCommandLine(LightningCLI):
             raise SystemExit(0)
         if state is RunState.UNFINISHED and options.ckpt_path is None:
             raise ValueError(f"{self.run.path} holds this run, unfinished: add --ckpt_path last to go on with it")
-        if state is RunState.NEW and options.ckpt_path == "last":
-            print(f"{self.run.path} has no checkpoint yet: starting from the beginning")
-            options.ckpt_path = None
         self.model = BlockReconstruction(pipeline, options.recipe)
         save = _SaveConfig(self._parser(self.subcommand), self.config[self.subcommand], save_to_log_dir=False)
         callbacks = api.run_callbacks(
             self.run, options.model, options.evaluation, options.sampler, options.checkpoint_steps
         )
-        return [save, *callbacks]
+        progress = [CalibrationProgress()] if options.trainer.enable_progress_bar in (None, True) else []
+        return [save, *callbacks, *progress]
 
     def _prepare_test(self, options: Namespace) -> list[pl.Callback]:
         self.model = ImageGeneration(options.model, options.sampler, options.evaluation)
@@ -145,8 +145,12 @@ class FPQCommandLine(LightningCLI):
         if options.n_images < 1:
             raise ValueError(f"--n_images must be at least 1, got {options.n_images}")
         self.model = ImageGeneration(options.model, options.sampler)
+        if options.prompts and len(options.prompts) != options.n_images:
+            raise ValueError(
+                f"{len(options.prompts)} prompts for --n_images {options.n_images}: give one for each image"
+            )
         seeds = range(options.seed, options.seed + options.n_images)
-        self.datamodule = SeedDataModule(seeds, options.sampler.batch_size)
+        self.datamodule = SeedDataModule(seeds, options.sampler.batch_size, options.prompts)
         return [WriteImages(options.output)]
 
     def fit(self, **options: Any) -> None:
@@ -171,6 +175,9 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*torch_dtype.*")
     warnings.filterwarnings("ignore", message=".*num_workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter is intended.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)

@@ -110,7 +110,7 @@ class FloatFormat(Format):
     """`exponent` + `mantissa` bits, subnormals, and a sign bit if `signed`.
 
     Attributes:
-        exponent: number of exponent bits, at least 1.
+        exponent: number of exponent bits, 1 to 7 (8 would leave the range of float32).
         mantissa: number of mantissa bits, 0 allowed.
         signed: whether the top bit of the code is a sign.
         reserved: how many of the largest codes of each sign stand for NaN or Inf (0 in the free convention).
@@ -124,9 +124,9 @@ class FloatFormat(Format):
     hardware_name: str = ""
 
     def __post_init__(self) -> None:
-        if self.exponent < 1 or self.mantissa < 0 or not 2 <= self.bits <= 8:
+        if not 1 <= self.exponent <= 7 or self.mantissa < 0 or not 2 <= self.bits <= 8:
             raise ValueError(
-                f"a float format needs at least 1 exponent bit and 2 to 8 bits in all, got E{self.exponent} "
+                f"a float format needs 1 to 7 exponent bits and 2 to 8 bits in all, got E{self.exponent} "
                 f"M{self.mantissa} {'signed' if self.signed else 'unsigned'}"
             )
 

@@ -12,7 +12,6 @@ import torch
 from diffusers import DiffusionPipeline
 from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fpq_lightning.evaluation import EvaluationConfig
@@ -21,19 +20,26 @@ from fpq_lightning.storage.quantized import is_quantized, load_quantized, read_d
 
 
 class SeedDataModule(pl.LightningDataModule):
-    """Batches of image seeds.
+    """Batches of image seeds and prompts.
 
     Args:
         seeds: of the images.
         batch_size: images at a time.
+        prompts: one for each image, or None.
     """
 
-    def __init__(self, seeds: range, batch_size: int) -> None:
+    def __init__(self, seeds: range, batch_size: int, prompts: Sequence[str] | None = None) -> None:
         super().__init__()
-        self.seeds, self.batch_size = seeds, batch_size
+        self.images = list(zip(seeds, prompts or [""] * len(seeds), strict=True))
+        self.prompted = prompts is not None
+        self.batch_size = batch_size
 
     def _loader(self) -> DataLoader:
-        return DataLoader(list(self.seeds), batch_size=self.batch_size)  # type: ignore[arg-type]
+        return DataLoader(self.images, batch_size=self.batch_size, collate_fn=self._collate)  # type: ignore[arg-type]
+
+    def _collate(self, images: list[tuple[int, str]]) -> dict[str, Any]:
+        seeds, prompts = zip(*images, strict=True)
+        return {"seeds": list(seeds), "prompts": list(prompts) if self.prompted else None}
 
     test_dataloader = predict_dataloader = _loader
 
@@ -68,9 +74,9 @@ class ImageGeneration(pl.LightningModule):
                 pipeline.to(self.trainer.strategy.root_device)
                 set_sampler(pipeline, self.sampler)
 
-    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Compares the images of a batch of seeds."""
-        seeds = batch.tolist()
+        seeds = batch["seeds"]
         images = sample(self.pipeline, self.sampler, seeds).to(self.device)
         reference = images if self.reference is None else sample(self.reference, self.sampler, seeds).to(self.device)
         self.metrics.update(images, reference, same_seeds=True)
@@ -82,10 +88,10 @@ class ImageGeneration(pl.LightningModule):
             values = {"fd_real": values["fd_real"]}
         self.log_dict({k: math.nan if v is None else v for k, v in values.items()})
 
-    def predict_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
-        """Images of a batch of seeds."""
-        seeds = batch.tolist()
-        return {"seeds": seeds, "images": sample(self.pipeline, self.sampler, seeds)}
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Images of a batch of seeds and prompts."""
+        images = sample(self.pipeline, self.sampler, batch["seeds"], batch["prompts"])
+        return {"seeds": batch["seeds"], "images": images}
 
 
 class WriteImages(BasePredictionWriter):

@@ -191,7 +191,7 @@ class QuantizedLayer(nn.Module):
             weight = self.quantized_weight(quantization)
         else:
             if self._effective_weight is None or self._effective_weight.device != x.device:
-                self._effective_weight = self.quantized_weight(quantization).to(x.device)
+                self._effective_weight = self.quantized_weight(quantization).detach().to(x.device)
             weight = self._effective_weight
         bias = self.bias if quantization.bias is None else quantization.bias
         return self.operate(self.quantize_input(x, quantization), weight, bias)

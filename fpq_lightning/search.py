@@ -3,12 +3,13 @@
 The candidates are those of Kuzmin et al. 2022: clips in ``linspace(0.1, 1.2, 111) * max|x|`` for every format. The
 squared error of one candidate follows from the sorted values and their prefix sums (between two neighbouring
 decision thresholds every value goes to the same grid point), so a candidate costs a few binary searches instead of
-a pass over the tensor, and clips are searched coarse to fine.
+a pass over the tensor, and all of them can be tried: the error is too ragged in the clip to go coarse to fine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,9 +18,6 @@ from fpq_lightning.formats import Format, IntFormat
 from fpq_lightning.quantizers import Quantizer
 
 CLIPS = torch.linspace(0.1, 1.2, 111)
-_COARSE, _STARTS = 5, 3  # every fifth clip first, then the neighbours of the best three
-_FULL_GRID = 16  # formats of at most so many values are cheap enough to try every clip
-_SHORT_ROW = 512  # and so are rows of at most this length, whose error is too ragged to go coarse to fine
 _CHUNK = 2**24  # thresholds looked up at once; bounds memory to a few hundred MB
 
 
@@ -31,11 +29,16 @@ class SortedRows:
     """
 
     def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
         self.values = rows.float().sort(dim=1).values
         zero = torch.zeros(len(rows), 1, dtype=torch.float64, device=rows.device)
         double = self.values.double()
         self._sum = torch.cat([zero, double.cumsum(1)], 1)
         self._energy = double.square().sum(1, keepdim=True)
+
+    @cached_property
+    def _magnitudes(self) -> SortedRows:
+        return SortedRows(self._rows.abs())
 
     @property
     def magnitude(self) -> Tensor:
@@ -54,28 +57,40 @@ class SortedRows:
             float64 `[n_rows, n_candidates]`.
         """
         grid = fmt.grid.to(scale.device)
-        size = max(1, _CHUNK // (len(scale) * len(grid)))
-        scales = scale.split(size, 1)
-        offsets = [None] * len(scales) if offset is None else offset.split(size, 1)
-        return torch.cat([self._squared_error(grid, s, o) for s, o in zip(scales, offsets, strict=True)], 1)
+        if offset is None and fmt.min == -fmt.max:  # a symmetric grid sees magnitudes only
+            return self._magnitudes._errors(grid[grid >= 0], scale, None)
+        return self._errors(grid, scale, offset)
 
-    def _squared_error(self, grid: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    def _errors(self, grid: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+        rows_at_once = max(1, _CHUNK // len(grid))
+        at_once = max(1, _CHUNK // (len(grid) * min(len(scale), rows_at_once)))
+        parts = []
+        for rows in torch.arange(len(scale)).split(rows_at_once):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            scales = scale[part].split(at_once, 1)
+            offsets = [None] * len(scales) if offset is None else offset[part].split(at_once, 1)
+            found = [self._squared_error(grid, part, s, o) for s, o in zip(scales, offsets, strict=True)]
+            parts.append(torch.cat(found, 1))
+        return torch.cat(parts)
+
+    def _squared_error(self, grid: Tensor, part: slice, scale: Tensor, offset: Tensor | None) -> Tensor:
         rows, candidates = scale.shape
+        values, total = self.values[part], self._sum[part]
         shift = 0.0 if offset is None else offset.double()[..., None]
         points = scale.double()[..., None] * grid.double() + shift
         thresholds = ((points[..., 1:] + points[..., :-1]) / 2).float()
-        below = torch.searchsorted(self.values, thresholds.reshape(rows, -1))
+        below = torch.searchsorted(values, thresholds.reshape(rows, -1))
         count = torch.diff(
             below.reshape(rows, candidates, -1),
             prepend=below.new_zeros(rows, candidates, 1),
-            append=below.new_full((rows, candidates, 1), self.values.shape[1]),
+            append=below.new_full((rows, candidates, 1), values.shape[1]),
         )
         sums = torch.diff(
-            self._sum.gather(1, below).reshape(rows, candidates, -1),
-            prepend=self._sum.new_zeros(rows, candidates, 1),
-            append=self._sum[:, -1:, None].expand(rows, candidates, 1),
+            total.gather(1, below).reshape(rows, candidates, -1),
+            prepend=total.new_zeros(rows, candidates, 1),
+            append=total[:, -1:, None].expand(rows, candidates, 1),
         )
-        return self._energy + (points * (points * count - 2 * sums)).sum(-1)
+        return self._energy[part] + (points * (points * count - 2 * sums)).sum(-1)
 
 
 def candidate_scales(rows: SortedRows, fmt: Format, fractions: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -99,7 +114,7 @@ def candidate_scales(rows: SortedRows, fmt: Format, fractions: Tensor) -> tuple[
 
 
 def search_clip(rows: SortedRows, fmt: Format, max_only: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The clip of least squared error for each row, coarse to fine over `CLIPS`.
+    """The clip of least squared error for each row, among `CLIPS`.
 
     Args:
         rows: the values.
@@ -109,23 +124,10 @@ def search_clip(rows: SortedRows, fmt: Format, max_only: bool = False) -> tuple[
     Returns:
         scale `[n_rows, 1]`, offset `[n_rows, 1]` or None, and the squared error `[n_rows, 1]`.
     """
-    clips = CLIPS.to(rows.values.device)
-
-    def best(fractions: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        scale, offset = candidate_scales(rows, fmt, fractions)
-        error, index = rows.squared_error(fmt, scale, offset).min(dim=1, keepdim=True)
-        return scale.gather(1, index), None if offset is None else offset.gather(1, index), error
-
-    if max_only:
-        return best(torch.ones_like(rows.magnitude))
-    if len(fmt.grid) <= _FULL_GRID or rows.values.shape[1] <= _SHORT_ROW:
-        return best(clips[None])
-    coarse = torch.arange(0, len(clips), _COARSE, device=clips.device)
-    scale, offset = candidate_scales(rows, fmt, clips[coarse][None])
-    centres = coarse[rows.squared_error(fmt, scale, offset).topk(_STARTS, dim=1, largest=False).indices]
-    window = torch.arange(1 - _COARSE, _COARSE, device=clips.device)
-    fine = (centres[..., None] + window).clamp(0, len(clips) - 1).flatten(1)
-    return best(clips[fine])
+    fractions = torch.ones(1, 1) if max_only else CLIPS[None]
+    scale, offset = candidate_scales(rows, fmt, fractions.to(rows.values.device))
+    error, index = rows.squared_error(fmt, scale, offset).min(dim=1, keepdim=True)
+    return scale.gather(1, index), None if offset is None else offset.gather(1, index), error
 
 
 def search_tensor_error(rows: Tensor, formats: Sequence[Format], max_only: bool = False) -> Quantizer:

@@ -172,12 +172,19 @@ def test_units_of_a_made_up_network_follow_from_its_tree() -> None:
             self.blocks = nn.ModuleList([ResBlock(4, 4), ResBlock(4, 4)])
             self.resize = nn.Conv2d(4, 4, 3, stride=2)
 
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pairs = nn.ModuleList([nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)) for _ in range(2)])
+
     class Network(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.stages = nn.ModuleDict({"one": Stage(), "two": Stage()})
             self.head = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 3, 1), nn.Conv2d(3, 3, 1))
             self.fan = nn.ModuleList([nn.Linear(2, 2), nn.Identity(), nn.Linear(2, 2)])
+            self.heads = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+            self.decoder = Decoder()
             self.norm = nn.LayerNorm(3)
 
     units = discover_units(Network())
@@ -194,6 +201,10 @@ def test_units_of_a_made_up_network_follow_from_its_tree() -> None:
         "head": ["head.2", "head.3"],
         "fan.0": ["fan.0"],
         "fan.2": ["fan.2"],
+        "heads.a": ["heads.a"],
+        "heads.b": ["heads.b"],
+        "decoder.pairs.0": ["decoder.pairs.0.0", "decoder.pairs.0.2"],
+        "decoder.pairs.1": ["decoder.pairs.1.0", "decoder.pairs.1.2"],
     }
 
 
@@ -488,7 +499,8 @@ def test_elementwise_operations_and_norms_keep_the_pieces() -> None:
 @pytest.mark.parametrize(
     ("why", "forward"),
     [
-        ("along tokens", lambda n, x: n.c(torch.cat([n.a(x), n.b(x)], dim=1).repeat(1, 1, 2))),
+        ("along tokens", lambda n, x: n.d(torch.cat([n.a(x), n.b(x)], dim=1))),
+        ("cut to some of its channels", lambda n, x: n.c(torch.cat([n.a(x), n.b(x), n.d(x)], dim=-1)[..., 2:10])),
         ("of one unit's output with itself", lambda n, x: n.c(torch.cat([n.a(x)] * 2, dim=-1)) + n.b(x).sum()),
         ("with the input", lambda n, x: n.c(torch.cat([n.a(x), x], dim=-1)) + n.b(x).sum()),
         ("of sinusoids", lambda n, x: n.c(torch.cat([x.sin(), x.cos()], dim=-1)) + n.a(x).sum() + n.b(x).sum()),
@@ -502,7 +514,7 @@ def test_concatenation_that_is_no_skip_does_not_split(why: str, forward: Callabl
     assert splits_of(forward) == {}
 
 
-def test_concatenation_inside_a_unit_does_not_split() -> None:
+def test_concatenation_of_a_units_own_parts_does_not_split() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()

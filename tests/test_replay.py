@@ -407,23 +407,40 @@ def test_in_place_operations_are_followed(network: type[nn.Module], quantized_in
     check_against_network(network(), {"x": torch.randn(5, 4)}, 5, micro_batch=3, quantized_inputs=quantized_inputs)
 
 
-def test_a_dimension_folded_into_the_samples_is_replayed_or_refused() -> None:
-    """Video models fold frames into the batch, so that a unit sees a multiple of the samples."""
+class Folding(nn.Module):
+    """Video models fold frames into the samples, so that a unit sees a multiple of them."""
 
-    class Folding(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.u0, self.u1, self.u2 = (nn.Linear(4, 4) for _ in range(3))
+    def __init__(self) -> None:
+        super().__init__()
+        self.u0, self.u1, self.u2 = (nn.Linear(4, 4) for _ in range(3))
 
-        def forward(self, x: Tensor) -> Tensor:
-            frames = self.u1(self.u0(x).reshape(-1, 4))
-            return self.u2(frames.reshape(x.shape))
+    def forward(self, x: Tensor) -> Tensor:
+        frames = self.u1(self.u0(x).reshape(-1, 4))
+        return self.u2(frames.reshape(x.shape))
 
+
+def test_dimensions_folded_into_the_samples_stay_with_their_sample() -> None:
     torch.manual_seed(0)
-    try:
-        check_against_network(Folding(), {"x": torch.randn(5, 3, 4)}, 5, micro_batch=5)
-    except ValueError as refusal:
-        assert "u1" in str(refusal)  # noqa: PT017
+    model, inputs = Folding(), {"x": torch.randn(5, 3, 4)}
+    replay = make_replay(model, prepare(model, inputs, 5), inputs, 5, micro_batch=2)
+    index = torch.tensor([3, 0, 3])
+    for unit in walk(replay):
+        targets = look_into(model, unit.module, inputs, 5, 5, "full_precision")[1]
+        quantized = look_into(model, unit.module, inputs, 5, 5, "learned")[0]
+        fold = (-1, 4) if unit.name == "u1" else (-1, 3, 4)
+        for found, expected in ((replay.targets(index), targets), (tree_leaves(replay.inputs(index)), quantized)):
+            by_sample = expected[0].reshape(5, 3, 4)
+            assert_same(found, [by_sample[index].reshape(fold)], TIPPING)
+
+
+def test_samples_that_are_not_in_the_leading_dimension_are_refused_by_the_name_of_the_unit() -> None:
+    class Transposing(Folding):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.u2(self.u1(self.u0(x).transpose(0, 1)).transpose(0, 1))
+
+    model, inputs = Transposing(), {"x": torch.randn(5, 3, 4)}
+    with pytest.raises(ValueError, match="u1"):
+        make_replay(model, prepare(model, inputs, 5), inputs, 5)
 
 
 def test_fewer_samples_than_the_structure_is_told_from(make_network: MakeNetwork) -> None:

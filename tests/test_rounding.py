@@ -190,7 +190,8 @@ def test_decision_falls_at_h_of_one_half(scale_aware: bool) -> None:
     low, high = neighbours(quantizer.format, unit(quantizer, rows))
     with torch.no_grad():
         rounding.v.uniform_(-3, 3, generator=torch.Generator().manual_seed(0))
-    h = rounding.h().detach()
+        rounding.v[:, ::4] = 0  # undecided goes away from zero
+    h = rounding.h().detach().where(rounding.v != 0, 0.5)
     assert torch.equal(quantizer.format.decode(rounding.codes()), torch.where(h >= 0.5, high, low))
 
 
@@ -232,16 +233,17 @@ def test_gradient_of_v_is_that_of_finite_differences(fmt: Format, scale_aware: b
 
 
 def test_scale_aware_gradient_of_a_row_does_not_depend_on_the_step() -> None:
+    """All weights are the same fraction of their steps 1, 2, 4 and 8 up; the second row has no larger step than 2."""
     fmt = parse_format("e3m0")
-    rows = torch.tensor([[1.3, 2.6, 5.2, 10.4]])  # the same fraction of steps 1, 2, 4 and 8
+    rows = torch.tensor([[1.3, 2.6, 5.2, 10.4], [2.6, 1.3, 1.3, 2.6]])
     quantizer = Quantizer(fmt, torch.ones(1, 1))
     gradients = {}
     for scale_aware in (False, True):
         rounding = LearnedRounding(quantizer, rows, scale_aware)
         rounding().sum().backward()
-        gradients[scale_aware] = rounding.v.grad[0] / rounding.v.grad[0, 0]
-    assert torch.allclose(gradients[False], torch.tensor([1.0, 2.0, 4.0, 8.0]))
-    assert torch.allclose(gradients[True], torch.ones(4))
+        gradients[scale_aware] = rounding.v.grad / rounding.v.grad[0, 0]
+    assert torch.allclose(gradients[False], torch.tensor([[1.0, 2.0, 4.0, 8.0], [2.0, 1.0, 1.0, 2.0]]))
+    assert torch.allclose(gradients[True], torch.tensor([[1.0] * 4, [0.25] * 4]))
 
 
 @both

@@ -31,6 +31,10 @@ def put(store: ActivationStore, key: str, floats: int, next_use: int) -> Tensor:
     return values
 
 
+def files(directory: Path) -> list[Path]:
+    return [p for p in directory.rglob("*") if p.is_file()]
+
+
 # --- sizes ---------------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +237,25 @@ def test_host_memory_lies_between_the_device_and_the_disk(tmp_path: Path) -> Non
     store.close()
 
 
+def test_an_array_is_promoted_to_the_device_where_it_fits(tmp_path: Path) -> None:
+    store = make_store(tmp_path, budget=40)
+    put(store, "a", 8, next_use=1)
+    b, c = put(store, "b", 8, next_use=2), put(store, "c", 8, next_use=3)
+    assert (store.used("device"), store.used("disk")) == (32, 64)
+    store.promote("b")
+    assert (store.used("device"), store.used("disk")) == (32, 64)
+    store.free("a")
+    store.promote("b")
+    store.promote("c")
+    assert store.on_device("b")
+    assert not store.on_device("c")
+    assert (store.used("device"), store.used("disk"), store.peak) == (32, 32, 32)
+    assert [p.stat().st_size for p in files(tmp_path)] == [32]
+    assert torch.equal(store.read("b", slice(0, 8)), b)
+    assert torch.equal(store.read("c", slice(0, 8)), c)
+    store.close()
+
+
 def test_peak_is_the_most_that_lay_on_the_device(tmp_path: Path) -> None:
     store = make_store(tmp_path, budget=100)
     for key, floats in (("a", 10), ("b", 5)):
@@ -243,10 +266,6 @@ def test_peak_is_the_most_that_lay_on_the_device(tmp_path: Path) -> None:
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
-
-
-def files(directory: Path) -> list[Path]:
-    return [p for p in directory.rglob("*") if p.is_file()]
 
 
 def test_files_exist_only_for_what_is_on_disk_and_go_with_it(tmp_path: Path) -> None:

@@ -188,7 +188,12 @@ def sample_trajectories(
         handle.remove()
         vars(pipeline.scheduler).pop("step", None)
     inputs: Inputs = {name: torch.cat(parts) for name, parts in collected.items()}
-    for name, value in inputs.items():
+    if not inputs:
+        raise ValueError(
+            f"{type(pipeline).__name__} calls its denoiser with another batch than that of its images (guidance, or "
+            "several views): such pipelines cannot be calibrated yet"
+        )
+    for name, value in {**inputs, "sensitivity": torch.cat(weights) if weights else torch.ones(1)}.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(
                 f"the full-precision model gives NaN or Inf along its trajectories ({name}): it cannot be calibrated"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -48,6 +49,7 @@ class FeatureNetwork(nn.Module):
 
         Raises:
             FileNotFoundError: if it is not there.
+            ValueError: if it holds something else.
         """
         file = Path(directory) / "model.safetensors"
         if not file.is_file():
@@ -55,5 +57,9 @@ class FeatureNetwork(nn.Module):
                 f"there is no feature network at {file}: evaluation.features must name its directory, or be null"
             )
         network = cls()
-        network.load_state_dict({k: v.float() for k, v in load_file(file).items()})
+        try:
+            network.load_state_dict({k: v.float() for k, v in load_file(file).items()})
+        except (RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{file} holds no feature network of this package: {reason}") from error
         return network.eval().requires_grad_(False)

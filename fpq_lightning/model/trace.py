@@ -58,7 +58,8 @@ class _Tracer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        self.tag(out, self.origin((args, kwargs)))
+        written = args[0] if func is Tensor.__setitem__ else out
+        self.tag(written, self.origin((args, kwargs)))
         if not isinstance(out, Tensor):
             return out
         if func in _CONCATENATIONS and not self.inside_unit:

@@ -76,6 +76,8 @@ class BlockReconstruction(pl.LightningModule):
         self.recipe = recipe
         self.denoiser: nn.Module = getattr(pipeline, denoiser_name(pipeline)).eval().requires_grad_(False)
         self.strict_loading = False
+        self._plan = discover_units(self.denoiser, recipe.include, recipe.exclude)
+        self._check_weights()
         self.units: list[Unit] = []
         self.reports: list[UnitReport] = []
         self.position = 0  # the unit in work
@@ -100,14 +102,15 @@ class BlockReconstruction(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Finds the units and makes their layers quantized classes."""
+        if str(self.trainer.precision) == "16-mixed":
+            raise ValueError("trainer.precision 16-mixed would scale the gradients: use 32-true or bf16-mixed")
         if self.units:
             return
-        units = discover_units(self.denoiser, self.recipe.include, self.recipe.exclude)
         device = next(self.denoiser.parameters()).device
         first = self.calibration.set.batch(slice(0, 1), device)
-        self.units, splits = trace_units(self.denoiser, units, first)
+        self.units, splits = trace_units(self.denoiser, self._plan, first)
         ran = {unit.name for unit in self.units}
-        if skipped := [unit.name for unit in units if unit.name not in ran and unit.layers]:
+        if skipped := [unit.name for unit in self._plan if unit.name not in ran and unit.layers]:
             warnings.warn(f"not run by the denoiser, so left in full precision: {', '.join(skipped)}", stacklevel=2)
         for unit in self.units:
             for name, layer in unit.layers.items():
@@ -117,6 +120,16 @@ class BlockReconstruction(pl.LightningModule):
                 for part in quantized.weight_parts():
                     quantized.granularity.rows(part, name)  # an unfit group size is better found now
             self.reports.append(UnitReport(unit.name, unit.parameters))
+
+    def _check_weights(self) -> None:
+        """Finds what cannot be quantized before minutes are spent on calibration data."""
+        granularity = self.recipe.granularity()
+        for unit in self._plan:
+            for name, layer in unit.layers.items():
+                weight = cast(Tensor, layer.weight).detach()
+                granularity.rows(weight, name)
+                if not weight.isfinite().all():
+                    raise ValueError(f"{name}: its weight holds NaN or Inf; repair the model or exclude the layer")
 
     def _layers(self, unit: Unit) -> dict[str, QuantizedLayer]:
         return cast(dict[str, QuantizedLayer], unit.layers)
@@ -291,7 +304,7 @@ class BlockReconstruction(pl.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         """Steps of learned rounding, one for each row of sample indices in `batch`."""
-        if not self.iterations:
+        if self.iteration >= self.iterations:
             return
         optimizer = cast(LightningOptimizer, self.optimizers())
         for i, rows in enumerate(batch):
@@ -314,9 +327,8 @@ class BlockReconstruction(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Finishes the unit, unless the epoch is a resumed one that had nothing left to do."""
-        if self.finished or self.iteration < self.iterations or self._entered != self.position:
-            return
-        self.finish_unit()
+        if not self.finished and self._entered == self.position and self.iteration >= self.iterations:
+            self.finish_unit()
         if self.finished:
             self.trainer.should_stop = True
 

@@ -20,9 +20,16 @@ def whole_directory(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
+        old = temporary.with_name(f"{temporary.name}-old")
         if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
+            os.replace(target, old)
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            if old.exists():
+                os.replace(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

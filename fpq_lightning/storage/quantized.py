@@ -5,6 +5,7 @@ Plain `DiffusionPipeline.from_pretrained` opens it. `load_quantized` also applie
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fpq_lightning.layers import (
@@ -104,7 +106,10 @@ def save_quantized(pipeline: DiffusionPipeline, directory: Path, details: Mappin
             for name in layers:
                 if not denoiser.get_submodule(name).weight.isfinite().all():
                     raise ValueError(f"{name}: its quantized weight holds NaN or Inf; nothing was written")
-            pipeline.save_pretrained(temporary)
+            try:
+                pipeline.save_pretrained(temporary)
+            except SafetensorError as error:
+                raise OSError(errno.EIO, f"{error}", str(directory)) from error
         write_json(temporary / FILE, {"format_version": FORMAT_VERSION, **details, "layers": layers})
         (temporary / "README.md").write_text(_README.format(file=FILE, **details))
 
@@ -119,23 +124,36 @@ def load_quantized(directory: str | Path) -> DiffusionPipeline:
     pipeline = load_pipeline(directory)
     description = read_description(directory)
     denoiser = getattr(pipeline, denoiser_name(pipeline)).eval().requires_grad_(False)
-    for name, entry in description["layers"].items():
-        try:
-            layer = denoiser.get_submodule(name)
-        except AttributeError as error:
-            raise ValueError(f"{Path(directory) / FILE} names a layer {name} that the model lacks") from error
-        if not is_quantizable(layer):
-            raise ValueError(f"{Path(directory) / FILE} names {name}, which is no Linear or Conv layer of the model")
-        quantized: QuantizedLayer = make_quantized(layer, Granularity("tensor"), entry["splits"])
-        inputs = [
-            Quantizer.from_state(
-                {k: torch.tensor(v) if k in ("scale", "offset") and v is not None else v for k, v in q.items()}
-            )
-            for q in entry["inputs"]
-        ]
-        quantized.variants["learned"] = LayerQuantization(inputs=inputs)
-        quantized.set_mode("learned")
+    modules = dict(denoiser.named_modules())
+    try:
+        for name, entry in description["layers"].items():
+            if name not in modules:
+                raise ValueError(f"it names a layer {name} that the model lacks")
+            if not is_quantizable(modules[name]):
+                raise ValueError(f"it names {name}, which is no Linear or Conv layer of the model")
+            _apply_inputs(modules[name], entry)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{Path(directory) / FILE} does not fit the model ({type(error).__name__}: {error}): quantize it again"
+        ) from error
     return pipeline
+
+
+def _apply_inputs(layer: nn.Module, entry: Mapping[str, Any]) -> None:
+    """Gives a layer, whose weight is on the grid already, its input quantizers."""
+    quantized: QuantizedLayer = make_quantized(layer, Granularity("tensor"), entry["splits"])
+    inputs = [
+        Quantizer.from_state({k: _tensor(v) if k in ("scale", "offset") else v for k, v in q.items()})
+        for q in entry["inputs"]
+    ]
+    if len(inputs) not in (0, len(quantized.splits)):
+        raise ValueError(f"{len(inputs)} input quantizers for {len(quantized.splits)} parts of the input")
+    quantized.variants["learned"] = LayerQuantization(inputs=inputs)
+    quantized.set_mode("learned")
+
+
+def _tensor(value: Any) -> Tensor | None:
+    return None if value is None else torch.tensor(value, dtype=torch.float32)
 
 
 def is_quantized(directory: str | Path) -> bool:

@@ -1,0 +1,71 @@
+"""The commands and code in README and docs run, with a tiny model and few steps in place of the real ones."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import CHECKOUT, fit_arguments, run_fpq, save_tiny
+
+README = (CHECKOUT / "README.md").read_text()
+COMMANDS = [line.split("#")[0].strip() for line in re.findall(r"^fpq .*$", README, re.MULTILINE)]
+SMALL = ["--sampler.steps=4", "--sampler.batch_size=4", "--trainer.accelerator=cpu"]
+
+
+def test_readme_names_the_two_commands_and_they_are_targets() -> None:
+    targets = re.findall(r"^(\w+):", (CHECKOUT / "Makefile").read_text(), re.MULTILINE)
+    shown = re.findall(r"^make (\w+)", README, re.MULTILINE)
+    assert shown == ["quickstart", "test"]
+    assert set(shown) <= set(targets)
+
+
+def test_the_commands_of_the_readme_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(CHECKOUT / "configs")
+    assert [command.split()[1] for command in COMMANDS] == ["fit", "test", "predict"]
+    for command in COMMANDS:
+        words = shlex.split(command.replace("PATH_OR_HUB_ID", model))[1:]
+        if words[0] == "fit":
+            overrides = fit_arguments(model, "runs/mine", iterations=2, n_images=2)[1:]
+        else:
+            overrides = [*SMALL, *(["--evaluation.n_images=2"] if words[0] == "test" else [])]
+        outcome = run_fpq(capsys, [*words, *overrides])
+        assert outcome.code == 0, outcome.err
+    assert len(list((tmp_path / "images").glob("*.png"))) == 16
+    assert (tmp_path / "runs" / "mine" / "report.md").is_file()
+
+
+def test_the_notebook_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(code) == 1
+    model = save_tiny(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    program = code[0].replace("data/cifar10-ddpm-small", model).replace("n_samples=512", "n_samples=8")
+    program = program.replace(
+        'fpq.WeightRecipe("fp4")', 'fpq.WeightRecipe("fp4"), rounding=fpq.RoundingRecipe(iterations=2)'
+    )
+    program = program.replace('run_dir="runs/notebook"', 'run_dir="runs/notebook", sampler=fpq.SamplerConfig(steps=4)')
+    assert program.count("iterations=2") == program.count("steps=4") == program.count("n_samples=8") == 1
+    exec(compile(program, "README.md", "exec"), {})
+    assert (tmp_path / "runs" / "notebook" / "quantized" / "quantization.json").is_file()
+
+
+@pytest.mark.parametrize("script", ["search.py", "figures.py"])
+def test_benchmark_scripts_of_the_docs_start(script: str) -> None:
+    assert f"benchmarks/{script}" in (CHECKOUT / "docs" / "benchmarks.md").read_text()
+    file = CHECKOUT / "benchmarks" / script
+    shown = subprocess.run([sys.executable, str(file), "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--model" in shown
+
+
+def test_links_and_pictures_of_the_readme_exist() -> None:
+    targets = [t for t in re.findall(r"\]\(([^)]+)\)", README) if not t.startswith("http")]
+    assert targets
+    assert [t for t in targets if not (CHECKOUT / t).exists()] == []
