@@ -399,7 +399,7 @@ def test_a_non_finite_weight_is_refused_by_the_name_of_its_layer(tmp_path: Path,
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (Recipe(weights=WeightRecipe(granularity="group", group_size=5)), r"time_embedding.linear_1.*group_size 5"),
+        (Recipe(weights=WeightRecipe(granularity="group", group_size=5)), r"conv_in.*group_size 5"),
         (Recipe(include=["decoder.*"]), r"pattern 'decoder\.\*' matches none"),
         (Recipe(exclude=["nothing"]), "pattern 'nothing' matches none"),
         (Recipe(include=["conv_in"], exclude=["conv_*"]), "leave no layer"),

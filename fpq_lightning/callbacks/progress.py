@@ -75,6 +75,11 @@ class CalibrationProgress(ProgressBar):
         if self._enabled:
             tqdm.write(unit_line(index, total, report))
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves the line, so that what is said of the error starts a new one."""
+        if self._bar is not None:
+            self._bar.close()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Closes the bar."""
         self._bar.close()
