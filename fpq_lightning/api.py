@@ -103,7 +103,7 @@ def quantize(
     options = {**TRAINER_DEFAULTS, "logger": TensorBoardLogger(run.path, name="", version="logs"), **trainer_options}
     callbacks = run_callbacks(run, name, evaluation or EvaluationConfig(n_images=0), sampler, checkpoint_steps=500)
     if options.get("enable_progress_bar", True):
-        callbacks.append(CalibrationProgress())
+        callbacks.insert(0, CalibrationProgress())  # its bar ends before the next one begins
     options["callbacks"] = [*options.get("callbacks", []), *callbacks]
     fit(pl.Trainer(**options), BlockReconstruction(pipeline, recipe), data, run, sampler, ckpt_path)
     return pipeline

@@ -134,7 +134,7 @@ class FPQCommandLine(LightningCLI):
             self.run, options.model, options.evaluation, options.sampler, options.checkpoint_steps
         )
         progress = [CalibrationProgress()] if options.trainer.enable_progress_bar in (None, True) else []
-        return [save, *callbacks, *progress]
+        return [save, *progress, *callbacks]  # the bar of the calibration ends before the next one begins
 
     def _prepare_test(self, options: Namespace) -> list[pl.Callback]:
         self.model = ImageGeneration(options.model, options.sampler, options.evaluation)

@@ -264,7 +264,10 @@ def test_every_unit_runs_once_for_each_path_and_sample(
     }
 
 
-def test_store_holds_what_later_units_need_and_is_empty_at_the_end(make_network: MakeNetwork) -> None:
+@pytest.mark.parametrize("quantized_inputs", [True, False])
+def test_store_holds_what_later_units_need_and_is_empty_at_the_end(
+    quantized_inputs: bool, make_network: MakeNetwork
+) -> None:
     model, inputs = make_network("unet", n=4)
     units = prepare(model, inputs, 4)
     store = ActivationStore(CPU)
@@ -272,10 +275,12 @@ def test_store_holds_what_later_units_need_and_is_empty_at_the_end(make_network:
     for unit in units:
         output = look_into(model, unit.module, inputs, 4, 4, "full_precision")[1]
         sizes.append(sum(4 * x.numel() for x in output))
-    replay = make_replay(model, units, inputs, 4, store)
+    replay = make_replay(model, units, inputs, 4, store, quantized_inputs=quantized_inputs)
     for position, _ in enumerate(walk(replay)):
         later = {i for i in range(position) for unit in units[position + 1 :] if i in unit.sources}
         carried = 2 * sum(sizes[i] for i in later)
+        if not quantized_inputs:  # the unit's quantized inputs are not captured, but made from its sources once more
+            carried += 2 * sum(sizes[i] for i in units[position].sources if i not in later)
         captured = sum(
             x.numel() * x.element_size() for x in tree_leaves(replay.inputs(slice(0, 4))) if isinstance(x, Tensor)
         )
@@ -283,6 +288,27 @@ def test_store_holds_what_later_units_need_and_is_empty_at_the_end(make_network:
     assert replay.position == len(units)
     assert store.used("device") == store.used("host") == store.used("disk") == 0
     assert not store._entries
+
+
+def test_what_a_unit_learns_from_is_on_the_device_if_it_fits_alone() -> None:
+    """Its sources, which are needed no more, make room."""
+
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.u0, self.u1, self.u2 = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.u2(self.u1(self.u0(x)))
+
+    model, inputs, size = Chain(), {"x": torch.randn(8, 4)}, 8 * 4 * 4
+    units = prepare(model, inputs, 8)
+    for arrays, expected in ((1, False), (2, True)):
+        store = ActivationStore(CPU, budget=arrays * size)  # inputs and targets are one array each
+        replay = make_replay(model, units, inputs, 8, store)
+        on_device = [replay.is_on_device() for _ in walk(replay)]
+        assert on_device == [expected] * 3
+        store.close()
 
 
 def test_a_store_on_disk_changes_nothing(tmp_path: Path, make_network: MakeNetwork) -> None:
@@ -438,9 +464,14 @@ def test_samples_that_are_not_in_the_leading_dimension_are_refused_by_the_name_o
         def forward(self, x: Tensor) -> Tensor:
             return self.u2(self.u1(self.u0(x).transpose(0, 1)).transpose(0, 1))
 
-    model, inputs = Transposing(), {"x": torch.randn(5, 3, 4)}
-    with pytest.raises(ValueError, match="u1"):
-        make_replay(model, prepare(model, inputs, 5), inputs, 5)
+    class OneMore(Folding):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.u2(self.u1(torch.cat([self.u0(x), torch.zeros(1, 3, 4)]))[:-1])
+
+    for network in (Transposing, OneMore):
+        model, inputs = network(), {"x": torch.randn(5, 3, 4)}
+        with pytest.raises(ValueError, match="u1"):
+            make_replay(model, prepare(model, inputs, 5), inputs, 5)
 
 
 def test_fewer_samples_than_the_structure_is_told_from(make_network: MakeNetwork) -> None:

@@ -144,12 +144,13 @@ def test_lookups_in_chunks_give_the_same_errors(name: str, monkeypatch: pytest.M
         assert len(lookups) > 1
 
 
-def test_lookups_stay_within_the_chunk_limit(monkeypatch: pytest.MonkeyPatch, lookups: list[int]) -> None:
+@pytest.mark.parametrize("name", ["e4m3", "int8", "ue4m4"])
+def test_lookups_stay_within_the_chunk_limit(name: str, monkeypatch: pytest.MonkeyPatch, lookups: list[int]) -> None:
     """However many rows (groups of a large weight) and candidates there are."""
-    fmt, rows = parse_format("e4m3"), make_rows("gaussian", n_rows=4)
+    fmt, rows = parse_format(name), make_rows("gaussian", n_rows=4)
     too_large = []
     for candidates in (1, 2, 5, 17, 111):
-        for at_once in (2, 4, 8, 13):  # pairs of a row and a candidate
+        for at_once in (1, 2, 4, 8, 13):  # pairs of a row and a candidate
             lookups.clear()
             monkeypatch.setattr(search, "_CHUNK", at_once * len(fmt.grid))
             SortedRows(rows).squared_error(fmt, torch.ones(4, candidates))

@@ -239,11 +239,11 @@ def test_host_memory_lies_between_the_device_and_the_disk(tmp_path: Path) -> Non
 
 def test_an_array_is_promoted_to_the_device_where_it_fits(tmp_path: Path) -> None:
     store = make_store(tmp_path, budget=40)
-    put(store, "a", 8, next_use=1)
+    put(store, "a", 4, next_use=1)
     b, c = put(store, "b", 8, next_use=2), put(store, "c", 8, next_use=3)
-    assert (store.used("device"), store.used("disk")) == (32, 64)
+    assert (store.used("device"), store.used("disk"), store.peak) == (16, 64, 16)
     store.promote("b")
-    assert (store.used("device"), store.used("disk")) == (32, 64)
+    assert (store.used("device"), store.used("disk"), store.peak) == (16, 64, 16)
     store.free("a")
     store.promote("b")
     store.promote("c")
