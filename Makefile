@@ -17,7 +17,7 @@ quickstart: $(STAMP)
 	$(BIN)/fpq fit --config configs/quickstart.yaml --ckpt_path last
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -236,8 +236,10 @@ def make_quantized(layer: nn.Module, granularity: Granularity, splits: Sequence[
             apart.
 
     Raises:
-        ValueError: if `splits` do not add up to the input channels.
+        ValueError: if `splits` do not add up to the input channels, or the layer is quantized already.
     """
+    if isinstance(layer, QuantizedLayer):
+        raise ValueError(f"{type(layer).__name__} is quantized already: load the full-precision model again")
     quantized = cast(QuantizedLayer, layer)
     layer.__class__ = QUANTIZED_CLASSES[type(layer)]
     channels = quantized.weight.shape[1]

@@ -216,10 +216,9 @@ class NetworkReplay:
             with running(unit.module, "full_precision"):
                 output = unit.module(*args, **kwargs)
             self._output_tree("full_precision", index).write(self.store, rows.start, output)
-        if self.quantized_inputs:
-            self._settle_sources()  # the unit's own inputs are all that is needed from here on
-            for key in [*inputs.stored(), *targets.stored()]:
-                self.store.promote(key)
+        self._settle_sources()  # the unit's own inputs are all that is needed from here on
+        for key in [*inputs.stored(), *targets.stored()]:
+            self.store.promote(key)
 
     def is_on_device(self) -> bool:
         """Whether what an optimisation step reads lies on the compute device."""
@@ -248,23 +247,18 @@ class NetworkReplay:
     def advance(self) -> None:
         """Stores the current unit's quantized outputs, forgets what no later unit needs, and moves on."""
         index, unit = self.position, self.unit
-        later = self._last_use[index] > index
-        if later:
+        read_later = self.quantized_inputs and self._last_use[index] > index
+        if read_later:
             self._output_tree("quantized", index).allocate(self.store, self.n, self._next_use(index))
             with running(unit.module, "learned"):
                 for rows in self._batches():
-                    if self.quantized_inputs:
-                        args, kwargs = self.inputs(rows)
-                    else:
-                        args, kwargs = self._unit_inputs("quantized", rows)
+                    args, kwargs = self.inputs(rows)
                     output = unit.module(*args, **kwargs)
                     self._output_tree("quantized", index).write(self.store, rows.start, output)
         for key in self._input_trees[index].stored():
             self.store.free(key)
-        if not self.quantized_inputs:
-            self._settle_sources()
         self._settle("full_precision", index)
-        if later:
+        if read_later:
             self._settle("quantized", index)
         self.position += 1
 
@@ -273,7 +267,7 @@ class NetworkReplay:
 
     def _settle_sources(self) -> None:
         for source in self.unit.sources:
-            for path in PATHS:
+            for path in PATHS if self.quantized_inputs else PATHS[:1]:
                 self._settle(path, source)
 
     def _settle(self, path: Path, source: int) -> None:

@@ -43,7 +43,10 @@ def _operate_part(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor:
         return layer.operate(x, weight, None)
     convolution = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.ndim]
     conv = cast(torch.nn.Conv2d, layer)
-    return convolution(x, weight, None, conv.stride, conv.padding, conv.dilation)
+    padding = conv.padding
+    if conv.padding_mode != "zeros":
+        x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0,)
+    return convolution(x, weight, None, conv.stride, padding, conv.dilation)
 
 
 def _search_weight(
