@@ -64,7 +64,7 @@ def sample_variant(
     sampler: SamplerConfig,
     seeds: range,
     mode: Mode,
-    on_batch: Callable[[int], None] = lambda n: None,
+    on_batch: Callable[[int], object] = lambda n: None,
 ) -> Tensor:
     """Images `[n, 3, height, width]` in [-1, 1] of one variant, on the CPU."""
     set_sampler(pipeline, sampler)
