@@ -14,12 +14,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from fpq_lightning.calibration.datamodule import CalibrationDataModule
 from fpq_lightning.callbacks import CalibrationProgress, FinalizeQuantization, ImageQuality, RunCheckpoint, RunReport
 from fpq_lightning.evaluation import EvaluationConfig
+from fpq_lightning.layers import quantized_layers
 from fpq_lightning.pipelines import SamplerConfig, denoiser_name
 from fpq_lightning.recipes import Recipe
 from fpq_lightning.reconstruction.module import BlockReconstruction
 from fpq_lightning.runs import RunDirectory, RunState, hash_weights, versions
 
 TRAINER_DEFAULTS: dict[str, Any] = {
+    "devices": 1,
     "max_epochs": -1,
     "reload_dataloaders_every_n_epochs": 1,
     "num_sanity_val_steps": 0,
@@ -39,6 +41,8 @@ def open_run(
 ) -> RunDirectory:
     """The directory of a run, with the fingerprint of everything that decides its quantized model."""
     denoiser = getattr(pipeline, denoiser_name(pipeline))
+    if quantized_layers(denoiser):
+        raise ValueError("the pipeline's denoiser is quantized already: load the full-precision model again")
     parts = {
         "model": {"name": name, "class": type(denoiser).__name__, "weights": hash_weights(denoiser)},
         "recipe": recipe.to_dict(),
@@ -124,24 +128,29 @@ def fit(
             print(f"{run.path} has no checkpoint yet: starting from the beginning")
             ckpt_path = None
     if ckpt_path is not None:
-        check_checkpoint(ckpt_path)
+        check_checkpoint(ckpt_path, run.fingerprint)
+    module.fingerprint = run.fingerprint
     run.begin()
     data.sampler = sampler
     data.directory = data.directory or str(run.path / "calibration")
     trainer.fit(module, data, ckpt_path=ckpt_path)
-    if module.finished:
-        module.use_learned()
+    if not module.finished:
+        raise ValueError(
+            f"{run.path}: stopped before unit {module.position + 1} of {len(module.units)} was done; go on with "
+            "--ckpt_path last (ckpt_path='last')"
+        )
+    module.use_learned()
 
 
-def check_checkpoint(file: str) -> None:
+def check_checkpoint(file: str, fingerprint: str) -> None:
     """Reads a checkpoint once, so that a damaged one is found before anything else is done.
 
     Raises:
-        ValueError: if it cannot be read or is none of ours.
+        ValueError: if it cannot be read or is of another run.
     """
     try:
-        readable = "fpq" in torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True).get("fpq", {})
     except Exception as error:  # whatever a damaged file raises
         raise ValueError(f"the checkpoint {file} cannot be read ({error}): delete it to start again") from error
-    if not readable:
-        raise ValueError(f"{file} is no checkpoint of a calibration")
+    if state.get("fingerprint") != fingerprint:
+        raise ValueError(f"the checkpoint {file} is of another run (model, recipe or calibration data differ)")

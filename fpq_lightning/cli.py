@@ -9,6 +9,7 @@ Examples:
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 import warnings
@@ -137,6 +138,8 @@ class FPQCommandLine(LightningCLI):
         return [save, *progress, *callbacks]  # the bar of the calibration ends before the next one begins
 
     def _prepare_test(self, options: Namespace) -> list[pl.Callback]:
+        if not options.evaluation.n_images:
+            raise ValueError("--evaluation.n_images must be at least 2 to evaluate a model")
         self.model = ImageGeneration(options.model, options.sampler, options.evaluation)
         self.datamodule = SeedDataModule(options.evaluation.seeds, options.sampler.batch_size)
         return []
@@ -205,7 +208,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, FileNotFoundError, MisconfigurationException) as error:
         sys.exit(f"fpq: {' '.join(str(error).split())}")
     except OSError as error:
-        sys.exit(f"fpq: {error.filename or 'writing'}: {error.strerror or error}; free space or choose another place")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+        advice = "; free space or choose another place" if full else ""
+        sys.exit(f"fpq: {error.filename or 'writing'}: {' '.join(str(error.strerror or error).split())}{advice}")
 
 
 if __name__ == "__main__":

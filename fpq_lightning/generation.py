@@ -119,4 +119,4 @@ class WriteImages(BasePredictionWriter):
         """Writes the images of a batch."""
         for seed, image in zip(prediction["seeds"], prediction["images"], strict=True):
             pixels = image.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 0)
-            Image.fromarray(pixels.numpy()).save(self.output / f"{seed:06d}.png")
+            Image.fromarray(pixels.squeeze(-1).numpy()).save(self.output / f"{seed:06d}.png")

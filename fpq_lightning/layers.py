@@ -162,7 +162,7 @@ class QuantizedLayer(nn.Module):
         with torch.no_grad():
             if quantization.codes is not None:
                 pairs = zip(quantization.weights, quantization.codes, strict=True)
-                return self.from_rows([q.decode(codes) for q, codes in pairs])
+                return self.from_rows([q.decode(codes.to(self.weight.device)) for q, codes in pairs])
             return self.from_rows([q(r) for q, r in zip(quantization.weights, self.weight_rows(), strict=True)])
 
     def quantize_input(self, x: Tensor, quantization: LayerQuantization) -> Tensor:

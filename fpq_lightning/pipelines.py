@@ -102,12 +102,16 @@ def sample(
         "output_type": "np",
     }
     if sampler.guidance_scale is not None:
+        if "guidance_scale" not in accepted:
+            raise ValueError(f"{type(pipeline).__name__} has no guidance: leave sampler.guidance_scale out")
         arguments["guidance_scale"] = sampler.guidance_scale
     if "prompt" in accepted:
         if prompts is None:
             raise ValueError(f"{type(pipeline).__name__} is conditioned on text: give prompts")
         arguments["prompt"] = list(prompts)
     else:
+        if prompts is not None:
+            raise ValueError(f"{type(pipeline).__name__} is not conditioned on text: leave the prompts out")
         arguments["batch_size"] = len(seeds)
     images = pipeline(**arguments).images
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().mul_(2).sub_(1)

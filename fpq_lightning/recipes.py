@@ -37,7 +37,7 @@ class ActivationRecipe:
         unsigned: also try the unsigned formats of the same width, whose range starts at the smallest value
             (MSFP, arXiv 2505.21591).
         granularity: one static scale for each ``tensor``, or one for each ``token`` at run time.
-        objective: as for weights.
+        objective: as for weights; run-time scales have nothing to search.
     """
 
     formats: str | list[str] | None = "fp8"
@@ -53,7 +53,7 @@ class RoundingRecipe:
     Attributes:
         learned: whether it is learned at all.
         iterations: optimisation steps for each unit.
-        batch_size: samples a step, over all processes.
+        batch_size: samples a step.
         learning_rate: of the rounding variables (Adam).
         scale_learning_rate: of weight and activation scales, relative to their size (Adam).
         regularisation: weight of the regulariser that drives the variables to 0 or 1. The error it is weighed
@@ -93,7 +93,7 @@ class Recipe:
         split_skips: one quantizer for each piece of a concatenation that a layer reads.
         quantized_inputs: reconstruct a unit from the inputs that the quantized network gives it rather than those
             of the full-precision one.
-        correct_biases: at the end take the mean output error of each layer out of its bias.
+        correct_biases: take the mean error of a unit's output out of its last layer's bias, where that helps.
     """
 
     weights: WeightRecipe = field(default_factory=WeightRecipe)
@@ -112,6 +112,9 @@ class Recipe:
         self.granularity()
         if self.weights.formats is None and self.activations.formats is None:
             raise ValueError("the recipe quantizes neither weights nor activations: set a format for one of them")
+        has_unsigned = any(f.min == 0 for f in self.activation_formats())
+        if self.activations.granularity == "token" and has_unsigned:
+            raise ValueError("activations.granularity token needs signed formats, without activations.unsigned")
         r = self.rounding
         if r.learned and (r.iterations < 1 or r.batch_size < 1 or not 0 <= r.warmup < 1):
             raise ValueError(

@@ -115,6 +115,12 @@ class CalibrationDataModule(pl.LightningDataModule):
             raise ValueError(f"the calibration set would be empty: data.n_samples must be at least 4, got {n_samples}")
         if not 0 < held_out_fraction < 1:
             raise ValueError(f"data.held_out_fraction must be between 0 and 1, got {held_out_fraction}")
+        if micro_batch < 1 or n_search < 1:
+            raise ValueError(f"data.micro_batch and data.n_search must be at least 1, got {micro_batch} and {n_search}")
+        if round(n_samples * held_out_fraction) >= n_samples:
+            raise ValueError(
+                f"data.held_out_fraction {held_out_fraction} leaves none of {n_samples} samples to learn from"
+            )
         parse_bytes(store_budget), parse_bytes(store_host_budget)
         self.n_samples = n_samples
         self.seed = seed

@@ -106,12 +106,16 @@ def output_sensitivity(scheduler: Any, arguments: tuple, options: dict[str, Any]
     noise is so small that even a large relative error of its prediction changes the image little.
     """
     output, timestep, sample = arguments
+    options = dict(options)
+    takes_generator = "generator" in inspect.signature(type(scheduler).step).parameters
     probe = output.std() * 1e-2
     stepped = []
     for shift in (0.0, probe):
         clone = copy.copy(scheduler)
         clone.__dict__ = copy.deepcopy({k: v for k, v in vars(scheduler).items() if k != "step"})
-        stepped.append(clone.step(output + shift, timestep, sample, **{**options, "generator": None}))
+        if takes_generator:  # the same noise in both steps, should the scheduler draw any
+            options["generator"] = torch.Generator("cpu").manual_seed(0)
+        stepped.append(clone.step(output + shift, timestep, sample, **options))
     before, after = (s[0] if isinstance(s, tuple) else s.prev_sample for s in stepped)
     return ((after - before).flatten(1).square().mean(1).sqrt() / probe).cpu()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from fpq_lightning.calibration.datamodule import STEPS_PER_BATCH
 from fpq_lightning.reconstruction.module import BlockReconstruction
+from fpq_lightning.storage.files import whole_file
 
 
 class RunCheckpoint(Checkpoint):
@@ -40,9 +40,5 @@ class RunCheckpoint(Checkpoint):
         self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
-        temporary = self.file.with_suffix(".part")
-        trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            with temporary.open("rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(temporary, self.file)
+        with whole_file(self.file) as temporary:
+            trainer.save_checkpoint(temporary)

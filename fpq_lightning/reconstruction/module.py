@@ -80,6 +80,7 @@ class BlockReconstruction(pl.LightningModule):
         self._check_weights()
         self.units: list[Unit] = []
         self.reports: list[UnitReport] = []
+        self.fingerprint = ""  # of the run, kept in its checkpoints
         self.position = 0  # the unit in work
         self.iteration = 0  # its optimisation steps done
         self._entered = -1  # the unit whose activations are captured and variables made
@@ -102,8 +103,10 @@ class BlockReconstruction(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Finds the units and makes their layers quantized classes."""
-        if str(self.trainer.precision) == "16-mixed":
-            raise ValueError("trainer.precision 16-mixed would scale the gradients: use 32-true or bf16-mixed")
+        if str(self.trainer.precision) not in ("32-true", "bf16-mixed"):
+            raise ValueError(f"trainer.precision {self.trainer.precision} is not supported: use 32-true or bf16-mixed")
+        if self.trainer.world_size > 1:
+            raise ValueError("calibration on several devices is not supported yet: use --trainer.devices 1")
         if self.units:
             return
         device = next(self.denoiser.parameters()).device
@@ -208,7 +211,8 @@ class BlockReconstruction(pl.LightningModule):
         )
         replayed = self.device.type == "cuda" and cast(NetworkReplay, self._replay).is_on_device()
         backward = GraphedBackward if replayed else Backward
-        self._backward = backward(objective, self.calibration.batch_size, self.device)
+        with self.trainer.precision_plugin.forward_context():
+            self._backward = backward(objective, self.calibration.batch_size, self.device)
 
     def finish_unit(self) -> None:
         """Hardens the unit in work, keeps the better of learned and nearest, and moves both paths on."""
@@ -253,6 +257,8 @@ class BlockReconstruction(pl.LightningModule):
         """
         replay = cast(NetworkReplay, self._replay)
         layer = list(self._layers(unit).values())[-1]
+        if layer.bias is None:
+            return error
         quantization = cast(LayerQuantization, layer.variants["learned"])
         rows = torch.arange(self.calibration.n_train).split(self.calibration.micro_batch)
         total: Tensor | float = 0.0
@@ -263,11 +269,11 @@ class BlockReconstruction(pl.LightningModule):
                     return error
                 difference = (targets[0] - outputs[0]).transpose(1, layer.channel_dim).double()
                 weighted = difference.flatten(2).mean(2) if difference.ndim > 2 else difference
-                total = total + (weighted * replay.weights(r)[:, None]).sum(0)
+                weights = replay.weights(r).repeat_interleave(len(weighted) // len(r))
+                total = total + (weighted * weights[:, None]).sum(0) * (len(r) / len(weighted))
         before = quantization.bias
         shift = (cast(Tensor, total) / replay.weights(torch.cat(rows)).sum()).float()
-        start = layer.bias if before is None else before
-        quantization.set_bias(shift if start is None else start + shift)
+        quantization.set_bias((layer.bias if before is None else before) + shift)
         corrected = unit_error(replay, "learned", self.calibration.held_out())
         if corrected < error:
             return corrected
@@ -360,6 +366,7 @@ class BlockReconstruction(pl.LightningModule):
             self.reports[self.position].seconds += now - self._clock
             self._clock = now
         checkpoint["fpq"] = {
+            "fingerprint": self.fingerprint,
             "position": self.position,
             "iteration": self.iteration,
             "layers": layers,

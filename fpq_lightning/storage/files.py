@@ -41,6 +41,8 @@ def whole_file(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
     try:
         yield temporary
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -158,7 +158,7 @@ def _tensor(value: Any) -> Tensor | None:
 
 def is_quantized(directory: str | Path) -> bool:
     """Whether a directory holds a quantized pipeline."""
-    return (Path(directory) / FILE).is_file()
+    return (Path(directory).expanduser() / FILE).is_file()
 
 
 def read_description(directory: str | Path) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def read_description(directory: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: if it is damaged or of another version.
     """
-    file = Path(directory) / FILE
+    file = Path(directory).expanduser() / FILE
     try:
         description = json.loads(file.read_text())
         version, _ = description["format_version"], description["layers"]
