@@ -9,7 +9,6 @@ uses TF32 matrix products on a GPU. Each row is one JSON file in the output dire
 import argparse
 import json
 import logging
-import os
 import time
 import warnings
 from datetime import date
@@ -81,7 +80,7 @@ def main() -> None:
         recipe, data_options = build_recipe(name, args.overrides)
         pipeline = load_pipeline(args.model).to(device)
         data = fpq.CalibrationDataModule(**data_options)
-        run_dir = f"/tmp/fpq-figures-{os.getpid()}/{stem}-{name}{args.label}"
+        run_dir = args.out / "runs" / f"{stem}-{name}{args.label}"
         precision(tf32=True)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
