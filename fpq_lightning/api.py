@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,10 @@ def fit(
         check_checkpoint(ckpt_path, run.fingerprint)
     module.fingerprint = run.fingerprint
     run.begin()
+    data = copy.copy(data)  # the caller's may serve another run
+    decisive = ("n_samples", "seed", "source", "image_column", "timesteps", "weighting", "sampler")
+    data.made_from = {name: run.parts["calibration"][name] for name in decisive}
+    data.made_from["model"] = run.parts["model"]["weights"]
     data.sampler = sampler
     data.directory = data.directory or str(run.path / "calibration")
     trainer.fit(module, data, ckpt_path=ckpt_path)

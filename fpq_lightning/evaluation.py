@@ -40,6 +40,8 @@ class EvaluationConfig:
             raise ValueError(f"evaluation.n_images must be 0 or at least 2, got {self.n_images}")
         if self.features is not None:
             FeatureNetwork.load(self.features)
+        if self.real is not None and self.features is None:
+            raise ValueError("evaluation.real needs evaluation.features, the network whose statistics it holds")
         if self.real is not None and not Path(self.real).is_file():
             raise ValueError(f"there is no statistics file {self.real}: correct evaluation.real or set it to null")
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fpq_lightning.storage.files import write_json
+from fpq_lightning.storage.files import differences, write_json
 
 PACKAGES = ("fpq-lightning", "torch", "lightning", "diffusers", "torchmetrics", "datasets")
 
@@ -34,14 +34,6 @@ def hash_weights(model: nn.Module) -> str:
 def fingerprint(parts: dict[str, Any]) -> str:
     """A short hash of everything that decides the quantized model."""
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Where two nested values differ, as ``path: a -> b``."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = sorted({*a, *b})
-        return [d for k in keys for d in differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)]
-    return [] if a == b else [f"{path}: {a} -> {b}"]
 
 
 class RunState(Enum):

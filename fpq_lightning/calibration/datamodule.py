@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,11 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from fpq_lightning.calibration.store import ActivationStore, parse_bytes
 from fpq_lightning.calibration.trajectories import (
+    MADE_FROM,
     CalibrationSet,
     load_calibration_set,
     noise_real_images,
@@ -21,6 +24,7 @@ from fpq_lightning.calibration.trajectories import (
     save_calibration_set,
 )
 from fpq_lightning.pipelines import SamplerConfig
+from fpq_lightning.storage.files import differences
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -136,6 +140,7 @@ class CalibrationDataModule(pl.LightningDataModule):
         self.store_dtype = store_dtype
         self.sampler = SamplerConfig()
         self._set: CalibrationSet | None = None
+        self.made_from: dict[str, Any] | None = None
         self.sampling_seconds = 0.0
 
     def identity(self) -> dict[str, Any]:
@@ -164,12 +169,23 @@ class CalibrationDataModule(pl.LightningDataModule):
         if self.directory is None:
             self._set = made
         else:
-            save_calibration_set(made, self.directory)
+            save_calibration_set(made, self.directory, self.made_from)
 
     def setup(self, stage: str) -> None:
         """Loads the calibration set."""
         if self._set is None:
+            self._check_origin(Path(cast(str, self.directory)) / MADE_FROM)
             self._set = load_calibration_set(cast(str, self.directory))
+
+    def _check_origin(self, file: Path) -> None:
+        """Refuses a set that says it was made from another model or with other options."""
+        if self.made_from is None or not file.is_file():
+            return
+        if changed := differences(json.loads(file.read_text()), json.loads(json.dumps(self.made_from))):
+            raise ValueError(
+                f"the calibration set at {file.parent} was made otherwise ({'; '.join(changed[:3])}): choose another "
+                "data.directory or delete it"
+            )
 
     def train_dataloader(self) -> UnitBatches:
         """Batches of the unit in work."""
@@ -183,9 +199,15 @@ class CalibrationDataModule(pl.LightningDataModule):
         trainer = cast(Any, self.trainer)
         pipeline = trainer.lightning_module.pipeline.to(trainer.strategy.root_device)
         if self.source == "trajectories":
-            return sample_trajectories(
-                pipeline, self.sampler, self.n_samples, self.seed, self.timesteps, self.weighting
-            )
+            with tqdm(desc="sampling calibration set", unit="trajectory", dynamic_ncols=True) as bar:
+
+                def show(done: int, total: int) -> None:
+                    bar.total = total
+                    bar.update(done - bar.n)
+
+                return sample_trajectories(
+                    pipeline, self.sampler, self.n_samples, self.seed, self.timesteps, self.weighting, show
+                )
         return noise_real_images(pipeline, self.source, self.image_column, self.n_samples, self.seed)
 
     @property

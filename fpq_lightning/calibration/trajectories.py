@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fpq_lightning.pipelines import SamplerConfig, denoiser_name, sample, set_sampler
-from fpq_lightning.storage.files import whole_directory
+from fpq_lightning.storage.files import whole_directory, write_json
 
 Inputs = dict[str, Any]
 """Keyword arguments of the denoiser: tensors with a leading dimension of samples, and constants."""
 
 _WEIGHT = "sample_weight"
 _CONSTANTS = "constants.safetensors"
+MADE_FROM = "made_from.json"  # the model, sampler and options of a set
 
 
 @dataclass
@@ -273,7 +274,9 @@ def image_tensor(image: Any, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
-def save_calibration_set(calibration: CalibrationSet, directory: str | Path) -> None:
+def save_calibration_set(
+    calibration: CalibrationSet, directory: str | Path, made_from: Mapping[str, Any] | None = None
+) -> None:
     """Writes a calibration set as a `datasets` dataset (Arrow), a column for each tensor.
 
     Constants are kept in its description as JSON, and beside it as safetensors.
@@ -288,6 +291,8 @@ def save_calibration_set(calibration: CalibrationSet, directory: str | Path) -> 
     with whole_directory(Path(directory)) as temporary:
         dataset.save_to_disk(str(temporary))
         save_file({k: v.contiguous() for k, v in tensors.items() if k not in columns}, temporary / _CONSTANTS)
+        if made_from is not None:
+            write_json(temporary / MADE_FROM, made_from)
 
 
 def _feature(value: Tensor) -> Any:

@@ -52,3 +52,11 @@ def write_json(target: Path, value: Any) -> None:
     """Writes strict JSON (no NaN or Infinity)."""
     with whole_file(target) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Where two nested values differ, as ``path: a -> b``."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted({*a, *b})
+        return [d for k in keys for d in differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)]
+    return [] if a == b else [f"{path}: {a} -> {b}"]
