@@ -74,8 +74,6 @@ def main() -> None:
         shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if k not in ("torch", "model")}
         print(stem, shown, flush=True)
 
-    others = sample_variant(pipeline, sampler, range(args.n_images, 2 * args.n_images), "full_precision")
-    write("seed_noise", compare(evaluation.metrics(), others, reference, device, same_seeds=False))
     for name in args.recipes:
         recipe, data_options = build_recipe(name, args.overrides)
         pipeline = load_pipeline(args.model).to(device)
@@ -97,8 +95,11 @@ def main() -> None:
             row = {**metrics, **statistics}
             if mode == "learned":
                 row |= {"calibration_seconds": seconds, "peak_gib": memory}
-                row |= {"iterations": recipe.rounding.iterations, "samples": data.n}
+                row |= {"iterations": recipe.rounding.iterations, "samples": data.n_samples}
             write(f"{name}{args.label}-{mode}", row)
+    pipeline = load_pipeline(args.model).to(device)
+    others = sample_variant(pipeline, sampler, range(args.n_images, 2 * args.n_images), "full_precision")
+    write("seed_noise", compare(evaluation.metrics(), others, reference, device, same_seeds=False))
 
 
 if __name__ == "__main__":
