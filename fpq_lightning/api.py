@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from diffusers import DiffusionPipeline
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from fpq_lightning.calibration.datamodule import CalibrationDataModule
 from fpq_lightning.callbacks import CalibrationProgress, FinalizeQuantization, ImageQuality, RunCheckpoint, RunReport
@@ -20,6 +20,7 @@ from fpq_lightning.pipelines import SamplerConfig, denoiser_name
 from fpq_lightning.recipes import Recipe
 from fpq_lightning.reconstruction.module import BlockReconstruction
 from fpq_lightning.runs import RunDirectory, RunState, hash_weights, versions
+from fpq_lightning.strategy import prepare_strategy, stop_watching
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "devices": 1,
@@ -123,14 +124,16 @@ def fit(
     ckpt_path: str | None,
 ) -> None:
     """Runs a calibration in its run directory."""
+    checkpoint = None
     if ckpt_path == "last":
-        ckpt_path = str(run.checkpoints / "last.ckpt")
-        if not Path(ckpt_path).is_file():
-            print(f"{run.path} has no checkpoint yet: starting from the beginning")
-            ckpt_path = None
-    if ckpt_path is not None:
-        check_checkpoint(ckpt_path, run.fingerprint)
-    module.fingerprint = run.fingerprint
+        checkpoint = run.newest_checkpoint()
+        if checkpoint is None:
+            rank_zero_only(print)(f"{run.path} has no checkpoint yet: starting from the beginning")
+    elif ckpt_path is not None:
+        checkpoint = Path(ckpt_path)
+        run.check_checkpoint(checkpoint)
+    prepare_strategy(trainer)
+    module.made_from = run.parts
     run.begin()
     data = copy.copy(data)  # the caller's may serve another run
     decisive = ("n_samples", "seed", "source", "image_column", "timesteps", "weighting", "sampler")
@@ -138,24 +141,16 @@ def fit(
     data.made_from["model"] = run.parts["model"]["weights"]
     data.sampler = sampler
     data.directory = data.directory or str(run.path / "calibration")
-    trainer.fit(module, data, ckpt_path=ckpt_path)
+    data.store_directory = data.store_directory or str(run.path)
+    try:
+        trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
+    except SystemExit:  # a signal, on which all processes stop together
+        stop_watching(trainer)
+        raise
+    stop_watching(trainer)
     if not module.finished:
         raise ValueError(
             f"{run.path}: stopped before unit {module.position + 1} of {len(module.units)} was done; go on with "
             "--ckpt_path last (ckpt_path='last')"
         )
     module.use_learned()
-
-
-def check_checkpoint(file: str, fingerprint: str) -> None:
-    """Reads a checkpoint once, so that a damaged one is found before anything else is done.
-
-    Raises:
-        ValueError: if it cannot be read or is of another run.
-    """
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True).get("fpq", {})
-    except Exception as error:  # whatever a damaged file raises
-        raise ValueError(f"the checkpoint {file} cannot be read ({error}): delete it to start again") from error
-    if state.get("fingerprint") != fingerprint:
-        raise ValueError(f"the checkpoint {file} is of another run (model, recipe or calibration data differ)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from fpq_lightning import distributed
 from fpq_lightning.layers import Mode, running
 from fpq_lightning.metrics.features import FeatureNetwork
 from fpq_lightning.metrics.quality import QualityMetrics
-from fpq_lightning.pipelines import SamplerConfig, denoiser_name, sample, set_sampler
+from fpq_lightning.pipelines import SamplerConfig, batches_of, denoiser_name, sample, set_sampler
 
 
 @dataclass
@@ -56,11 +57,6 @@ class EvaluationConfig:
         return range(self.seed, self.seed + self.n_images)
 
 
-def batches(seeds: range, size: int) -> Iterator[range]:
-    """Cuts seeds into batches."""
-    return (seeds[i : i + size] for i in range(0, len(seeds), size))
-
-
 def sample_variant(
     pipeline: DiffusionPipeline,
     sampler: SamplerConfig,
@@ -68,11 +64,16 @@ def sample_variant(
     mode: Mode,
     on_batch: Callable[[int], object] = lambda n: None,
 ) -> Tensor:
-    """Images `[n, 3, height, width]` in [-1, 1] of one variant, on the CPU."""
+    """This process's part of the images of one variant, `[n, 3, height, width]` in [-1, 1], on the CPU.
+
+    The first images are the first process's.
+    """
     set_sampler(pipeline, sampler)
     images = []
+    world_size = distributed.world_size()
+    batches = list(batches_of(seeds, sampler.batch_size, world_size))
     with running(getattr(pipeline, denoiser_name(pipeline)), mode):
-        for batch in batches(seeds, sampler.batch_size):
+        for batch in batches[distributed.rank() :: world_size]:
             images.append(sample(pipeline, sampler, batch))
             on_batch(len(batch))
     return torch.cat(images)
@@ -81,8 +82,9 @@ def sample_variant(
 def compare(
     metrics: QualityMetrics, images: Tensor, reference: Tensor, device: torch.device, same_seeds: bool = True
 ) -> dict[str, Any]:
-    """Metrics of a set of images against full-precision ones."""
+    """Metrics of a set of images against full-precision ones, each process giving its part."""
     metrics.to(device)
     for a, b in zip(images.split(250), reference.split(250), strict=True):
         metrics.update(a.to(device), b.to(device), same_seeds)
-    return {**metrics.compute(same_seeds), "n_images": len(images)}
+    n_images = distributed.sum_over_ranks(torch.tensor(len(images), device=device))
+    return {**metrics.compute(same_seeds), "n_images": int(n_images)}

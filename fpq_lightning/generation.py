@@ -14,13 +14,14 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from fpq_lightning import distributed
 from fpq_lightning.evaluation import EvaluationConfig
-from fpq_lightning.pipelines import SamplerConfig, load_pipeline, sample, set_sampler
+from fpq_lightning.pipelines import SamplerConfig, batches_of, load_pipeline, sample, set_sampler
 from fpq_lightning.storage.quantized import is_quantized, load_quantized, read_description
 
 
 class SeedDataModule(pl.LightningDataModule):
-    """Batches of image seeds and prompts.
+    """Batches of image seeds and prompts, each process its part.
 
     Args:
         seeds: of the images.
@@ -30,16 +31,21 @@ class SeedDataModule(pl.LightningDataModule):
 
     def __init__(self, seeds: range, batch_size: int, prompts: Sequence[str] | None = None) -> None:
         super().__init__()
-        self.images = list(zip(seeds, prompts or [""] * len(seeds), strict=True))
-        self.prompted = prompts is not None
+        self.seeds = seeds
+        self.prompts = prompts
         self.batch_size = batch_size
 
     def _loader(self) -> DataLoader:
-        return DataLoader(self.images, batch_size=self.batch_size, collate_fn=self._collate)  # type: ignore[arg-type]
-
-    def _collate(self, images: list[tuple[int, str]]) -> dict[str, Any]:
-        seeds, prompts = zip(*images, strict=True)
-        return {"seeds": list(seeds), "prompts": list(prompts) if self.prompted else None}
+        world_size = distributed.world_size()
+        batches = list(batches_of(range(len(self.seeds)), self.batch_size, world_size))
+        mine = [
+            {
+                "seeds": [self.seeds[i] for i in batch],
+                "prompts": None if self.prompts is None else [self.prompts[i] for i in batch],
+            }
+            for batch in batches[distributed.rank() :: world_size]
+        ]
+        return DataLoader(mine, batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
 
     test_dataloader = predict_dataloader = _loader
 

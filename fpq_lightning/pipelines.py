@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,12 @@ def set_sampler(pipeline: DiffusionPipeline, sampler: SamplerConfig) -> None:
         scheduler_class: type[SchedulerMixin] = getattr(diffusers_schedulers, sampler.scheduler)
         if type(pipeline.scheduler) is not scheduler_class:
             pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
+
+
+def batches_of(seeds: range, size: int, world_size: int = 1) -> Iterator[range]:
+    """Cuts seeds into batches that go round the processes; smaller ones where some process would get none."""
+    size = min(size, max(1, len(seeds) // world_size))
+    return (seeds[i : i + size] for i in range(0, len(seeds), size))
 
 
 @torch.no_grad()

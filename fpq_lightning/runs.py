@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,16 @@ def fingerprint(parts: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
+def shorten(differences: list[str]) -> str:
+    """The first few in one line."""
+    more = len(differences) - 3
+    return "; ".join(differences[:3]) + (f"; and {more} more" if more > 0 else "")
+
+
+class _UnreadableError(ValueError):
+    """A checkpoint is damaged."""
+
+
 class RunState(Enum):
     """What a run directory holds."""
 
@@ -63,6 +74,43 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def checkpoint_files(self) -> tuple[Path, Path]:
+        """The checkpoint, and the one before it."""
+        return self.checkpoints / "last.ckpt", self.checkpoints / "previous.ckpt"
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint that can be read, None if there is none at all.
+
+        Raises:
+            ValueError: if none can be read, or it is of another run.
+        """
+        files = [file for file in self.checkpoint_files if file.is_file()]
+        for file in files:
+            try:
+                self.check_checkpoint(file)
+            except _UnreadableError as error:
+                warnings.warn(f"{error}: trying the one before it", stacklevel=2)
+            else:
+                return file
+        if files:
+            raise ValueError(f"no checkpoint in {self.checkpoints} can be read: delete it to start from the beginning")
+        return None
+
+    def check_checkpoint(self, file: Path) -> None:
+        """Reads a checkpoint once, so that a damaged one is found before anything else is done.
+
+        Raises:
+            ValueError: if it cannot be read or is of another run.
+        """
+        try:
+            made_from = torch.load(file, map_location="cpu", weights_only=True)["fpq"]["made_from"]
+        except Exception as error:  # whatever a damaged file raises
+            reason = " ".join(str(error).split())[:200]
+            raise _UnreadableError(f"the checkpoint {file} cannot be read ({reason})") from error
+        if changed := differences(made_from, self.parts):
+            raise ValueError(f"the checkpoint {file} is of another run ({shorten(changed)}): choose another --run_dir")
+
+    @property
     def quantized(self) -> Path:
         """Directory of the quantized pipeline."""
         return self.path / "quantized"
@@ -83,16 +131,18 @@ class RunDirectory:
             ValueError: if it belongs to another run.
         """
         if not self._fingerprint_file.is_file():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            # What is hidden may be another process's temporary file.
+            if self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
                 raise ValueError(f"{self.path} is not empty and no run of ours: choose another --run_dir")
             return RunState.NEW
         found = json.loads(self._fingerprint_file.read_text())["parts"]
         if changed := differences(found, self.parts):
-            shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
-            raise ValueError(f"{self.path} holds another run ({shown}): choose another --run_dir or delete it")
+            raise ValueError(
+                f"{self.path} holds another run ({shorten(changed)}): choose another --run_dir or delete it"
+            )
         if self.report.is_file() and self.quantized.is_dir():
             return RunState.FINISHED
-        return RunState.UNFINISHED if (self.checkpoints / "last.ckpt").is_file() else RunState.NEW
+        return RunState.UNFINISHED if any(file.is_file() for file in self.checkpoint_files) else RunState.NEW
 
     def begin(self) -> None:
         """Makes the directory and writes whose it is."""

@@ -13,10 +13,10 @@ from models import CHECKOUT, tiny_pipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fpq_lightning.evaluation import EvaluationConfig, batches, compare, sample_variant
+from fpq_lightning.evaluation import EvaluationConfig, compare, sample_variant
 from fpq_lightning.metrics.features import FeatureNetwork
 from fpq_lightning.metrics.quality import FrechetDistance, QualityMetrics
-from fpq_lightning.pipelines import SamplerConfig, sample, set_sampler
+from fpq_lightning.pipelines import SamplerConfig, batches_of, sample, set_sampler
 
 FEATURES = CHECKOUT / "data" / "cifar10-features"
 
@@ -192,7 +192,7 @@ def test_a_variant_leaves_the_mode_of_the_layers_as_it_was() -> None:
 
 
 def test_batches_cover_the_seeds_in_order() -> None:
-    assert [list(b) for b in batches(range(3, 10), 3)] == [[3, 4, 5], [6, 7, 8], [9]]
+    assert [list(b) for b in batches_of(range(3, 10), 3)] == [[3, 4, 5], [6, 7, 8], [9]]
 
 
 @pytest.mark.parametrize(

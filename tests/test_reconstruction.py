@@ -27,6 +27,7 @@ from fpq_lightning import (
     load_quantized,
     quantize,
 )
+from fpq_lightning.calibration.replay import sample_energies
 from fpq_lightning.calibration.trajectories import load_calibration_set
 from fpq_lightning.layers import quantized_layers
 from fpq_lightning.reconstruction.objective import relative_error
@@ -220,7 +221,7 @@ class _Probe(pl.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if pl_module.units[pl_module.position].name == self.unit:
-            self.use(pl_module, pl_module._backward.objective)
+            self.use(pl_module, pl_module._unit.backward.objective)
             raise _DoneError
 
 
@@ -236,7 +237,7 @@ def test_gradients_agree_with_finite_differences_in_float64(tmp_path: Path, scal
         with torch.no_grad():
             rounded.v.add_(torch.randn_like(rounded.v, generator=None) * 0.3)
         with torch.enable_grad():
-            loss, _ = objective(rows, torch.tensor(beta), torch.tensor(strength), torch.tensor(0.0))
+            loss, _ = objective(rows, rows, torch.tensor(beta), torch.tensor(strength), torch.tensor(0.0))
             gradients = torch.autograd.grad(loss, [rounded.v, quantizer.log_gain])
         layer = module.denoiser.conv_in
         x, weights = objective.replay.inputs(rows)[0][0].double(), objective.replay.weights(rows).double()
@@ -287,7 +288,9 @@ def test_relative_error_is_weighted_error_over_weighted_energy_averaged_over_out
         pairs = [(float(w), a.double(), b.double()) for w, a, b in zip(weights, o, t, strict=True)]
         error = sum(w * ((a - b) ** 2).mean().item() for w, a, b in pairs)
         expected.append(error / sum(w * (b**2).mean().item() for w, _, b in pairs))
-    assert relative_error(outputs, targets, weights).item() == pytest.approx(sum(expected) / 2, rel=1e-5)
+    differences = [o - t for o, t in zip(outputs, targets, strict=True)]
+    energies = [sample_energies(leaves, weights).sum(0) for leaves in (differences, targets)]
+    assert relative_error(*energies).item() == pytest.approx(sum(expected) / 2, rel=1e-5)
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------

@@ -48,7 +48,9 @@ def make_replay(
     micro_batch: int = 64,
     quantized_inputs: bool = True,
 ) -> NetworkReplay:
-    calibration = CalibrationSet(inputs, torch.arange(n) + 0.5)
+    constants = {k: v for k, v in inputs.items() if not isinstance(v, Tensor) or not v.ndim or len(v) != n}
+    per_sample = {k: v for k, v in inputs.items() if k not in constants}
+    calibration = CalibrationSet(per_sample, torch.arange(n) + 0.5, constants)
     return NetworkReplay(model, units, calibration, store or ActivationStore(CPU), micro_batch, quantized_inputs)
 
 

@@ -1,4 +1,4 @@
-"""The calibration set as a LightningDataModule."""
+"""The calibration set as a LightningDataModule, spread over the processes of a run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fpq_lightning import distributed
+from fpq_lightning.calibration.shards import Samples, Shard
 from fpq_lightning.calibration.store import ActivationStore, parse_bytes
 from fpq_lightning.calibration.trajectories import (
     MADE_FROM,
@@ -36,18 +38,21 @@ STEPS_PER_BATCH = 10
 class UnitBatches:
     """Sample indices for the optimisation steps of one unit; those of step i are a function of (seed, unit, i) alone.
 
-    A batch holds the indices of up to `STEPS_PER_BATCH` steps, `[steps, batch_size]`.
+    Position j of a step draws from the samples of stratum j (see `Shard`). A batch holds the indices of up to
+    `STEPS_PER_BATCH` steps, `[steps, batch_size]`.
 
     Args:
         seed: of the calibration.
         unit: position of the unit.
         n: samples to draw from.
-        batch_size: indices a step.
+        batch_size: indices a step, at most n.
         steps: number of steps; with 0 there is one batch without steps.
     """
 
     def __init__(self, seed: int, unit: int, n: int, batch_size: int, steps: int) -> None:
-        self.seed, self.unit, self.n, self.batch_size, self.steps = seed, unit, n, batch_size, steps
+        self.seed, self.unit, self.steps = seed, unit, steps
+        self.strata = np.arange(batch_size)
+        self.stratum_sizes = -(-(n - self.strata) // batch_size)
         self.length = max(1, -(-steps // STEPS_PER_BATCH))
         self._next = 0
 
@@ -65,7 +70,7 @@ class UnitBatches:
     def step(self, i: int) -> Tensor:
         """Indices of step i, int64 `[batch_size]`."""
         draw = np.random.default_rng([self.seed, self.unit, i])
-        return torch.from_numpy(draw.integers(self.n, size=self.batch_size))
+        return torch.from_numpy(self.strata + len(self.strata) * draw.integers(self.stratum_sizes))
 
     def state_dict(self) -> dict[str, int]:
         """Where the loader is."""
@@ -92,10 +97,11 @@ class CalibrationDataModule(pl.LightningDataModule):
         n_search: samples that the search of formats and clips sees.
         micro_batch: samples a forward pass outside the optimisation.
         directory: where the set is kept as a `datasets` dataset; None leaves the choice to the run.
-        store_budget: bytes of the compute device that captured activations may take, such as ``4GiB``.
-        store_host_budget: bytes of host memory that they may take beyond, when computing on a GPU; what is left goes
-            to memory-mapped files.
+        store_budget: bytes of each compute device that captured activations may take, such as ``4GiB``.
+        store_host_budget: bytes of host memory that they may take beyond, for each GPU; what is left goes to
+            memory-mapped files.
         store_dtype: of captured activations.
+        store_directory: where those files go; None leaves the choice to the run.
     """
 
     def __init__(
@@ -113,6 +119,7 @@ class CalibrationDataModule(pl.LightningDataModule):
         store_budget: str = "4GiB",
         store_host_budget: str = "16GiB",
         store_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        store_directory: str | None = None,
     ) -> None:
         super().__init__()
         if n_samples < 4:
@@ -138,6 +145,7 @@ class CalibrationDataModule(pl.LightningDataModule):
         self.directory = directory
         self.store_budget, self.store_host_budget = store_budget, store_host_budget
         self.store_dtype = store_dtype
+        self.store_directory = store_directory
         self.sampler = SamplerConfig()
         self._set: CalibrationSet | None = None
         self.made_from: dict[str, Any] | None = None
@@ -159,23 +167,19 @@ class CalibrationDataModule(pl.LightningDataModule):
 
     # --- Lightning ---------------------------------------------------------------------------------------------
 
-    def prepare_data(self) -> None:
-        """Makes the calibration set, on the main process, unless it is there."""
-        if self._set or (self.directory and Path(self.directory).is_dir()):
+    def setup(self, stage: str) -> None:
+        """Makes the calibration set, each process its part, unless it is there."""
+        if self._set is not None:
+            return
+        if self.directory is not None and distributed.from_first(Path(self.directory).is_dir()):
+            self._check_origin(Path(self.directory) / MADE_FROM)
+            self._set = load_calibration_set(self.directory)
             return
         start = time.perf_counter()
-        made = self.make_set()
+        self._set = self.make_set()
         self.sampling_seconds = time.perf_counter() - start
-        if self.directory is None:
-            self._set = made
-        else:
-            save_calibration_set(made, self.directory, self.made_from)
-
-    def setup(self, stage: str) -> None:
-        """Loads the calibration set."""
-        if self._set is None:
-            self._check_origin(Path(cast(str, self.directory)) / MADE_FROM)
-            self._set = load_calibration_set(cast(str, self.directory))
+        if self.directory is not None and distributed.rank() == 0:
+            save_calibration_set(self._set, self.directory, self.made_from)
 
     def _check_origin(self, file: Path) -> None:
         """Refuses a set that says it was made from another model or with other options."""
@@ -199,7 +203,8 @@ class CalibrationDataModule(pl.LightningDataModule):
         trainer = cast(Any, self.trainer)
         pipeline = trainer.lightning_module.pipeline.to(trainer.strategy.root_device)
         if self.source == "trajectories":
-            with tqdm(desc="sampling calibration set", unit="trajectory", dynamic_ncols=True) as bar:
+            hidden = distributed.rank() > 0
+            with tqdm(desc="sampling calibration set", unit="trajectory", dynamic_ncols=True, disable=hidden) as bar:
 
                 def show(done: int, total: int) -> None:
                     bar.total = total
@@ -226,17 +231,32 @@ class CalibrationDataModule(pl.LightningDataModule):
         """Samples that are learned from; the rest is held out."""
         return self.n - max(1, round(self.n * self.held_out_fraction))
 
-    def held_out(self) -> Tensor:
-        """Indices of the held-out samples."""
-        return torch.arange(self.n_train, self.n)
-
     @property
     def batch_size(self) -> int:
-        """Samples of one optimisation step."""
+        """Samples of one optimisation step, over all processes."""
         return min(cast(Any, self.trainer).lightning_module.recipe.rounding.batch_size, self.n_train)
+
+    @property
+    def shard(self) -> Shard:
+        """The samples of this process."""
+        return Shard(self.batch_size, distributed.rank(), distributed.world_size())
+
+    def samples(self) -> Samples:
+        """What the samples are for."""
+        every = torch.arange(self.n)
+        train, held_out = every[: self.n_train], every[self.n_train :]
+        return Samples(self.n, train, held_out, train[: self.n_search], self.shard)
+
+    def local_set(self) -> CalibrationSet:
+        """The part of the set that this process holds."""
+        return self.set.select(self.shard.owned(self.n))
 
     def make_store(self, device: torch.device) -> ActivationStore:
         """An empty activation store under the budgets."""
         return ActivationStore(
-            device, _DTYPES[self.store_dtype], parse_bytes(self.store_budget), parse_bytes(self.store_host_budget)
+            device,
+            _DTYPES[self.store_dtype],
+            parse_bytes(self.store_budget),
+            parse_bytes(self.store_host_budget),
+            self.store_directory,
         )

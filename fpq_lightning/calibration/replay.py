@@ -8,7 +8,7 @@ evaluated once for each path and sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fpq_lightning.calibration.store import ActivationStore
 from fpq_lightning.calibration.trajectories import CalibrationSet
+from fpq_lightning.distributed import gather_rows
 from fpq_lightning.layers import Mode, running
 from fpq_lightning.model.blocks import Unit
 
@@ -234,6 +235,23 @@ class NetworkReplay:
         """Captured inputs of the current unit."""
         return self._input_trees[self.position].read(self.store, rows)
 
+    def gathered_inputs(self, rows: Tensor, placement: list[Tensor]) -> Any:
+        """Captured inputs for samples of all processes.
+
+        Args:
+            rows: those of this process.
+            placement: for each rank, where its rows go.
+        """
+        tree = self._input_trees[self.position]
+        leaves = [gather_rows(self.store.read(key, rows), placement).flatten(0, 1) for key in tree.stored()]
+        return tree.fill(leaves)
+
+    @torch.no_grad()
+    def target_energies(self) -> Tensor:
+        """`sample_energies` of the current unit in full precision, `[n, outputs]`."""
+        parts = [sample_energies(self.targets(rows), self.weights(rows)) for rows in self._batches()]
+        return torch.cat(parts)
+
     def targets(self, rows: slice | Tensor) -> list[Tensor]:
         """Full-precision outputs of the current unit, floating-point leaves only."""
         tree = self._output_tree("full_precision", self.position)
@@ -278,6 +296,19 @@ class NetworkReplay:
         else:
             for key in self._output_tree(path, source).stored():
                 self.store.schedule(key, self._next_use(source))
+
+
+def sample_energies(leaves: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Weighted mean square of each sample in each tensor.
+
+    Args:
+        leaves: `[n, ...]` each, or with further dimensions folded into the first.
+        weights: of the samples, `[n]`.
+
+    Returns:
+        `[n, leaves]`.
+    """
+    return torch.stack([x.reshape(len(weights), -1).square().mean(1) * weights for x in leaves], dim=1)
 
 
 def output_leaves(output: Any) -> list[Tensor]:

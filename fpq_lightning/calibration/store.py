@@ -80,6 +80,7 @@ class ActivationStore:
             dtype: of what will be written; floating types are stored as the store's own.
             next_use: when it will be read next, in any unit that orders the arrays.
         """
+        self.free(key)  # of an attempt that ran out of memory
         dtype = self.dtype if dtype.is_floating_point else dtype
         size = torch.Size(shape).numel() * dtype.itemsize
         tier = self._make_room("device", size, next_use)
@@ -143,6 +144,14 @@ class ActivationStore:
         self.free(key)
         return moved
 
+    def shrink(self, budget: int) -> None:
+        """Lowers the budget of the compute device, moving out what is needed latest."""
+        self.budgets["device"] = min(budget, self.budgets["device"])
+        while self.used("device") > self.budgets["device"]:
+            resident = ((k, e) for k, e in self._entries.items() if e.tier == "device")
+            key, entry = max(resident, key=lambda item: item[1].next_use)
+            self._entries[key] = self._moved(key, self._make_room(self._below("device"), entry.bytes, entry.next_use))
+
     def on_device(self, key: str) -> bool:
         """Whether an array lies on the compute device."""
         return self._entries[key].tier == "device"
@@ -153,8 +162,8 @@ class ActivationStore:
 
     def free(self, key: str) -> None:
         """Forgets an array."""
-        entry = self._entries.pop(key)
-        if entry.file is not None:
+        entry = self._entries.pop(key, None)
+        if entry is not None and entry.file is not None:
             entry.file.unlink()
 
     def close(self) -> None:

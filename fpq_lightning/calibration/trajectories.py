@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +20,9 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fpq_lightning.pipelines import SamplerConfig, denoiser_name, sample, set_sampler
+from fpq_lightning import distributed
+from fpq_lightning.pipelines import SamplerConfig, batches_of, denoiser_name, sample, set_sampler
 from fpq_lightning.storage.files import whole_directory, write_json
-
-Inputs = dict[str, Any]
-"""Keyword arguments of the denoiser: tensors with a leading dimension of samples, and constants."""
 
 _WEIGHT = "sample_weight"
 _CONSTANTS = "constants.safetensors"
@@ -36,29 +34,28 @@ class CalibrationSet:
     """What the denoiser is called with.
 
     Attributes:
-        inputs: keyword arguments of the denoiser.
+        inputs: keyword arguments of the denoiser that differ from sample to sample, `[n, ...]`.
         weights: how much an error on each sample matters, float32 `[n]`, mean 1.
+        constants: the other keyword arguments.
     """
 
-    inputs: Inputs
+    inputs: dict[str, Tensor]
     weights: Tensor
+    constants: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.weights)
 
-    def batch(self, rows: slice | Tensor, device: torch.device) -> Inputs:
+    def batch(self, rows: slice | Tensor, device: torch.device) -> dict[str, Any]:
         """Keyword arguments of the denoiser for some of the samples."""
+        inputs = {name: value[rows].to(device) for name, value in self.inputs.items()}
+        constants = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.constants.items()}
+        return {**inputs, **constants}
 
-        def place(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return (value[rows] if value.ndim and len(value) == len(self) else value).to(device)
-
-        return {name: place(value) for name, value in self.inputs.items()}
-
-
-def _chunks(n: int, size: int) -> Iterator[range]:
-    return (range(i, min(i + size, n)) for i in range(0, n, size))
+    def select(self, rows: Tensor) -> CalibrationSet:
+        """Some of the samples as a set."""
+        inputs = {name: value[rows] for name, value in self.inputs.items()}
+        return CalibrationSet(inputs, self.weights[rows], self.constants)
 
 
 def _per_sample(name: str, value: Any, batch: int) -> Any:
@@ -133,6 +130,8 @@ def sample_trajectories(
 ) -> CalibrationSet:
     """Runs the pipeline and keeps what its denoiser is called with.
 
+    The processes of a distributed run take a part of the trajectories each, and all get the whole set.
+
     Args:
         pipeline: in full precision.
         sampler: how to sample.
@@ -151,63 +150,92 @@ def sample_trajectories(
     if n < 1:
         raise ValueError(f"the calibration set would be empty: ask for at least 1 sample, got {n}")
     set_sampler(pipeline, sampler)
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
-    signature = inspect.signature(type(denoiser).forward)
     keep = steps_to_keep(n, sampler.steps, timesteps, seed)
-    collected: dict[str, list[Tensor]] = {}
-    constants: Inputs = {}
-    weights: list[Tensor] = []
-    step = 0
-    rows: list[int] = []
-    batch: range = range(0)
-
-    def record(module: Any, args: tuple, kwargs: dict) -> None:
-        nonlocal step, rows
-        bound = signature.bind(module, *args, **kwargs).arguments
-        bound.pop("self")
-        rows = [row for row, i in enumerate(batch) for _ in range(keep[i].count(step))]
-        for name, value in bound.items():
-            value = _per_sample(name, value, len(batch))
-            if isinstance(value, Tensor) and value.ndim and len(value) == len(batch):
-                collected.setdefault(name, []).append(value[torch.tensor(rows, dtype=torch.long)].cpu())
-            else:
-                constants[name] = value
-        step += 1
-
-    scheduler_step = pipeline.scheduler.step
-
-    def measured_step(*args: Any, **kwargs: Any) -> Any:
-        sensitivity = output_sensitivity(pipeline.scheduler, args, kwargs)
-        weights.append(sensitivity.square()[torch.tensor(rows, dtype=torch.long)])
-        return scheduler_step(*args, **kwargs)
-
-    handle = denoiser.register_forward_pre_hook(record, with_kwargs=True)
-    if weighting == "sensitivity":
-        pipeline.scheduler.step = measured_step
-    try:
-        for batch in _chunks(len(keep), sampler.batch_size):
-            step = 0
-            sample(pipeline, sampler, [seed + i for i in batch])
-            on_batch(batch.stop, len(keep))
-    finally:
-        handle.remove()
-        vars(pipeline.scheduler).pop("step", None)
-    inputs: Inputs = {name: torch.cat(parts) for name, parts in collected.items()}
+    recorder = _Recorder(pipeline, keep, weighting)
+    batches = list(batches_of(range(len(keep)), sampler.batch_size, distributed.world_size()))
+    mine = range(distributed.rank(), len(batches), distributed.world_size())
+    with recorder:
+        for i in mine:
+            recorder.begin(batches[i])
+            sample(pipeline, sampler, [seed + trajectory for trajectory in batches[i]])
+            on_batch(batches[i].stop, len(keep))
+    parts = sorted((part for parts in distributed.gather(recorder.parts) for part in parts), key=lambda part: part[0])
+    inputs = {name: torch.cat([part[name] for _, part in parts]) for name in parts[0][1]}
+    weight = inputs.pop(_WEIGHT, None)
     if not inputs:
         raise ValueError(
             f"{type(pipeline).__name__} calls its denoiser with another batch than that of its images (guidance, or "
             "several views): such pipelines cannot be calibrated yet"
         )
-    for name, value in {**inputs, "sensitivity": torch.cat(weights) if weights else torch.ones(1)}.items():
+    if weight is None:
+        weight = torch.ones(n)
+    for name, value in {**inputs, "sensitivity": weight}.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(
                 f"the full-precision model gives NaN or Inf along its trajectories ({name}): it cannot be calibrated"
             )
     # Neighbours in the set come from other trajectories and steps, so that any part of it is representative.
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(next(iter(inputs.values())))))
-    weight = torch.cat(weights)[order] if weights else torch.ones(len(order))
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(weight)))
     inputs = {name: value[order] for name, value in inputs.items()}
-    return CalibrationSet({**inputs, **constants}, weight / weight.mean())
+    constants = distributed.from_first(recorder.constants)
+    return CalibrationSet(inputs, (weight / weight.mean())[order], constants)
+
+
+class _Recorder:
+    """Keeps what a pipeline's denoiser is called with while it samples."""
+
+    def __init__(self, pipeline: DiffusionPipeline, keep: list[list[int]], weighting: str) -> None:
+        self.scheduler = pipeline.scheduler
+        self.denoiser = getattr(pipeline, denoiser_name(pipeline))
+        self.signature = inspect.signature(type(self.denoiser).forward)
+        self.keep = keep
+        self.weighting = weighting
+        self.parts: list[tuple[int, dict[str, Tensor]]] = []  # by the first trajectory of each batch
+        self.constants: dict[str, Any] = {}
+        self._batch = range(0)
+        self._collected: dict[str, list[Tensor]] = {}
+        self._step = 0
+        self._rows = torch.empty(0, dtype=torch.long)
+
+    def begin(self, batch: range) -> None:
+        """Goes to the next trajectories."""
+        self._finish()
+        self._batch, self._step, self._collected = batch, 0, {}
+
+    def _finish(self) -> None:
+        if len(self._batch):
+            part = {name: torch.cat(values) for name, values in self._collected.items()}
+            self.parts.append((self._batch.start, part))
+
+    def __enter__(self) -> None:
+        self._handle = self.denoiser.register_forward_pre_hook(self._record, with_kwargs=True)
+        if self.weighting == "sensitivity":
+            self._scheduler_step = self.scheduler.step
+            self.scheduler.step = self._measured_step
+
+    def __exit__(self, *error: object) -> None:
+        self._handle.remove()
+        vars(self.scheduler).pop("step", None)
+        self._finish()
+
+    def _record(self, module: Any, args: tuple, kwargs: dict) -> None:
+        bound = self.signature.bind(module, *args, **kwargs).arguments
+        bound.pop("self")
+        n = len(self._batch)
+        kept = [row for row, i in enumerate(self._batch) for _ in range(self.keep[i].count(self._step))]
+        self._rows = torch.tensor(kept, dtype=torch.long)
+        for name, value in bound.items():
+            value = _per_sample(name, value, n)
+            if isinstance(value, Tensor) and value.ndim and len(value) == n:
+                self._collected.setdefault(name, []).append(value[self._rows.to(value.device)].cpu())
+            else:
+                self.constants[name] = value.cpu() if isinstance(value, Tensor) else value
+        self._step += 1
+
+    def _measured_step(self, *args: Any, **kwargs: Any) -> Any:
+        sensitivity = output_sensitivity(self.scheduler, args, kwargs)
+        self._collected.setdefault(_WEIGHT, []).append(sensitivity.square()[self._rows])
+        return self._scheduler_step(*args, **kwargs)
 
 
 @torch.no_grad()
@@ -240,7 +268,7 @@ def noise_real_images(pipeline: DiffusionPipeline, source: str, column: str, n: 
     timestep = torch.randint(pipeline.scheduler.config.num_train_timesteps, (n,), generator=generator)
     noise = torch.randn(clean.shape, generator=generator)
     noised = pipeline.scheduler.add_noise(clean, noise, timestep)
-    return CalibrationSet({"sample": noised, "timestep": timestep, "return_dict": False}, torch.ones(n))
+    return CalibrationSet({"sample": noised, "timestep": timestep}, torch.ones(n), {"return_dict": False})
 
 
 def load_images(source: str, column: str) -> datasets.Dataset:
@@ -281,16 +309,15 @@ def save_calibration_set(
 
     Constants are kept in its description as JSON, and beside it as safetensors.
     """
-    tensors = {k: v for k, v in calibration.inputs.items() if isinstance(v, Tensor)}
-    columns = {k: v for k, v in tensors.items() if v.ndim and len(v) == len(calibration)}
-    constants = {k: v for k, v in calibration.inputs.items() if k not in tensors}
-    columns[_WEIGHT] = calibration.weights
+    tensors = {k: v.contiguous() for k, v in calibration.constants.items() if isinstance(v, Tensor)}
+    constants = {k: v for k, v in calibration.constants.items() if k not in tensors}
+    columns = {**calibration.inputs, _WEIGHT: calibration.weights}
     features = datasets.Features({name: _feature(value) for name, value in columns.items()})
     info = datasets.DatasetInfo(description=json.dumps(constants), features=features)
     dataset = datasets.Dataset.from_dict({k: v.numpy() for k, v in columns.items()}, features=features, info=info)
     with whole_directory(Path(directory)) as temporary:
         dataset.save_to_disk(str(temporary))
-        save_file({k: v.contiguous() for k, v in tensors.items() if k not in columns}, temporary / _CONSTANTS)
+        save_file(tensors, temporary / _CONSTANTS)
         if made_from is not None:
             write_json(temporary / MADE_FROM, made_from)
 
@@ -317,7 +344,7 @@ def load_calibration_set(directory: str | Path) -> CalibrationSet:
     try:
         dataset = datasets.load_from_disk(str(directory))
         table = dataset.with_format("numpy")
-        columns: Inputs = {name: torch.from_numpy(np.array(table[name][:])) for name in dataset.column_names}
+        columns = {name: torch.from_numpy(np.array(table[name][:])) for name in dataset.column_names}
         constants = json.loads(dataset.info.description or "{}")
         constants |= load_file(Path(directory) / _CONSTANTS)
         weights = columns.pop(_WEIGHT)
@@ -325,4 +352,4 @@ def load_calibration_set(directory: str | Path) -> CalibrationSet:
         raise ValueError(f"the calibration set at {directory} cannot be read ({error}): delete it") from error
     if not len(weights):
         raise ValueError(f"the calibration set at {directory} is empty: delete it to sample a new one")
-    return CalibrationSet({**columns, **constants}, weights)
+    return CalibrationSet(columns, weights, constants)

@@ -2,43 +2,111 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from fpq_lightning import distributed
 from fpq_lightning.calibration.datamodule import STEPS_PER_BATCH
 from fpq_lightning.reconstruction.module import BlockReconstruction
-from fpq_lightning.storage.files import whole_file
+from fpq_lightning.storage.files import sync_file
 
 
 class RunCheckpoint(Checkpoint):
-    """Writes ``last.ckpt`` after every unit and every so many steps within one, whole or not at all.
+    """Writes ``last.ckpt`` after every unit, every so many steps within one, and when the run is told to stop.
 
-    Lightning's `ModelCheckpoint` writes ``last`` only beside a monitored checkpoint, which there is none of here.
+    A checkpoint is written whole or not at all, and the one before it stays as ``previous.ckpt``. Lightning's
+    `ModelCheckpoint` writes ``last`` only beside a monitored checkpoint, which there is none of here, and its handlers
+    of SIGTERM and of SLURM's signal save in the middle of whatever step they interrupt.
 
     Args:
-        directory: of the checkpoint.
+        directory: of the checkpoints.
         every_n_steps: optimisation steps between checkpoints within a unit.
     """
 
     def __init__(self, directory: Path, every_n_steps: int) -> None:
         self.file = directory / "last.ckpt"
+        self.previous = directory / "previous.ckpt"
         self.every_n_batches = max(1, every_n_steps // STEPS_PER_BATCH)
+        self._requeue_signal = 0
+        self._requests = [0, 0]  # to stop, and to be requeued
+
+    # --- signals -----------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes the signals over from Lightning, which puts back what was before when the run ends."""
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self._requeue_signal = int(environment.requeue_signal or signal.SIGUSR1)
+        if threading.current_thread() is threading.main_thread():
+            for number in filter(None, (signal.SIGTERM, self._requeue_signal)):
+                signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self._requests[number == self._requeue_signal] += 1
+
+    def _received(self, device: torch.device) -> list[int]:
+        """Requests to stop and to be requeued that the processes of the run have received."""
+        if distributed.world_size() == 1:
+            return self._requests
+        return distributed.sum_over_ranks(torch.tensor(self._requests, device=device)).tolist()
+
+    def _stop(self, trainer: pl.Trainer, requeue: bool) -> None:
+        if trainer.is_global_zero:
+            requeued = requeue and subprocess.call(["scontrol", "requeue", _slurm_job()]) == 0
+            print(f"\nstopped by a signal, saved{' and requeued' * requeued}: go on with --ckpt_path last", flush=True)
+        raise SystemExit(128 + signal.SIGTERM)
+
+    # --- saving ------------------------------------------------------------------------------------------------
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves within a unit; its end is saved once it is finished."""
         assert isinstance(pl_module, BlockReconstruction)
-        if (batch_idx + 1) % self.every_n_batches == 0 and pl_module.iteration < pl_module.iterations:
+        if pl_module.iteration >= pl_module.iterations:
+            return
+        stop, requeue = self._received(pl_module.device)
+        if stop or requeue or (batch_idx + 1) % self.every_n_batches == 0:
             self._save(trainer)
+        if stop or requeue:
+            self._stop(trainer, requeue > 0)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves after a unit (Lightning calls this after the module's own hook)."""
+        assert isinstance(pl_module, BlockReconstruction)
         self._save(trainer)
+        stop, requeue = self._received(pl_module.device)
+        if not pl_module.finished and (stop or requeue):
+            self._stop(trainer, requeue > 0)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lets signals end the evaluation, which starts again on resume."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _save(self, trainer: pl.Trainer) -> None:
-        with whole_file(self.file) as temporary:
-            trainer.save_checkpoint(temporary)
+        temporary = self.file.with_name(".last.ckpt")
+        try:
+            trainer.save_checkpoint(temporary, weights_only=False)
+            if trainer.is_global_zero:
+                sync_file(temporary)
+                if self.file.exists():
+                    os.replace(self.file, self.previous)
+                os.replace(temporary, self.file)
+        finally:
+            if trainer.is_global_zero:
+                temporary.unlink(missing_ok=True)
+
+
+def _slurm_job() -> str:
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"

@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,7 +35,17 @@ class ImageQuality(pl.Callback):
         self.variants: dict[str, dict[str, Any]] = {}
         self.samples: dict[str, Tensor] = {}
 
-    @rank_zero_only
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Finds too few images early.
+
+        Raises:
+            ValueError: if some process would get none.
+        """
+        if 0 < self.config.n_images < trainer.world_size:
+            raise ValueError(
+                f"evaluation.n_images {self.config.n_images} is less than the {trainer.world_size} processes: raise it"
+            )
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Samples and compares."""
         assert isinstance(pl_module, BlockReconstruction)
@@ -44,7 +53,9 @@ class ImageQuality(pl.Callback):
             return
         n = self.config.n_images
         device = pl_module.device
-        with tqdm(total=4 * n, desc="sampling", unit="image", dynamic_ncols=True) as bar:
+        hidden = not trainer.is_global_zero
+        share = 4 * n // trainer.world_size  # of one process, which is what the bar sees
+        with tqdm(total=share, desc="sampling", unit="image", dynamic_ncols=True, disable=hidden) as bar:
 
             def images(mode: Mode, seeds: range) -> Tensor:
                 bar.set_description(f"sampling {mode.replace('_', ' ')}")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from torchmetrics.image.fid import FrechetInceptionDistance
+
+from fpq_lightning import distributed
 
 _STATES = ("features_sum", "features_cov_sum", "features_num_samples")
 
@@ -32,8 +35,9 @@ class FrechetDistance(FrechetInceptionDistance):
         """
         if not Path(file).is_file():
             raise FileNotFoundError(f"there is no statistics file {file}: correct evaluation.real or set it to null")
-        for name, value in load_file(file).items():
-            setattr(self, f"real_{name}", value.to(self.device))
+        if distributed.rank() == 0:  # the processes' sums are added up
+            for name, value in load_file(file).items():
+                setattr(self, f"real_{name}", value.to(self.device))
 
 
 class QualityMetrics(nn.Module):
@@ -43,6 +47,8 @@ class QualityMetrics(nn.Module):
         features: network for Fréchet distances in image range [-1, 1], or None to leave them out.
         real_statistics: file of `FrechetDistance.save_statistics` of real images, or None.
     """
+
+    not_finite: Tensor
 
     def __init__(self, features: nn.Module | None = None, real_statistics: str | Path | None = None) -> None:
         super().__init__()
@@ -54,7 +60,7 @@ class QualityMetrics(nn.Module):
         # Mean over images of 10 log10(4 / MSE).
         self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0), dim=(1, 2, 3), reduction="elementwise_mean")
         self.ssim = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))
-        self.finite = True
+        self.register_buffer("not_finite", torch.zeros(()))
 
     def update(self, images: Tensor, reference: Tensor, same_seeds: bool = True) -> None:
         """Adds images.
@@ -65,7 +71,7 @@ class QualityMetrics(nn.Module):
             same_seeds: whether `reference` holds the same seeds, so that images can be compared one by one.
         """
         if not images.isfinite().all():
-            self.finite = False
+            self.not_finite.fill_(1)
             return
         if self.fd is not None:
             self.fd.update(images, real=False)
@@ -81,5 +87,6 @@ class QualityMetrics(nn.Module):
         metrics: dict[str, Metric | None] = {"fd": self.fd, "fd_real": self.fd_real, "psnr": None, "ssim": None}
         if same_seeds:
             metrics |= {"psnr": self.psnr, "ssim": self.ssim}
-        values = {name: metric.compute().item() if metric and self.finite else None for name, metric in metrics.items()}
+        finite = not distributed.sum_over_ranks(self.not_finite.clone())
+        values = {name: metric.compute().item() if metric and finite else None for name, metric in metrics.items()}
         return {name: v if v is not None and math.isfinite(v) else None for name, v in values.items()}

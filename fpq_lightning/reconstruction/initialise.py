@@ -8,7 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from torch.utils._pytree import tree_map_only
 
+from fpq_lightning import distributed
 from fpq_lightning.formats import Format
 from fpq_lightning.layers import LayerQuantization, QuantizedLayer, running
 from fpq_lightning.model.blocks import Unit
@@ -99,6 +101,8 @@ def _placed_like(trial: Quantizer, x: Tensor) -> Tensor:
 def search_unit(unit: Unit, layer_inputs: dict[str, Tensor], weights: Tensor, recipe: Recipe) -> None:
     """Chooses format and clip of every weight and input of a unit; gives its layers the variant ``nearest``.
 
+    The processes of a run take some of the layers each.
+
     Args:
         unit: its layers are quantized classes.
         layer_inputs: of `collect_layer_inputs`.
@@ -108,8 +112,9 @@ def search_unit(unit: Unit, layer_inputs: dict[str, Tensor], weights: Tensor, re
     Raises:
         ValueError: if a weight or an input holds NaN or Inf, or the group size does not divide a weight.
     """
-    for name, module in unit.layers.items():
-        layer = cast(QuantizedLayer, module)
+    found: dict[str, LayerQuantization] = {}
+    for name in list(unit.layers)[distributed.rank() :: distributed.world_size()]:
+        layer = cast(QuantizedLayer, unit.layers[name])
         x = layer_inputs[name].float()
         if not x.isfinite().all():
             raise ValueError(f"{name}: its input holds NaN or Inf on the calibration set; exclude the layer")
@@ -126,4 +131,19 @@ def search_unit(unit: Unit, layer_inputs: dict[str, Tensor], weights: Tensor, re
                 weight = quantizers[-1](layer.granularity.rows(part)).reshape(part.shape)
             if formats := recipe.activation_formats():
                 inputs.append(_search_input(layer, x_part, weight, formats, recipe))
-        layer.variants["nearest"] = LayerQuantization(quantizers, inputs)
+        found[name] = LayerQuantization(quantizers, inputs)
+    found = _share(found, weights.device)
+    for name, module in unit.layers.items():
+        cast(QuantizedLayer, module).variants["nearest"] = found[name]
+
+
+def _share(found: dict[str, LayerQuantization], device: torch.device) -> dict[str, LayerQuantization]:
+    """What all processes found together."""
+    if distributed.world_size() == 1:
+        return found
+    states = {name: tree_map_only(Tensor, Tensor.cpu, quantization.to_state()) for name, quantization in found.items()}
+    return {
+        name: LayerQuantization.from_state(state, device)
+        for part in distributed.gather(states)
+        for name, state in part.items()
+    }

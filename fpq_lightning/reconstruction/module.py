@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -16,45 +16,19 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from fpq_lightning.calibration.datamodule import CalibrationDataModule
-from fpq_lightning.calibration.replay import NetworkReplay, output_leaves
-from fpq_lightning.layers import LayerQuantization, QuantizedLayer, make_quantized, running
+from fpq_lightning.calibration.replay import NetworkReplay
+from fpq_lightning.layers import LayerQuantization, QuantizedLayer, make_quantized
 from fpq_lightning.model.blocks import Unit, discover_units
 from fpq_lightning.model.trace import trace_units
 from fpq_lightning.pipelines import denoiser_name
 from fpq_lightning.recipes import Recipe
-from fpq_lightning.reconstruction.backward import Backward, GraphedBackward
-from fpq_lightning.reconstruction.initialise import collect_layer_inputs, search_unit
-from fpq_lightning.reconstruction.objective import UnitObjective, unit_error
+from fpq_lightning.reconstruction.backward import Backward
+from fpq_lightning.reconstruction.unit import UnitReconstruction, UnitReport
 from fpq_lightning.rounding import beta_schedule
 
+T = TypeVar("T")
+
 warnings.filterwarnings("ignore", message=".*`LightningModule.configure_optimizers` returned `None`.*")
-
-
-@dataclass
-class UnitReport:
-    """What became of one unit; errors are relative to the energy of its full-precision output, on held-out samples.
-
-    Attributes:
-        name: of the unit.
-        parameters: of its quantized layers.
-        weight_formats: chosen formats by layer (one for each part of the input channels).
-        activation_formats: likewise.
-        error_nearest: with nearest rounding.
-        error_learned: with what was kept.
-        kept: ``learned`` or ``nearest``.
-        iterations: optimisation steps.
-        seconds: spent on the unit in all, over resumed runs.
-    """
-
-    name: str
-    parameters: int
-    weight_formats: dict[str, list[str]] = field(default_factory=dict)
-    activation_formats: dict[str, list[str]] = field(default_factory=dict)
-    error_nearest: float | None = None
-    error_learned: float | None = None
-    kept: str = "nearest"
-    iterations: int = 0
-    seconds: float = 0.0
 
 
 class BlockReconstruction(pl.LightningModule):
@@ -80,12 +54,12 @@ class BlockReconstruction(pl.LightningModule):
         self._check_weights()
         self.units: list[Unit] = []
         self.reports: list[UnitReport] = []
-        self.fingerprint = ""  # of the run, kept in its checkpoints
+        self.made_from: dict[str, Any] = {}  # what decides the result, kept in checkpoints
         self.position = 0  # the unit in work
         self.iteration = 0  # its optimisation steps done
         self._entered = -1  # the unit whose activations are captured and variables made
         self._replay: NetworkReplay | None = None
-        self._backward: Backward | None = None
+        self._unit: UnitReconstruction | None = None
         self._learning_state: dict[str, Any] | None = None
         self._clock = time.perf_counter()
 
@@ -105,8 +79,6 @@ class BlockReconstruction(pl.LightningModule):
         """Finds the units and makes their layers quantized classes."""
         if str(self.trainer.precision) not in ("32-true", "bf16-mixed"):
             raise ValueError(f"trainer.precision {self.trainer.precision} is not supported: use 32-true or bf16-mixed")
-        if self.trainer.world_size > 1:
-            raise ValueError("calibration on several devices is not supported yet: use --trainer.devices 1")
         if self.units:
             return
         device = next(self.denoiser.parameters()).device
@@ -124,6 +96,9 @@ class BlockReconstruction(pl.LightningModule):
                     quantized.granularity.rows(part, name)  # an unfit group size is better found now
             self.reports.append(UnitReport(unit.name, unit.parameters))
 
+    def _layers(self, unit: Unit) -> dict[str, QuantizedLayer]:
+        return cast(dict[str, QuantizedLayer], unit.layers)
+
     def _check_weights(self) -> None:
         """Finds what cannot be quantized before minutes are spent on calibration data."""
         granularity = self.recipe.granularity()
@@ -134,13 +109,7 @@ class BlockReconstruction(pl.LightningModule):
                 if not weight.isfinite().all():
                     raise ValueError(f"{name}: its weight holds NaN or Inf; repair the model or exclude the layer")
 
-    def _layers(self, unit: Unit) -> dict[str, QuantizedLayer]:
-        return cast(dict[str, QuantizedLayer], unit.layers)
-
-    def _variants(self, unit: Unit, mode: str) -> list[LayerQuantization]:
-        return [cast(LayerQuantization, layer.variants[mode]) for layer in unit.layers.values()]  # type: ignore
-
-    # --- the life of a unit ------------------------------------------------------------------------------------
+    # --- the unit in work --------------------------------------------------------------------------------------
 
     @property
     def iterations(self) -> int:
@@ -154,86 +123,44 @@ class BlockReconstruction(pl.LightningModule):
         """Captures the unit in work and makes its variables; brings both paths here after a resume."""
         if self._entered == self.position or self.finished:
             return
+        data = self.calibration
         if self._replay is None:
             self._replay = NetworkReplay(
                 self.denoiser,
                 self.units,
-                self.calibration.set,
-                self.calibration.make_store(self.device),
-                self.calibration.micro_batch,
+                data.local_set(),
+                data.make_store(self.device),
+                data.micro_batch,
                 self.recipe.quantized_inputs,
             )
-        while self._replay.position < self.position:
-            self._replay.capture()
-            self._replay.advance()
+        replay = self._replay
+        while replay.position < self.position:
+            self._within_memory(replay.capture)
+            self._within_memory(replay.advance)
         self._clock = time.perf_counter()
-        self._replay.capture()
+        self._within_memory(replay.capture)
         self._entered = self.position
-        unit = self.units[self.position]
-        if unit.layers:
-            self._initialise(unit)
-
-    def _initialise(self, unit: Unit) -> None:
-        replay = cast(NetworkReplay, self._replay)
-        report = self.reports[self.position]
-        fresh = "nearest" not in next(iter(self._layers(unit).values())).variants
-        if fresh:
-            rows = torch.arange(min(self.calibration.n_search, self.calibration.n_train))
-            layer_inputs = collect_layer_inputs(unit, lambda: replay.call(replay.inputs(rows)))
-            search_unit(unit, layer_inputs, replay.weights(rows), self.recipe)
-            report.error_nearest = unit_error(replay, "nearest", self.calibration.held_out())
-            for name, layer in self._layers(unit).items():
-                nearest = cast(LayerQuantization, layer.variants["nearest"])
-                report.weight_formats[name] = [q.format.name for q in nearest.weights]
-                report.activation_formats[name] = [q.format.name for q in nearest.inputs]
-        for layer in self._layers(unit).values():
-            layer.variants["learned"] = cast(LayerQuantization, layer.variants["nearest"]).copy()
-            layer.set_mode("learned")
+        if not self.units[self.position].layers:
+            return
+        self._unit = UnitReconstruction(replay, data.samples(), self.recipe, self.reports[self.position])
+        self._within_memory(self._unit.initialise)
         if self.iterations:
-            self._start_learning(unit)
-
-    def _start_learning(self, unit: Unit) -> None:
-        rounding = self.recipe.rounding
-        for layer in self._layers(unit).values():
-            quantization = cast(LayerQuantization, layer.variants["learned"])
-            quantization.start_learning(layer.weight_rows(), rounding.scale_aware)
-            for quantizer in quantization.weights if rounding.learn_weight_scales else []:
-                quantizer.learn_scale()
-            for quantizer in quantization.inputs if rounding.learn_activation_scales else []:
-                quantizer.learn_scale()
-        if self._learning_state is not None:
-            nn.ModuleList(self._variants(unit, "learned")).load_state_dict(self._learning_state)
+            self._unit.start_learning(self._learning_state)
             self._learning_state = None
-        objective = UnitObjective(
-            cast(NetworkReplay, self._replay),
-            self._variants(unit, "learned"),
-            cast(float, self.reports[self.position].error_nearest),
-        )
-        replayed = self.device.type == "cuda" and cast(NetworkReplay, self._replay).is_on_device()
-        backward = GraphedBackward if replayed else Backward
-        with self.trainer.precision_plugin.forward_context():
-            self._backward = backward(objective, self.calibration.batch_size, self.device)
+            self._within_memory(self._make_backward)
+
+    def _make_backward(self) -> None:
+        cast(UnitReconstruction, self._unit).make_backward(self.device, self.trainer.precision_plugin.forward_context())
 
     def finish_unit(self) -> None:
-        """Hardens the unit in work, keeps the better of learned and nearest, and moves both paths on."""
-        replay = cast(NetworkReplay, self._replay)
-        unit, report = self.units[self.position], self.reports[self.position]
-        self._backward = None
-        if unit.layers:
-            held_out = self.calibration.held_out()
-            for layer in self._layers(unit).values():
-                cast(LayerQuantization, layer.variants["learned"]).finish_learning()
-                layer.set_mode("full_precision")
-            report.error_learned = unit_error(replay, "learned", held_out)
-            report.kept = "learned" if self.iterations else "nearest"
-            if not report.error_learned <= cast(float, report.error_nearest):
-                report.kept, report.error_learned = "nearest", report.error_nearest
-                for layer in self._layers(unit).values():
-                    layer.variants["learned"] = cast(LayerQuantization, layer.variants["nearest"]).copy()
-            if self.recipe.correct_biases:
-                report.error_learned = self._correct_bias(unit, cast(float, report.error_learned))
+        """Ends the unit in work and moves both paths on."""
+        replay, report = cast(NetworkReplay, self._replay), self.reports[self.position]
+        if self._unit is not None:
+            unit, learned = self._unit, self.iterations > 0
+            self._within_memory(lambda: unit.finish(learned))
             report.iterations = self.iteration
-        replay.advance()
+            self._unit = None
+        self._within_memory(replay.advance)
         report.seconds += time.perf_counter() - self._clock
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if hasattr(callback, "unit_finished"):
@@ -244,41 +171,43 @@ class BlockReconstruction(pl.LightningModule):
             replay.store.close()
             self._replay = None
 
+    def _within_memory(self, work: Callable[[], T]) -> T:
+        """Does work that can be done again, with less memory each time the device runs out of it.
+
+        Raises:
+            torch.OutOfMemoryError: if it cannot be done with less.
+        """
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                if not self._save_memory():
+                    raise
+
+    def _save_memory(self) -> bool:
+        """Halves the store's share of the device and the samples of a pass; False if there is nothing to halve."""
+        replay = cast(NetworkReplay, self._replay)
+        store = replay.store
+        held = store.used("device") if self.device.type == "cuda" else 0
+        if replay.micro_batch == 1 and not held:
+            return False
+        replay.micro_batch = max(1, replay.micro_batch // 2)
+        if held:
+            store.shrink(held // 2)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"{self.device} is out of memory: going on with {store.budgets['device'] / 2**30:.2f} GiB of activations "
+            f"there and {replay.micro_batch} samples a pass (data.store_budget, data.micro_batch)",
+            stacklevel=2,
+        )
+        return True
+
     def use_learned(self) -> None:
         """Leaves the denoiser running its learned quantization."""
         for unit in self.units:
             for layer in self._layers(unit).values():
                 layer.set_mode("learned")
-
-    def _correct_bias(self, unit: Unit, error: float) -> float:
-        """Takes the mean error of the unit's output out of its last layer's bias, if that helps held-out samples.
-
-        Rounding shifts the mean of a layer's output (Nagel et al. 2019, section 4.2).
-        """
-        replay = cast(NetworkReplay, self._replay)
-        layer = list(self._layers(unit).values())[-1]
-        if layer.bias is None:
-            return error
-        quantization = cast(LayerQuantization, layer.variants["learned"])
-        rows = torch.arange(self.calibration.n_train).split(self.calibration.micro_batch)
-        total: Tensor | float = 0.0
-        with torch.no_grad(), running(unit.module, "learned"):
-            for r in rows:
-                outputs, targets = output_leaves(replay.call(replay.inputs(r))), replay.targets(r)
-                if len(outputs) != 1 or outputs[0].shape[layer.channel_dim] != len(layer.weight):
-                    return error
-                difference = (targets[0] - outputs[0]).transpose(1, layer.channel_dim).double()
-                weighted = difference.flatten(2).mean(2) if difference.ndim > 2 else difference
-                weights = replay.weights(r).repeat_interleave(len(weighted) // len(r))
-                total = total + (weighted * weights[:, None]).sum(0) * (len(r) / len(weighted))
-        before = quantization.bias
-        shift = (cast(Tensor, total) / replay.weights(torch.cat(rows)).sum()).float()
-        quantization.set_bias((layer.bias if before is None else before) + shift)
-        corrected = unit_error(replay, "learned", self.calibration.held_out())
-        if corrected < error:
-            return corrected
-        quantization.bias = before
-        return error
 
     # --- Lightning ---------------------------------------------------------------------------------------------
 
@@ -288,11 +217,10 @@ class BlockReconstruction(pl.LightningModule):
         if not self.iterations:
             return None
         rounding = self.recipe.rounding
-        variants = self._variants(self.units[self.position], "learned")
-        learned = list(nn.ModuleList(variants).named_parameters())
+        variables = list(cast(UnitReconstruction, self._unit).variables())
         rates = {"v": rounding.learning_rate, "log_gain": rounding.scale_learning_rate}
         groups = [
-            {"params": [p for name, p in learned if name.endswith(f".{kind}")], "lr": rate, "initial_lr": rate}
+            {"params": [p for name, p in variables if name.endswith(f".{kind}")], "lr": rate, "initial_lr": rate}
             for kind, rate in rates.items()
         ]
         fused = self.device.type == "cuda"
@@ -313,20 +241,36 @@ class BlockReconstruction(pl.LightningModule):
         if self.iteration >= self.iterations:
             return
         optimizer = cast(LightningOptimizer, self.optimizers())
-        for i, rows in enumerate(batch):
-            error = self._step(rows, optimizer if i == len(batch) - 1 else optimizer.optimizer)
+        steps = range(self.iteration, self.iteration + len(batch))
+        schedule = torch.tensor([self._schedule(i / self.iterations) for i in steps]).to(self.device)
+        rows = self.calibration.shard.local_batch(batch)
+        for i in range(len(batch)):
+            stepper = optimizer if i == len(batch) - 1 else optimizer.optimizer  # Lightning counts one step a batch
+            error = self._step(rows[i], batch[i], schedule[i], stepper)
         self.log("error", error)
 
-    def _step(self, rows: Tensor, optimizer: torch.optim.Optimizer | LightningOptimizer) -> Tensor:
+    def _schedule(self, progress: float) -> tuple[float, float, float]:
+        """beta, strength and hardness of `UnitObjective.forward`."""
         rounding = self.recipe.rounding
-        progress = self.iteration / self.iterations
         beta = beta_schedule(progress, rounding.warmup)
         strength = 0.0 if beta is None else rounding.regularisation
-        error = cast(Backward, self._backward)(
-            rows, (beta or 2.0, strength, float(progress >= rounding.straight_through))
-        )
+        return beta or 2.0, strength, float(progress >= rounding.straight_through)
+
+    def _step(
+        self, rows: Tensor, batch: Tensor, schedule: Tensor, optimizer: torch.optim.Optimizer | LightningOptimizer
+    ) -> Tensor:
+        backward = cast(Backward, cast(UnitReconstruction, self._unit).backward)
+        while True:
+            try:
+                error = backward(rows, batch, schedule)
+                break
+            except torch.OutOfMemoryError:
+                if backward.chunk == 1:
+                    raise
+                backward.chunk = -(-backward.chunk // 2)
+                warnings.warn(f"{self.device} is out of memory: {backward.chunk} samples at a time", stacklevel=2)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * learning_rate_factor(progress)
+            group["lr"] = group["initial_lr"] * learning_rate_factor(self.iteration / self.iterations)
         optimizer.step()
         self.iteration += 1
         return error
@@ -358,15 +302,13 @@ class BlockReconstruction(pl.LightningModule):
         for name, layer in self._known_layers():
             variants = cast(dict[str, LayerQuantization], layer.variants)
             layers[name] = {mode: q.to_state() for mode, q in variants.items() if mode == "nearest" or not q.roundings}
-        learning = None
-        if self._backward is not None:
-            learning = dict(nn.ModuleList(self._variants(self.units[self.position], "learned")).state_dict())
+        learning = None if self._unit is None else self._unit.learning_state()
         if self._clock and self._entered == self.position and not self.finished:
             now = time.perf_counter()
             self.reports[self.position].seconds += now - self._clock
             self._clock = now
         checkpoint["fpq"] = {
-            "fingerprint": self.fingerprint,
+            "made_from": self.made_from,
             "position": self.position,
             "iteration": self.iteration,
             "layers": layers,

@@ -1,42 +1,49 @@
-"""What the reconstruction of a unit minimises."""
+"""What the reconstruction of a unit minimises.
+
+Every sum over samples is a sum over the processes that hold them, and over the parts in which a process takes its
+samples; what the samples are compared with (`energies`) is known to all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from fpq_lightning.calibration.replay import NetworkReplay, output_leaves
+from fpq_lightning.calibration.replay import NetworkReplay, output_leaves, sample_energies
+from fpq_lightning.distributed import sum_over_ranks
 from fpq_lightning.layers import LayerQuantization, Mode, running
 from fpq_lightning.rounding import LearnedRounding, rounding_regulariser
 
 
-def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Weighted squared error over the weighted energy of the targets, averaged over the outputs of a unit.
+def error_energies(replay: NetworkReplay, rows: Tensor) -> Tensor:
+    """Weighted mean square of the current unit's error on samples of this process, `[n, outputs]`."""
+    outputs = output_leaves(replay.call(replay.inputs(rows)))
+    differences = [o - t for o, t in zip(outputs, replay.targets(rows), strict=True)]
+    return sample_energies(differences, replay.weights(rows))
 
-    Args:
-        outputs: `[batch, ...]` each, or with further dimensions folded into the first.
-        targets: likewise.
-        weights: of the samples, `[batch]`.
-    """
 
-    def energy(x: Tensor) -> Tensor:
-        return (x.reshape(len(weights), -1).square().mean(1) * weights).sum()
-
-    pairs = zip(outputs, targets, strict=True)
-    return torch.stack([energy(o - t) / energy(t).clamp(min=1e-12) for o, t in pairs]).mean()
+def relative_error(errors: Tensor, targets: Tensor) -> Tensor:
+    """Energy of the error over the energy of the targets, both `[outputs]`, averaged over the outputs of a unit."""
+    return (errors / targets.clamp(min=1e-12)).mean()
 
 
 @torch.no_grad()
-def unit_error(replay: NetworkReplay, mode: Mode, rows: Tensor) -> float:
-    """Relative error of the current unit over given samples."""
-    outputs: list[list[Tensor]] = []
+def unit_error(replay: NetworkReplay, mode: Mode, rows: Tensor, targets: Tensor) -> float:
+    """Relative error of the current unit.
+
+    Args:
+        replay: at the unit.
+        mode: in which its layers run.
+        rows: those of the samples that this process holds.
+        targets: energy of the targets over the samples of all processes, `[outputs]`.
+    """
+    total = torch.zeros_like(targets, dtype=torch.float64)
     with running(replay.unit.module, mode):
-        for chunk in rows.split(replay.micro_batch):
-            outputs.append(output_leaves(replay.call(replay.inputs(chunk))))
-    joined = [torch.cat(leaves) for leaves in zip(*outputs, strict=True)]
-    return relative_error(joined, replay.targets(rows), replay.weights(rows)).item()
+        for chunk in rows.split(replay.micro_batch) if len(rows) else ():
+            total += error_energies(replay, chunk).double().sum(0)
+    return relative_error(sum_over_ranks(total), targets.double()).item()
 
 
 class UnitObjective(nn.Module):
@@ -49,28 +56,38 @@ class UnitObjective(nn.Module):
         replay: at the unit.
         quantizations: of the unit's layers, being learned.
         nearest_error: relative error of nearest rounding.
+        energies: of the targets, of all samples, `[n_samples, outputs]`.
     """
 
-    def __init__(self, replay: NetworkReplay, quantizations: Iterable[LayerQuantization], nearest_error: float) -> None:
+    def __init__(
+        self,
+        replay: NetworkReplay,
+        quantizations: Iterable[LayerQuantization],
+        nearest_error: float,
+        energies: Tensor,
+    ) -> None:
         super().__init__()
         self.replay = replay
         self.module = replay.unit.module
         self.quantizations = list(quantizations)
         self.nearest_error = max(nearest_error, 1e-12)
+        self.energies = energies
 
-    def forward(self, rows: Tensor, beta: Tensor, strength: Tensor, hardness: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and relative error.
+    def forward(
+        self, rows: Tensor, batch: Tensor, beta: Tensor, strength: Tensor, hardness: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What some samples of a batch add to its loss and to its relative error.
 
         Args:
-            rows: indices of calibration samples, int64 `[batch]`.
+            rows: those samples, among the ones of this process, int64.
+            batch: the samples of the whole batch, among all, int64.
             beta: exponent of the regulariser, float32 scalar.
             strength: weight of the regulariser, 0 during the warm-up, float32 scalar.
             hardness: of the rounding in the forward pass, 0 or 1, float32 scalar.
         """
         for rounding in self._roundings():
             rounding.hardness = hardness
-        outputs = output_leaves(self.replay.call(self.replay.inputs(rows)))
-        error = relative_error(outputs, self.replay.targets(rows), self.replay.weights(rows))
+        error = relative_error(error_energies(self.replay, rows).sum(0), self.energies[batch].sum(0))
         return error / self.nearest_error + strength * self._regulariser(beta), error.detach()
 
     def _roundings(self) -> list[LearnedRounding]:

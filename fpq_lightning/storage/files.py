@@ -34,6 +34,12 @@ def whole_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def sync_file(file: Path) -> None:
+    """Makes sure that a file's contents are on the disk."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
     """A temporary file beside `target`, with its suffix, that takes its place once the block ends without an error."""
@@ -41,8 +47,7 @@ def whole_file(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
     try:
         yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
+        sync_file(temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,0 +1,215 @@
+"""The life of one unit: search, learning, and the choice between learned and nearest rounding."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fpq_lightning import distributed
+from fpq_lightning.calibration.replay import NetworkReplay, output_leaves
+from fpq_lightning.calibration.shards import Samples
+from fpq_lightning.layers import LayerQuantization, QuantizedLayer, running
+from fpq_lightning.recipes import Recipe
+from fpq_lightning.reconstruction.backward import Backward, GraphedBackward
+from fpq_lightning.reconstruction.initialise import collect_layer_inputs, search_unit
+from fpq_lightning.reconstruction.objective import UnitObjective, unit_error
+
+
+@dataclass
+class UnitReport:
+    """What became of one unit; errors are relative to the energy of its full-precision output, on held-out samples.
+
+    Attributes:
+        name: of the unit.
+        parameters: of its quantized layers.
+        weight_formats: chosen formats by layer (one for each part of the input channels).
+        activation_formats: likewise.
+        error_nearest: with nearest rounding.
+        error_learned: with what was kept.
+        kept: ``learned`` or ``nearest``.
+        iterations: optimisation steps.
+        seconds: spent on the unit in all, over resumed runs.
+    """
+
+    name: str
+    parameters: int
+    weight_formats: dict[str, list[str]] = field(default_factory=dict)
+    activation_formats: dict[str, list[str]] = field(default_factory=dict)
+    error_nearest: float | None = None
+    error_learned: float | None = None
+    kept: str = "nearest"
+    iterations: int = 0
+    seconds: float = 0.0
+
+
+class UnitReconstruction:
+    """Quantizes the unit that a replay has captured.
+
+    Args:
+        replay: at the unit, which has quantized layers.
+        samples: of the calibration set.
+        recipe: what to quantize to.
+        report: to fill in.
+    """
+
+    def __init__(self, replay: NetworkReplay, samples: Samples, recipe: Recipe, report: UnitReport) -> None:
+        self.replay = replay
+        self.samples = samples
+        self.recipe = recipe
+        self.report = report
+        self.unit = replay.unit
+        self.layers = cast(dict[str, QuantizedLayer], self.unit.layers)
+        placement = samples.shard.placement(torch.arange(samples.n))
+        self.energies = distributed.gather_rows(replay.target_energies(), placement)
+        self.backward: Backward | None = None
+
+    def _variant(self, mode: str) -> list[LayerQuantization]:
+        return [cast(LayerQuantization, layer.variants[mode]) for layer in self.layers.values()]
+
+    def _error(self, mode: Any) -> float:
+        """Relative error on the held-out samples."""
+        held_out = self.samples.held_out
+        targets = self.energies[held_out.to(self.energies.device)].sum(0)
+        return unit_error(self.replay, mode, self.samples.local(held_out), targets)
+
+    def initialise(self) -> None:
+        """Searches formats and clips, unless a checkpoint held them, and starts learning from nearest rounding."""
+        if any("nearest" not in layer.variants for layer in self.layers.values()):
+            self._search()
+        for layer in self.layers.values():
+            layer.variants["learned"] = cast(LayerQuantization, layer.variants["nearest"]).copy()
+            layer.set_mode("learned")
+
+    def _search(self) -> None:
+        rows, shard = self.samples.search, self.samples.shard
+        inputs = self.replay.gathered_inputs(self.samples.local(rows), shard.placement(rows))
+        layer_inputs = collect_layer_inputs(self.unit, lambda: self.replay.call(inputs))
+        local_weights = self.replay.weights(self.samples.local(rows))
+        weights = distributed.gather_rows(local_weights, shard.placement(rows))
+        search_unit(self.unit, layer_inputs, weights, self.recipe)
+        self.report.error_nearest = self._error("nearest")
+        for name, layer in self.layers.items():
+            nearest = cast(LayerQuantization, layer.variants["nearest"])
+            self.report.weight_formats[name] = [q.format.name for q in nearest.weights]
+            self.report.activation_formats[name] = [q.format.name for q in nearest.inputs]
+
+    # --- learning ----------------------------------------------------------------------------------------------
+
+    def start_learning(self, state: dict[str, Tensor] | None) -> None:
+        """Makes the variables of the unit.
+
+        Args:
+            state: of `learning_state`, to go on from.
+        """
+        rounding = self.recipe.rounding
+        for layer in self.layers.values():
+            quantization = cast(LayerQuantization, layer.variants["learned"])
+            quantization.start_learning(layer.weight_rows(), rounding.scale_aware)
+            for quantizer in quantization.weights if rounding.learn_weight_scales else []:
+                quantizer.learn_scale()
+            for quantizer in quantization.inputs if rounding.learn_activation_scales else []:
+                quantizer.learn_scale()
+        with torch.no_grad():
+            for name, parameter in self.variables() if state is not None else ():
+                parameter.copy_(cast(dict[str, Tensor], state)[name])
+
+    def variables(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is learned: names end in ``.v`` (rounding) or ``.log_gain`` (scales)."""
+        for name, parameter in nn.ModuleList(self._variant("learned")).named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter
+
+    def learning_state(self) -> dict[str, Tensor] | None:
+        """The values of the variables, None if nothing is being learned."""
+        return None if self.backward is None else {name: p.detach() for name, p in self.variables()}
+
+    def make_backward(self, device: torch.device, precision: AbstractContextManager) -> None:
+        """Prepares the steps of learning."""
+        objective = UnitObjective(
+            self.replay, self._variant("learned"), cast(float, self.report.error_nearest), self.energies
+        )
+        replayed = device.type == "cuda" and self.replay.is_on_device()
+        kind = GraphedBackward if replayed else Backward
+        shard = self.samples.shard
+        local_size = len(range(shard.rank, shard.strata, shard.world_size))
+        with precision:
+            self.backward = kind(objective, shard.strata, local_size, device)
+
+    # --- the end -----------------------------------------------------------------------------------------------
+
+    def finish(self, learned: bool) -> None:
+        """Hardens the variables and keeps the better of learned and nearest rounding.
+
+        Raises:
+            RuntimeError: if the processes of the run do not agree on the result.
+        """
+        self.backward = None
+        report = self.report
+        for layer in self.layers.values():
+            cast(LayerQuantization, layer.variants["learned"]).finish_learning()
+            layer.set_mode("full_precision")
+        self._check_agreement()
+        report.error_learned = self._error("learned")
+        report.kept = "learned" if learned else "nearest"
+        if not report.error_learned <= cast(float, report.error_nearest):
+            report.kept, report.error_learned = "nearest", report.error_nearest
+            for layer in self.layers.values():
+                layer.variants["learned"] = cast(LayerQuantization, layer.variants["nearest"]).copy()
+        if self.recipe.correct_biases:
+            report.error_learned = self._correct_bias(cast(float, report.error_learned))
+
+    def _check_agreement(self) -> None:
+        if distributed.world_size() == 1:
+            return
+        digest = hashlib.blake2b(digest_size=16)
+        for quantization in self._variant("learned"):
+            scales = [cast(Tensor, q.scale) for q in [*quantization.weights, *quantization.inputs]]
+            for tensor in [*(quantization.codes or []), *(s for s in scales if s is not None)]:
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        if len(set(distributed.gather(digest.hexdigest()))) > 1:
+            raise RuntimeError(
+                f"{self.unit.name}: the processes learned different weights; use devices of one kind, and report this"
+            )
+
+    def _correct_bias(self, error: float) -> float:
+        """Takes the mean error of the unit's output out of its last layer's bias, if that helps held-out samples.
+
+        Rounding shifts the mean of a layer's output (Nagel et al. 2019, section 4.2).
+        """
+        replay = self.replay
+        layer = list(self.layers.values())[-1]
+        if layer.bias is None:
+            return error
+        total = torch.zeros(len(layer.weight) + 1, dtype=torch.float64, device=layer.weight.device)
+        fits = True
+        with torch.no_grad(), running(self.unit.module, "learned"):
+            for r in self.samples.local(self.samples.train).split(replay.micro_batch):
+                outputs, targets = output_leaves(replay.call(replay.inputs(r))), replay.targets(r)
+                if len(outputs) != 1 or outputs[0].shape[layer.channel_dim] != len(layer.weight):
+                    fits = False
+                    break
+                difference = (targets[0] - outputs[0]).transpose(1, layer.channel_dim).double()
+                shift = difference.flatten(2).mean(2) if difference.ndim > 2 else difference
+                weights = replay.weights(r)
+                spread = weights.repeat_interleave(len(shift) // len(r)) * (len(r) / len(shift))
+                total[:-1] += (shift * spread[:, None]).sum(0)
+                total[-1] += weights.sum()
+        if not fits:
+            return error
+        distributed.sum_over_ranks(total)
+        quantization = cast(LayerQuantization, layer.variants["learned"])
+        before = quantization.bias
+        quantization.set_bias((layer.bias if before is None else before) + (total[:-1] / total[-1]).float())
+        corrected = error
+        try:
+            corrected = self._error("learned")
+        finally:
+            if not corrected < error:
+                quantization.bias = before
+        return min(corrected, error)
