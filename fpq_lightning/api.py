@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from fpq_lightning.calibration.datamodule import CalibrationDataModule
 from fpq_lightning.callbacks import CalibrationProgress, FinalizeQuantization, ImageQuality, RunCheckpoint, RunReport
+from fpq_lightning.estimate import estimate_run
 from fpq_lightning.evaluation import EvaluationConfig
 from fpq_lightning.layers import quantized_layers
 from fpq_lightning.pipelines import SamplerConfig, denoiser_name
@@ -107,12 +108,30 @@ def quantize(
     if state is RunState.UNFINISHED and ckpt_path is None:
         raise ValueError(f"{run.path} holds this run, unfinished: pass ckpt_path='last' to go on with it")
     options = {**TRAINER_DEFAULTS, "logger": TensorBoardLogger(run.path, name="", version="logs"), **trainer_options}
-    callbacks = run_callbacks(run, name, evaluation or EvaluationConfig(n_images=0), sampler, checkpoint_steps=500)
+    evaluation = evaluation or EvaluationConfig(n_images=0)
+    callbacks = run_callbacks(run, name, evaluation, sampler, checkpoint_steps=500)
     if options.get("enable_progress_bar", True):
         callbacks.insert(0, CalibrationProgress())  # its bar ends before the next one begins
     options["callbacks"] = [*options.get("callbacks", []), *callbacks]
-    fit(pl.Trainer(**options), BlockReconstruction(pipeline, recipe), data, run, sampler, ckpt_path)
+    module, trainer = BlockReconstruction(pipeline, recipe), pl.Trainer(**options)
+    print_estimate(trainer, pipeline, recipe, data, sampler, evaluation)
+    fit(trainer, module, data, run, sampler, ckpt_path)
     return pipeline
+
+
+def print_estimate(
+    trainer: pl.Trainer,
+    pipeline: DiffusionPipeline,
+    recipe: Recipe,
+    data: CalibrationDataModule,
+    sampler: SamplerConfig,
+    evaluation: EvaluationConfig,
+) -> None:
+    """Says what the run will take, on the first process."""
+    if trainer.is_global_zero:
+        device = trainer.strategy.root_device
+        estimate = estimate_run(pipeline, recipe, data, sampler, evaluation, device, trainer.world_size)
+        print("\n".join(estimate.lines()), flush=True)
 
 
 def fit(

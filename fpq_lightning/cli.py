@@ -94,6 +94,7 @@ class FPQCommandLine(LightningCLI):
         if self._preparing == "fit":
             parser.add_argument("--run_dir", type=str | None, default=None, help="Default: runs/<model>-<formats>.")
             parser.add_argument("--recipe", type=Recipe, default=Recipe(), help="What to quantize to.")
+            parser.add_argument("--dry_run", type=bool, default=False, help="Only say what the run would take.")
             parser.add_argument("--checkpoint_steps", type=int, default=500, help="Steps between checkpoints.")
             parser.add_lightning_class_args(CalibrationDataModule, "data")
         if self._preparing == "predict":
@@ -158,6 +159,12 @@ class FPQCommandLine(LightningCLI):
 
     def fit(self, **options: Any) -> None:
         """Runs the calibration in its run directory."""
+        chosen = self.config_init[self.subcommand]
+        api.print_estimate(
+            self.trainer, self.model.pipeline, chosen.recipe, self.datamodule, chosen.sampler, chosen.evaluation
+        )
+        if chosen.dry_run:
+            return
         api.fit(self.trainer, self.model, self.datamodule, self.run,
                 self.config_init[self.subcommand].sampler, options.get("ckpt_path"))  # fmt: skip
         if (self.run.path / "report.md").is_file():

@@ -206,10 +206,7 @@ class NetworkReplay:
     def capture(self) -> None:
         """Stores the current unit's inputs on the quantized path and its full-precision outputs."""
         index, unit = self.position, self.unit
-        inputs = self._input_trees[index]
-        inputs.allocate(self.store, self.n, next_use=index)
-        targets = self._output_tree("full_precision", index)
-        targets.allocate(self.store, self.n, next_use=index)
+        inputs, targets = self._allocate_capture()
         for rows in self._batches():
             # Stored before the unit runs, which may change its input in place.
             inputs.write(self.store, rows.start, self._unit_inputs(self._input_path, rows))
@@ -220,6 +217,12 @@ class NetworkReplay:
         self._settle_sources()  # the unit's own inputs are all that is needed from here on
         for key in [*inputs.stored(), *targets.stored()]:
             self.store.promote(key)
+
+    def _allocate_capture(self) -> tuple[_Tree, _Tree]:
+        trees = self._input_trees[self.position], self._output_tree("full_precision", self.position)
+        for tree in trees:
+            tree.allocate(self.store, self.n, next_use=self.position)
+        return trees
 
     def is_on_device(self) -> bool:
         """Whether what an optimisation step reads lies on the compute device."""
@@ -265,20 +268,43 @@ class NetworkReplay:
     def advance(self) -> None:
         """Stores the current unit's quantized outputs, forgets what no later unit needs, and moves on."""
         index, unit = self.position, self.unit
-        read_later = self.quantized_inputs and self._last_use[index] > index
-        if read_later:
-            self._output_tree("quantized", index).allocate(self.store, self.n, self._next_use(index))
+        if self._allocate_advance():
             with running(unit.module, "learned"):
                 for rows in self._batches():
                     args, kwargs = self.inputs(rows)
                     output = unit.module(*args, **kwargs)
                     self._output_tree("quantized", index).write(self.store, rows.start, output)
-        for key in self._input_trees[index].stored():
-            self.store.free(key)
-        self._settle("full_precision", index)
-        if read_later:
-            self._settle("quantized", index)
+        self._release()
         self.position += 1
+
+    def _allocate_advance(self) -> bool:
+        """Makes room for the unit's quantized outputs, if a later unit reads them."""
+        index = self.position
+        read_later = self.quantized_inputs and self._last_use[index] > index
+        if read_later:
+            self._output_tree("quantized", index).allocate(self.store, self.n, self._next_use(index))
+        return read_later
+
+    def _release(self) -> None:
+        for key in self._input_trees[self.position].stored():
+            self.store.free(key)
+        for path in PATHS if self.quantized_inputs else PATHS[:1]:
+            self._settle(path, self.position)
+
+    def rehearse(self, n: int) -> int:
+        """The most bytes that the store would hold at once if this process had n samples."""
+        before = self.store, self.n, self.position
+        self.store, self.n = ActivationStore(torch.device("meta"), self.store.dtype, budget=2**62), n
+        try:
+            for position in range(len(self.units)):
+                self.position = position
+                self._allocate_capture()
+                self._settle_sources()
+                self._allocate_advance()
+                self._release()
+            return self.store.peak
+        finally:
+            self.store, self.n, self.position = before
 
     def _next_use(self, source: int) -> int:
         return min(k for k, u in enumerate(self.units) if source in u.sources and k > self.position)
