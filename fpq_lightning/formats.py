@@ -18,11 +18,28 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _FLOAT32_EXPONENT_MASK = 0x7F800000
+
+
+class Spacing(NamedTuple):
+    """The numbers that decide the rounding to a format whose ties go to the even multiple of its step.
+
+    Attributes:
+        low: smallest value.
+        high: largest value.
+        smallest_normal: the smallest number that has the full mantissa.
+        relative_step: step over binade, ``2^-mantissa``; 0 for integers, whose step is 1.
+    """
+
+    low: float
+    high: float
+    smallest_normal: float
+    relative_step: float
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,11 @@ class Format(ABC):
     @abstractmethod
     def step(self, x: Tensor) -> Tensor:
         """The distance between the two grid values around each element of `x` (clamped to the range)."""
+
+    @property
+    @abstractmethod
+    def spacing(self) -> Spacing | None:
+        """What a kernel needs to know, None if ties are not those of multiples."""
 
     @abstractmethod
     def _code_values(self) -> list[float]:
@@ -160,6 +182,11 @@ class FloatFormat(Format):
     def smallest_step(self) -> float:
         return 2.0 ** (self._min_exponent - self.mantissa)
 
+    @property
+    def spacing(self) -> Spacing | None:
+        relative_step = 2.0**-self.mantissa
+        return Spacing(self.min, self.max, 2.0**self._min_exponent, relative_step) if self.mantissa else None
+
     def _binade(self, x: Tensor) -> Tensor:
         """2^floor(log2 |x|), at least the smallest normal number; from the bits, since log2 rounds."""
         bits = x.abs().contiguous().view(torch.int32).bitwise_and_(_FLOAT32_EXPONENT_MASK)
@@ -228,6 +255,10 @@ class IntFormat(Format):
     @property
     def smallest_step(self) -> float:
         return 1.0
+
+    @property
+    def spacing(self) -> Spacing:
+        return Spacing(self.min, self.max, 1.0, 0.0)
 
     def step(self, x: Tensor) -> Tensor:
         return torch.ones_like(x)

@@ -149,8 +149,10 @@ class QuantizedLayer(nn.Module):
 
     def from_rows(self, rows: Sequence[Tensor]) -> Tensor:
         """Puts rows of the parts together to a weight."""
-        parts = zip(rows, self.splits, strict=True)
         shape = self.weight.shape
+        if len(rows) == 1:
+            return rows[0].reshape(shape)
+        parts = zip(rows, self.splits, strict=True)
         return torch.cat([r.reshape(shape[0], split, *shape[2:]) for r, split in parts], dim=1)
 
     def quantized_weight(self, quantization: LayerQuantization) -> Tensor:

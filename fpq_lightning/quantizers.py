@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fpq_lightning import kernels
 from fpq_lightning.formats import Format, parse_format
 
 
@@ -141,6 +142,11 @@ class Quantizer(nn.Module):
         The gradient with respect to a learned scale is that of LSQ (Esser et al. 2020):
         ``value - x / scale`` inside the range and the bound outside.
         """
+        spacing = self.format.spacing
+        if spacing is not None and self.scale is not None and self.scale.numel() == 1 and kernels.are_for(x):
+            from fpq_lightning.kernels.fake_quantize import fake_quantize  # needs Triton
+
+            return fake_quantize(x, self.current_scale(), self.offset, spacing)
         y, scale = self._normalised(x)
         return self._placed(_StraightThrough.apply(y, self.format), scale).to(x.dtype)
 

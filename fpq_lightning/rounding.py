@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fpq_lightning import kernels
 from fpq_lightning.quantizers import Quantizer
 
 # The stretch of the rectified sigmoid (Louizos et al. 2018): h reaches 0 and 1 at finite V.
@@ -66,9 +67,24 @@ class LearnedRounding(nn.Module):
         With the hard decision in the forward pass the loss sees the weights that will be kept, so that no gap is
         left between what was learned and its rounding, however few the iterations.
         """
+        if self.sensitivity is None and isinstance(self.hardness, Tensor) and kernels.are_for(self.v):
+            from fpq_lightning.kernels.learned_rounding import rounded_weight  # needs Triton
+
+            quantizer = self.quantizer
+            bounds = quantizer.format.min, quantizer.format.max
+            scale = quantizer.current_scale()
+            return rounded_weight(self.v, scale, self.base, self.step, quantizer.offset, self.hardness, *bounds)
         h = self.h()
         up = h + self.hardness * ((self.v >= 0).float() - h).detach()
         return self.quantizer._placed(self._place(up), self.quantizer.current_scale())
+
+    def regulariser(self, beta: Tensor) -> Tensor:
+        """`rounding_regulariser` of these variables."""
+        if self.sensitivity is None and kernels.are_for(self.v):
+            from fpq_lightning.kernels.learned_rounding import regulariser  # needs Triton
+
+            return regulariser(self.v, beta)
+        return rounding_regulariser(self.h(), beta)
 
     @torch.no_grad()
     def codes(self) -> Tensor:

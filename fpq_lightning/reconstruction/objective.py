@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fpq_lightning.calibration.replay import NetworkReplay, output_leaves, sample_energies
 from fpq_lightning.distributed import sum_over_ranks
 from fpq_lightning.layers import LayerQuantization, Mode, running
-from fpq_lightning.rounding import LearnedRounding, rounding_regulariser
+from fpq_lightning.rounding import LearnedRounding
 
 
 def error_energies(replay: NetworkReplay, rows: Tensor) -> Tensor:
@@ -94,6 +94,6 @@ class UnitObjective(nn.Module):
         return [rounding for q in self.quantizations for rounding in q.roundings]
 
     def _regulariser(self, beta: Tensor) -> Tensor:
-        hs = [rounding.h() for rounding in self._roundings()]
-        total = sum(h.numel() for h in hs)
-        return torch.stack([rounding_regulariser(h, beta) * (h.numel() / total) for h in hs]).sum()
+        roundings = self._roundings()
+        total = sum(rounding.v.numel() for rounding in roundings)
+        return torch.stack([r.regulariser(beta) * (r.v.numel() / total) for r in roundings]).sum()
