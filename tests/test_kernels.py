@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="needs Triton: pip install triton")
-os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported
-import fpq_lightning.kernels.fake_quantize
-import fpq_lightning.kernels.learned_rounding  # noqa: F401
-
-del os.environ["TRITON_INTERPRET"]  # other tests are not to use them
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton and the kernels are imported
+try:
+    pytest.importorskip("triton", reason="needs Triton: pip install triton")
+    import fpq_lightning.kernels.fake_quantize
+    import fpq_lightning.kernels.learned_rounding  # noqa: F401
+finally:
+    del os.environ["TRITON_INTERPRET"]  # other tests are not to use them
 
 from fpq_lightning.formats import parse_format
 from fpq_lightning.quantizers import Quantizer
