@@ -94,7 +94,7 @@ class GraphedBackward(Backward):
             for _ in range(_WARMUP):
                 super()._run(self._rows, self._batch, self._schedule)
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph), torch.enable_grad():
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"), torch.enable_grad():
             super()._run(self._rows, self._batch, self._schedule)
 
     def _run(self, rows: Tensor, batch: Tensor, schedule: Tensor) -> None:
