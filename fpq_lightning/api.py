@@ -150,10 +150,13 @@ def fit(
             rank_zero_only(print)(f"{run.path} has no checkpoint yet: starting from the beginning")
     elif ckpt_path is not None:
         checkpoint = Path(ckpt_path)
+        if not checkpoint.is_file():
+            raise FileNotFoundError(f"there is no checkpoint {ckpt_path}: give last, or a file")
         run.check_checkpoint(checkpoint)
     prepare_strategy(trainer)
     module.made_from = run.parts
-    run.begin()
+    if trainer.is_global_zero:
+        run.begin()
     data = copy.copy(data)  # the caller's may serve another run
     decisive = ("n_samples", "seed", "source", "image_column", "timesteps", "weighting", "sampler")
     data.made_from = {name: run.parts["calibration"][name] for name in decisive}

@@ -16,7 +16,9 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
+import datasets
 import lightning.pytorch as pl
+from diffusers.utils import logging as diffusers_logging
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -31,6 +33,7 @@ from fpq_lightning.pipelines import SamplerConfig, load_pipeline
 from fpq_lightning.recipes import Recipe
 from fpq_lightning.reconstruction.module import BlockReconstruction
 from fpq_lightning.runs import RunDirectory, RunState
+from fpq_lightning.storage.quantized import is_quantized
 
 _CONFIGS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
 
@@ -119,6 +122,8 @@ class FPQCommandLine(LightningCLI):
         self.trainer = self.trainer_class(**trainer)
 
     def _prepare_fit(self, options: Namespace) -> list[pl.Callback]:
+        if is_quantized(options.model):
+            raise ValueError(f"{options.model} is quantized already: give the full-precision model")
         pipeline = load_pipeline(options.model)
         self.datamodule = options.data
         run_dir = options.run_dir or default_run_dir(options.model, options.recipe)
@@ -192,6 +197,8 @@ def _quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
+    diffusers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from fpq_lightning import distributed
 from fpq_lightning.layers import Mode, running
 from fpq_lightning.metrics.features import FeatureNetwork
 from fpq_lightning.metrics.quality import QualityMetrics
-from fpq_lightning.pipelines import SamplerConfig, batches_of, denoiser_name, sample, set_sampler
+from fpq_lightning.pipelines import SamplerConfig, batches_of, denoiser_name, sample, using_sampler
 
 
 @dataclass
@@ -68,11 +68,10 @@ def sample_variant(
 
     The first images are the first process's.
     """
-    set_sampler(pipeline, sampler)
     images = []
     world_size = distributed.world_size()
     batches = list(batches_of(seeds, sampler.batch_size, world_size))
-    with running(getattr(pipeline, denoiser_name(pipeline)), mode):
+    with using_sampler(pipeline, sampler), running(getattr(pipeline, denoiser_name(pipeline)), mode):
         for batch in batches[distributed.rank() :: world_size]:
             images.append(sample(pipeline, sampler, batch))
             on_batch(len(batch))

@@ -70,7 +70,13 @@ class ImageGeneration(pl.LightningModule):
             if reference is None and self.quantized:
                 reference = read_description(model)["base_model"]
             if reference is not None:
-                self.reference = load_pipeline(reference)
+                try:
+                    self.reference = load_pipeline(reference)
+                except (FileNotFoundError, ValueError) as error:
+                    raise ValueError(
+                        f"the full-precision model to compare with cannot be loaded ({error}): give its place with "
+                        "--evaluation.reference"
+                    ) from error
             self.metrics = evaluation.metrics()
 
     def setup(self, stage: str) -> None:
@@ -126,3 +132,8 @@ class WriteImages(BasePredictionWriter):
         for seed, image in zip(prediction["seeds"], prediction["images"], strict=True):
             pixels = image.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 0)
             Image.fromarray(pixels.squeeze(-1).numpy()).save(self.output / f"{seed:06d}.png")
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says where they are."""
+        if trainer.is_global_zero:
+            print(f"wrote images to {self.output}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Diff
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(path) if path.exists() else str(model), torch_dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if not path.exists():
+            raise ValueError(f"there is no directory {model}, and no pipeline of that name on the hub") from error
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"cannot load the pipeline {model}: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
@@ -88,6 +91,17 @@ def batches_of(seeds: range, size: int, world_size: int = 1) -> Iterator[range]:
     """Cuts seeds into batches that go round the processes; smaller ones where some process would get none."""
     size = min(size, max(1, len(seeds) // world_size))
     return (seeds[i : i + size] for i in range(0, len(seeds), size))
+
+
+@contextmanager
+def using_sampler(pipeline: DiffusionPipeline, sampler: SamplerConfig) -> Iterator[None]:
+    """`set_sampler` for a while."""
+    own = pipeline.scheduler
+    set_sampler(pipeline, sampler)
+    try:
+        yield
+    finally:
+        pipeline.scheduler = own
 
 
 @torch.no_grad()

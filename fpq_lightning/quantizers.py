@@ -35,7 +35,9 @@ class Granularity:
         if self.kind not in ("tensor", "channel", "group"):
             raise ValueError(f"unknown granularity {self.kind!r}: use tensor, channel or group")
         if (self.kind == "group") != (self.group_size is not None):
-            raise ValueError(f"group_size goes with granularity group and only with it, got {self}")
+            raise ValueError(
+                f"group_size goes with granularity group and only with it, got {self.kind} and {self.group_size}"
+            )
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {self.group_size}")
 

@@ -87,8 +87,8 @@ class Recipe:
         weights: of the layers' weights.
         activations: of the layers' inputs.
         rounding: of the weights.
-        include: glob patterns of layer names; a layer must match one.
-        exclude: glob patterns of layer names that stay in full precision.
+        include: glob pattern or patterns of layer names; a layer must match one.
+        exclude: glob pattern or patterns of layer names that stay in full precision.
         hardware_types: take families (``fp4``, ``fp6``, ``fp8``) as the types that tensor cores know.
         split_skips: one quantizer for each piece of a concatenation that a layer reads.
         quantized_inputs: reconstruct a unit from the inputs that the quantized network gives it rather than those
@@ -99,14 +99,16 @@ class Recipe:
     weights: WeightRecipe = field(default_factory=WeightRecipe)
     activations: ActivationRecipe = field(default_factory=ActivationRecipe)
     rounding: RoundingRecipe = field(default_factory=RoundingRecipe)
-    include: list[str] = field(default_factory=lambda: ["*"])
-    exclude: list[str] = field(default_factory=list)
+    include: list[str] | str = field(default_factory=lambda: ["*"])
+    exclude: list[str] | str = field(default_factory=list)
     hardware_types: bool = False
     split_skips: bool = True
     quantized_inputs: bool = True
     correct_biases: bool = True
 
     def __post_init__(self) -> None:
+        self.include = [self.include] if isinstance(self.include, str) else self.include
+        self.exclude = [self.exclude] if isinstance(self.exclude, str) else self.exclude
         self.weight_formats()
         self.activation_formats()
         self.granularity()
@@ -118,7 +120,8 @@ class Recipe:
         r = self.rounding
         if r.learned and (r.iterations < 1 or r.batch_size < 1 or not 0 <= r.warmup < 1):
             raise ValueError(
-                f"learned rounding needs iterations and batch_size of at least 1 and warmup in [0, 1), got {r}"
+                "learned rounding needs recipe.rounding.iterations and batch_size of at least 1 and warmup in [0, 1), "
+                f"got {r.iterations}, {r.batch_size} and {r.warmup}"
             )
 
     def granularity(self) -> Granularity:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import warnings
@@ -136,7 +137,10 @@ class RunDirectory:
                 raise ValueError(f"{self.path} is not empty and no run of ours: choose another --run_dir")
             return RunState.NEW
         found = json.loads(self._fingerprint_file.read_text())["parts"]
+        leftovers = [*self.checkpoint_files, self.path / "calibration", self.quantized, self.report]
         if changed := differences(found, self.parts):
+            if not any(entry.exists() for entry in leftovers):
+                return RunState.NEW  # of a run that never got anywhere
             raise ValueError(
                 f"{self.path} holds another run ({shorten(changed)}): choose another --run_dir or delete it"
             )
@@ -145,8 +149,21 @@ class RunDirectory:
         return RunState.UNFINISHED if any(file.is_file() for file in self.checkpoint_files) else RunState.NEW
 
     def begin(self) -> None:
-        """Makes the directory and writes whose it is."""
+        """Makes the directory, writes whose it is, and keeps other commands out until this process ends.
+
+        Raises:
+            ValueError: if it cannot be written to, or another process works in it.
+        """
         try:
             write_json(self._fingerprint_file, {"fingerprint": self.fingerprint, "parts": self.parts})
+            self._lock = (self.path / ".lock").open("w")
         except OSError as error:
             raise ValueError(f"cannot write to {self.path} ({error.strerror}): choose another --run_dir") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process works in {self.path}: wait for it or choose another --run_dir"
+            ) from error
+        except OSError:
+            pass  # a file system without locks

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fpq_lightning import distributed
-from fpq_lightning.pipelines import SamplerConfig, batches_of, denoiser_name, sample, set_sampler
+from fpq_lightning.pipelines import SamplerConfig, batches_of, denoiser_name, sample, using_sampler
 from fpq_lightning.storage.files import whole_directory, write_json
 
 _WEIGHT = "sample_weight"
@@ -149,12 +149,10 @@ def sample_trajectories(
     """
     if n < 1:
         raise ValueError(f"the calibration set would be empty: ask for at least 1 sample, got {n}")
-    set_sampler(pipeline, sampler)
     keep = steps_to_keep(n, sampler.steps, timesteps, seed)
-    recorder = _Recorder(pipeline, keep, weighting)
     batches = list(batches_of(range(len(keep)), sampler.batch_size, distributed.world_size()))
     mine = range(distributed.rank(), len(batches), distributed.world_size())
-    with recorder:
+    with using_sampler(pipeline, sampler), _Recorder(pipeline, keep, weighting) as recorder:
         for i in mine:
             recorder.begin(batches[i])
             sample(pipeline, sampler, [seed + trajectory for trajectory in batches[i]])
@@ -207,11 +205,12 @@ class _Recorder:
             part = {name: torch.cat(values) for name, values in self._collected.items()}
             self.parts.append((self._batch.start, part))
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Recorder:
         self._handle = self.denoiser.register_forward_pre_hook(self._record, with_kwargs=True)
         if self.weighting == "sensitivity":
             self._scheduler_step = self.scheduler.step
             self.scheduler.step = self._measured_step
+        return self
 
     def __exit__(self, *error: object) -> None:
         self._handle.remove()

@@ -47,11 +47,14 @@ class RunCheckpoint(Checkpoint):
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue_signal = int(environment.requeue_signal or signal.SIGUSR1)
         if threading.current_thread() is threading.main_thread():
-            for number in filter(None, (signal.SIGTERM, self._requeue_signal)):
+            for number in filter(None, (signal.SIGTERM, signal.SIGINT, self._requeue_signal)):
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: Any) -> None:
         self._requests[number == self._requeue_signal] += 1
+        if number == signal.SIGINT:
+            print("\nstopping at the next step; once more to stop now", flush=True)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _received(self, device: torch.device) -> list[int]:
         """Requests to stop and to be requeued that the processes of the run have received."""
@@ -92,6 +95,7 @@ class RunCheckpoint(Checkpoint):
         """Lets signals end the evaluation, which starts again on resume."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _save(self, trainer: pl.Trainer) -> None:
         temporary = self.file.with_name(".last.ckpt")

@@ -76,4 +76,7 @@ class ImageQuality(pl.Callback):
 
     def _keep(self, variant: str, images: Tensor, metrics: dict[str, Any]) -> None:
         self.samples[variant] = images[:_SHOWN]
-        self.variants[variant] = {**metrics, "seeds": [self.config.seeds.start, self.config.seeds.stop - 1]}
+        seeds = self.config.seeds
+        self.variants[variant] = {**metrics, "seeds": [seeds.start, seeds.stop - 1]}
+        if variant == "full_precision":
+            self.variants[variant]["compared_with_seeds"] = [seeds.stop, seeds.stop + len(seeds) - 1]

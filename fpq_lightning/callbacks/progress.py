@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
@@ -20,10 +20,12 @@ def unit_line(index: int, total: int, report: UnitReport) -> str:
         formats.append(" ".join(f"{name}" + (f"x{n}" if n > 1 else "") for name, n in counts.most_common()) or "fp32")
     if report.error_nearest is None:
         return f"[{index + 1:>2}/{total}] {report.name}: not quantized"
+    corrected = report.kept == "nearest" and cast(float, report.error_learned) < report.error_nearest
+    kept = f"{report.kept}, bias corrected" if corrected else report.kept
     return (
         f"[{index + 1:>2}/{total}] {report.name:<30} {report.parameters / 1e3:>8.1f}k  "
         f"{formats[0]} / {formats[1]}  error {report.error_nearest:.2e} -> {report.error_learned:.2e} "
-        f"({report.kept})  {report.seconds:.1f}s"
+        f"({kept})  {report.seconds:.1f}s"
     )
 
 

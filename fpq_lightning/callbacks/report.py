@@ -30,7 +30,10 @@ def peak_memory(device: torch.device) -> int:
 
 @torch.no_grad()
 def weight_statistics(module: torch.nn.Module) -> dict[str, float | None]:
-    """Bits a weight (codes and scales) and share of exact zeros over the quantized weights; None without any."""
+    """Bits a weight (codes and scales) and share of exact zeros over the quantized weights, and their share of all.
+
+    The first two are None without any.
+    """
     bits = zeros = total = 0.0
     for layer in quantized_layers(module).values():
         quantization = dict(layer.variants.items()).get("learned")
@@ -42,7 +45,14 @@ def weight_statistics(module: torch.nn.Module) -> dict[str, float | None]:
         for quantizer, rows in zip(quantization.weights, layer.weight_rows(), strict=True):
             extra = [t for t in (quantizer.scale, quantizer.offset) if t is not None]
             bits += rows.numel() * quantizer.format.bits + 32 * sum(t.numel() for t in extra)
-    return {"weight_bits": bits / total if total else None, "sparsity": zeros / total if total else None}
+    every = sum(
+        p.numel() for name, p in module.named_parameters() if name.endswith("weight") and ".variants." not in name
+    )
+    return {
+        "weight_bits": bits / total if total else None,
+        "sparsity": zeros / total if total else None,
+        "quantized_share": total / every,
+    }
 
 
 class RunReport(pl.Callback):

@@ -160,6 +160,8 @@ class BlockReconstruction(pl.LightningModule):
             self._within_memory(lambda: unit.finish(learned))
             report.iterations = self.iteration
             self._unit = None
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # what its CUDA graph had for itself
         self._within_memory(replay.advance)
         report.seconds += time.perf_counter() - self._clock
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]

@@ -36,14 +36,15 @@ def render_markdown(report: dict[str, Any]) -> str:
     parts = [f"# {report['model']}, quantized"]
     if report["weight_bits"] is not None:
         parts.append(
-            f"{report['weight_bits']:.2f} bits a weight (scales included), {report['sparsity']:.1%} of the weights "
-            f"exactly zero. Calibrated in {calibration['seconds']:.0f} s on {report['device']} with "
-            f"{calibration['samples']} samples, peak memory {calibration['peak_memory_bytes'] / 2**30:.2f} GiB."
+            f"{report['quantized_share']:.1%} of the denoiser's weights are quantized, to "
+            f"{report['weight_bits']:.2f} bits each (scales included); {report['sparsity']:.1%} of them are exactly "
+            f"zero. Calibrated in {calibration['seconds']:.0f} s on {report['device']} with {calibration['samples']} "
+            f"samples, peak memory {calibration['peak_memory_bytes'] / 2**30:.2f} GiB."
         )
     if variants:
         parts += ["## Images", variants_table(variants)]
         n = next(iter(variants.values()))["n_images"]
-        if n < _FEW_IMAGES:
+        if n < _FEW_IMAGES and any(v["fd"] is not None for v in variants.values()):
             parts.append(
                 f"Fréchet distances of {n} images only rank the variants; they are not comparable with figures of "
                 "other sample counts. All distances are FD (cifar10-features or the configured network), not FID."

@@ -19,7 +19,8 @@ def whole_directory(target: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield temporary
-        temporary.chmod(0o755)
+        for entry in [temporary, *temporary.rglob("*")]:  # temporary names come with private modes
+            entry.chmod(0o755 if entry.is_dir() else 0o644)
         old = temporary.with_name(f"{temporary.name}-old")
         if target.exists():
             os.replace(target, old)
