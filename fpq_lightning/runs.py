@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import warnings
 from enum import Enum
 from importlib.metadata import version
@@ -156,7 +157,7 @@ class RunDirectory:
         """
         try:
             write_json(self._fingerprint_file, {"fingerprint": self.fingerprint, "parts": self.parts})
-            self._lock = (self.path / ".lock").open("w")
+            self._lock = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise ValueError(f"cannot write to {self.path} ({error.strerror}): choose another --run_dir") from error
         try:

@@ -78,5 +78,3 @@ class ImageQuality(pl.Callback):
         self.samples[variant] = images[:_SHOWN]
         seeds = self.config.seeds
         self.variants[variant] = {**metrics, "seeds": [seeds.start, seeds.stop - 1]}
-        if variant == "full_precision":
-            self.variants[variant]["compared_with_seeds"] = [seeds.stop, seeds.stop + len(seeds) - 1]
