@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -155,21 +156,20 @@ def fit(
         run.check_checkpoint(checkpoint)
     prepare_strategy(trainer)
     module.made_from = run.parts
-    if trainer.is_global_zero:
-        run.begin()
     data = copy.copy(data)  # the caller's may serve another run
     decisive = ("n_samples", "seed", "source", "image_column", "timesteps", "weighting", "sampler")
     data.made_from = {name: run.parts["calibration"][name] for name in decisive}
     data.made_from["model"] = run.parts["model"]["weights"]
     data.sampler = sampler
     data.directory = data.directory or str(run.path / "calibration")
-    data.store_directory = data.store_directory or str(run.path)
-    try:
-        trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
-    except SystemExit:  # a signal, on which all processes stop together
+    data.store_directory = data.store_directory or str(run.activations)
+    with run.working() if trainer.is_global_zero else nullcontext():
+        try:
+            trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
+        except SystemExit:  # a signal, on which all processes stop together
+            stop_watching(trainer)
+            raise
         stop_watching(trainer)
-        raise
-    stop_watching(trainer)
     if not module.finished:
         raise ValueError(
             f"{run.path}: stopped before unit {module.position + 1} of {len(module.units)} was done; go on with "

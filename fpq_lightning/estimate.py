@@ -21,9 +21,9 @@ from fpq_lightning.pipelines import SamplerConfig, denoiser_name
 from fpq_lightning.recipes import Recipe
 
 # Measured on the embedded model and cifar10-ddpm (docs/benchmarks.md), by type of device.
-_STEP_SECONDS = {"cpu": 6e-3, "cuda": 1.2e-3}  # of an optimisation step, whatever its unit
+_STEP_SECONDS = {"cpu": 2e-3, "cuda": 1.2e-3}  # of an optimisation step, whatever its unit
 _SEARCH_SECONDS = {"cpu": 1e-6, "cuda": 1e-7}  # of a weight
-_PASSES = {"capture": 6.0, "learning": 4.5, "quantized": 1.8}  # cost of a sample in forward passes
+_PASSES = {"capture": 3.0, "learning": 3.0, "quantized": 1.8}  # cost of a sample in forward passes
 
 
 @dataclass

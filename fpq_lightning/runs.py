@@ -6,7 +6,10 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -118,6 +121,11 @@ class RunDirectory:
         return self.path / "quantized"
 
     @property
+    def activations(self) -> Path:
+        """Directory of captured activations that fit nowhere else."""
+        return self.path / "activations"
+
+    @property
     def report(self) -> Path:
         """The machine-readable report, the last file that a run writes."""
         return self.path / "report.json"
@@ -149,19 +157,29 @@ class RunDirectory:
             return RunState.FINISHED
         return RunState.UNFINISHED if any(file.is_file() for file in self.checkpoint_files) else RunState.NEW
 
-    def begin(self) -> None:
-        """Makes the directory, writes whose it is, and keeps other commands out until this process ends.
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Makes the directory, writes whose it is, and keeps other commands out meanwhile.
 
         Raises:
             ValueError: if it cannot be written to, or another process works in it.
         """
         try:
             write_json(self._fingerprint_file, {"fingerprint": self.fingerprint, "parts": self.parts})
-            self._lock = os.open(self.path, os.O_RDONLY)
+            lock = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise ValueError(f"cannot write to {self.path} ({error.strerror}): choose another --run_dir") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take(lock)
+            shutil.rmtree(self.activations, ignore_errors=True)  # of a process that was killed
+            yield
+            shutil.rmtree(self.activations, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+    def _take(self, lock: int) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
                 f"another process works in {self.path}: wait for it or choose another --run_dir"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -99,82 +100,172 @@ def run_fpq(capsys: Any, arguments: Sequence[str]) -> Outcome:
 
 # The interpreter imports everything once; each command then runs in a fork of it, which is a process of its own.
 _DRIVER = """
-import json, os, signal, sys
+import json, os, signal, sys, tempfile
 import torch
 torch.set_num_threads(1)
+import lightning.pytorch as pl
 from fpq_lightning import cli
+from fpq_lightning.calibration.datamodule import CalibrationDataModule
 from fpq_lightning.reconstruction.module import BlockReconstruction
+import fpq_lightning.callbacks.checkpoint as checkpoint
 import fpq_lightning.callbacks.finalize as finalize
+import fpq_lightning.callbacks.image_quality as image_quality
 
-def kill_in(owner, name, call):
+owners = {"module": BlockReconstruction, "data": CalibrationDataModule, "trainer": pl.Trainer, "os": os}
+owners |= {"checkpoint": checkpoint, "finalize": finalize, "image_quality": image_quality}
+
+def disturb(owner, name, call, file, halved, number, error):
+    owner = owners[owner]
     original, calls = getattr(owner, name), 0
-    def killing(*args, **kwargs):
+    def disturbed(*args, **kwargs):
         nonlocal calls
+        paths = [a for a in args if isinstance(a, (str, os.PathLike))]
+        if file and file not in map(os.path.basename, paths):
+            return original(*args, **kwargs)
         calls += 1
+        if error and calls >= call:
+            raise OSError(error, os.strerror(error), str(paths[0]))
         if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            if halved:
+                original(*args, **kwargs)
+                os.truncate(paths[0], os.path.getsize(paths[0]) // 2)
+            if number:
+                os.kill(os.getpid(), number)
         return original(*args, **kwargs)
-    setattr(owner, name, killing)
+    setattr(owner, name, disturbed)
 
-owners = {"module": BlockReconstruction, "finalize": finalize}
-outcomes = []
-for scenario in json.loads(sys.stdin.read()):
+def run(scenario):
+    if scenario["disturbance"]:
+        disturb(**scenario["disturbance"])
+    os.environ.update(scenario["environment"])
+    tempfile.tempdir = None
+    if scenario["directory"]:
+        os.chdir(scenario["directory"])
+    if scenario["file_size"]:
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (scenario["file_size"], scenario["file_size"]))
+    try:
+        sys.exit(cli.main(scenario["arguments"]))
+    except SystemExit as e:
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
+        return 1 if isinstance(e.code, str) else e.code or 0
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        return 1
+
+for line in sys.stdin:
+    scenario = json.loads(line)
     with open(scenario["log"] + ".out", "wb") as out, open(scenario["log"] + ".err", "wb") as err:
         child = os.fork()
         if not child:
             os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
-            if scenario["kill"]:
-                owner, name, call = scenario["kill"]
-                kill_in(owners[owner], name, call)
-            if scenario["file_size"]:
-                import resource
-                resource.setrlimit(resource.RLIMIT_FSIZE, (scenario["file_size"], scenario["file_size"]))
-            try:
-                sys.exit(cli.main(scenario["arguments"]))
-            except SystemExit as e:
-                if isinstance(e.code, str):
-                    print(e.code, file=sys.stderr)
-                code = 1 if isinstance(e.code, str) else e.code or 0
-            except BaseException:
-                import traceback
-                traceback.print_exc()
-                code = 1
+            signal.alarm(120)  # ends a command that hangs
+            code = run(scenario)
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
         status = os.waitpid(child, 0)[1]
-    outcomes.append(os.waitstatus_to_exitcode(status))
-print(json.dumps(outcomes))
+    print("ended", os.waitstatus_to_exitcode(status), flush=True)
 """
 
 
-def scenario(
-    log: Path, arguments: Sequence[str], kill: tuple[str, str, int] | None = None, file_size: int = 0
+def disturbance(
+    owner: str,
+    name: str,
+    call: int,
+    *,
+    file: str = "",
+    halved: bool = False,
+    number: int = signal.SIGKILL,
+    error: int = 0,
 ) -> dict[str, Any]:
-    """A command for `run_scenarios`.
+    """What happens to a command of `scenario` at the n-th call of a function.
+
+    Args:
+        owner: of the function: ``module``, ``data``, ``trainer``, ``checkpoint``, ``finalize``, ``image_quality`` or
+            ``os``.
+        name: of the function.
+        call: n.
+        file: only calls with a path of that name count.
+        halved: the call is made, and the file it wrote (its first path) is cut to half, before the signal comes.
+        number: of the signal that the process sends itself, 0 for none.
+        error: that number of an `OSError` is raised by this call and the later ones, instead of a signal.
+    """
+    return {
+        "owner": owner,
+        "name": name,
+        "call": call,
+        "file": file,
+        "halved": halved,
+        "number": number,
+        "error": error,
+    }
+
+
+def scenario(
+    log: Path,
+    arguments: Sequence[str],
+    kill: tuple[str, str, int] | dict[str, Any] | None = None,
+    file_size: int = 0,
+    environment: dict[str, str] | None = None,
+    directory: Path | None = None,
+) -> dict[str, Any]:
+    """A command for `run_scenarios` or a `Driver`.
 
     Args:
         log: its output goes to ``log.out`` and ``log.err``.
         arguments: of ``fpq``.
-        kill: ``(owner, function, n)`` sends SIGKILL at the n-th call of a function.
+        kill: ``(owner, function, n)`` sends SIGKILL at the n-th call of a function; a `disturbance` does other harm.
         file_size: bytes that a file may have at most, 0 for any; writing beyond fails as on a full disk.
+        environment: variables to set.
+        directory: to run in.
     """
-    return {"log": str(log), "arguments": list(arguments), "kill": kill, "file_size": file_size}
+    return {
+        "log": str(log),
+        "arguments": list(arguments),
+        "disturbance": disturbance(*kill) if isinstance(kill, tuple) else kill,
+        "file_size": file_size,
+        "environment": environment or {},
+        "directory": directory and str(directory),
+    }
+
+
+class Driver:
+    """Runs ``fpq`` commands one after the other, each in a process of its own (killed: a negative code)."""
+
+    def __enter__(self) -> Driver:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _DRIVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+    def run(self, scenario: dict[str, Any]) -> Outcome:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(scenario) + "\n")
+        self._process.stdin.flush()
+        answer = next(line for line in self._process.stdout if line.startswith("ended "))
+        log = scenario["log"]
+        return Outcome(int(answer.split()[1]), Path(f"{log}.out").read_text(), Path(f"{log}.err").read_text())
 
 
 def run_scenarios(scenarios: Sequence[dict[str, Any]]) -> list[Outcome]:
     """Runs ``fpq`` commands one after the other, each in a process of its own (killed: a negative code)."""
-    finished = subprocess.run(
-        [sys.executable, "-c", _DRIVER],
-        input=json.dumps(list(scenarios)),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    codes = json.loads(finished.stdout.splitlines()[-1])
-    logs = [Path(s["log"]) for s in scenarios]
-    return [
-        Outcome(code, log.with_name(f"{log.name}.out").read_text(), log.with_name(f"{log.name}.err").read_text())
-        for code, log in zip(codes, logs, strict=True)
-    ]
+    with Driver() as driver:
+        return [driver.run(s) for s in scenarios]
+
+
+def quantized_files(run: Path) -> dict[str, bytes]:
+    """What a run wrote to ``quantized/``, to the byte."""
+    files = [f for f in (run / "quantized").rglob("*") if f.is_file()]
+    return {str(f.relative_to(run / "quantized")): f.read_bytes() for f in files}

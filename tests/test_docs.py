@@ -29,7 +29,7 @@ def test_the_commands_of_the_readme_run_one_after_the_other(
     model = save_tiny(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(CHECKOUT / "configs")
-    assert [command.split()[1] for command in COMMANDS] == ["fit", "test", "predict"]
+    assert [command.split()[1] for command in COMMANDS] == ["fit", "fit", "test", "predict"]
     for command in COMMANDS:
         words = shlex.split(command.replace("PATH_OR_HUB_ID", model))[1:]
         if words[0] == "fit":
@@ -57,12 +57,12 @@ def test_the_notebook_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "runs" / "notebook" / "quantized" / "quantization.json").is_file()
 
 
-@pytest.mark.parametrize("script", ["search.py", "figures.py"])
+@pytest.mark.parametrize("script", ["search.py", "figures.py", "multi_gpu.py", "kills.py"])
 def test_benchmark_scripts_of_the_docs_start(script: str) -> None:
     assert f"benchmarks/{script}" in (CHECKOUT / "docs" / "benchmarks.md").read_text()
     file = CHECKOUT / "benchmarks" / script
     shown = subprocess.run([sys.executable, str(file), "--help"], capture_output=True, text=True, check=True).stdout
-    assert "--model" in shown
+    assert f"benchmarks/{script}" in shown  # the command of its docstring
 
 
 def test_links_and_pictures_of_the_readme_exist() -> None:

@@ -11,7 +11,7 @@ import pytest
 from models import Outcome, fit_arguments, run_scenarios, save_tiny, scenario
 from safetensors.numpy import load_file
 
-from fpq_lightning.runs import RunDirectory, differences
+from fpq_lightning.runs import RunDirectory, RunState, differences
 
 ITERATIONS = 20  # two batches of ten steps a unit, and a checkpoint after each
 
@@ -163,3 +163,22 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="choose another --run_dir"):
         RunDirectory(tmp_path, {"a": 1}).state()
     assert [f.name for f in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_second_command_is_kept_out_of_a_directory_while_the_first_works_in_it(tmp_path: Path) -> None:
+    first, second = RunDirectory(tmp_path / "run", {"a": 1}), RunDirectory(tmp_path / "run", {"a": 1})
+    with first.working(), pytest.raises(ValueError, match="another process works in"), second.working():
+        pass
+    with second.working():
+        pass
+
+
+def test_a_run_that_never_got_anywhere_leaves_its_directory_to_others(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "run", {"a": 1}).working():
+        pass
+    other = RunDirectory(tmp_path / "run", {"a": 2})
+    assert other.state() is RunState.NEW
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "checkpoints" / "previous.ckpt").touch()
+    with pytest.raises(ValueError, match="a: 1 -> 2"):
+        other.state()

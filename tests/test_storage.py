@@ -258,7 +258,8 @@ def test_a_whole_file_appears_only_once_written(tmp_path: Path) -> None:
 def test_a_run_directory_is_new_then_unfinished_then_finished(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run", {"a": {"b": 1}})
     assert run.state() is RunState.NEW
-    run.begin()
+    with run.working():
+        pass
     assert run.state() is RunState.NEW
     run.checkpoints.mkdir()
     (run.checkpoints / "last.ckpt").write_bytes(b"")

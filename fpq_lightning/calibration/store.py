@@ -109,6 +109,8 @@ class ActivationStore:
             device = self.device if tier == "device" else torch.device("cpu")
             return _Entry(torch.empty(shape, dtype=dtype, device=device), next_use, tier)
         if self._scratch is None:
+            if self._directory is not None:
+                Path(self._directory).mkdir(parents=True, exist_ok=True)
             self._scratch = tempfile.TemporaryDirectory(prefix="fpq-store-", dir=self._directory)
         with tempfile.NamedTemporaryFile(dir=self._scratch.name, delete=False) as handle:
             file = Path(handle.name)
