@@ -291,6 +291,36 @@ def test_store_holds_what_later_units_need_and_is_empty_at_the_end(
     assert not store._entries
 
 
+@pytest.mark.parametrize("name", ["unet", "dit", "flux"])
+@pytest.mark.parametrize("quantized_inputs", [True, False])
+def test_a_rehearsal_knows_the_most_that_the_store_will_hold(
+    name: str, quantized_inputs: bool, make_network: MakeNetwork
+) -> None:
+    model, inputs = make_network(name, n=6)
+    units = prepare(model, inputs, 6)
+    replay = make_replay(model, units, inputs, 6, None, quantized_inputs=quantized_inputs)
+    expected = replay.rehearse(6)
+    twice = replay.rehearse(12)
+    assert (replay.n, replay.position, replay.store.peak) == (6, 0, 0)
+    for _ in walk(replay):
+        pass
+    assert replay.store.peak == expected > 0
+    assert twice == 2 * expected
+
+
+def test_the_store_never_holds_more_than_its_budget_in_a_whole_walk(tmp_path: Path, make_network: MakeNetwork) -> None:
+    model, inputs = make_network("unet", n=6)
+    units = prepare(model, inputs, 6)
+    budget = make_replay(model, units, inputs, 6).rehearse(6) // 3
+    replay = make_replay(model, units, inputs, 6, ActivationStore(CPU, budget=budget, directory=tmp_path))
+    spilled = 0
+    for _ in walk(replay):
+        assert replay.store.used("device") <= budget
+        spilled = max(spilled, replay.store.used("disk"))
+    assert 0 < replay.store.peak <= budget
+    assert spilled > 0
+
+
 def test_what_a_unit_learns_from_is_on_the_device_if_it_fits_alone() -> None:
     """Its sources, which are needed no more, make room."""
 
