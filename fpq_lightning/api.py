@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from fpq_lightning.calibration.datamodule import CalibrationDataModule
+from fpq_lightning.calibration.shards import Shard
 from fpq_lightning.callbacks import CalibrationProgress, FinalizeQuantization, ImageQuality, RunCheckpoint, RunReport
 from fpq_lightning.estimate import estimate_run
 from fpq_lightning.evaluation import EvaluationConfig
@@ -22,7 +23,7 @@ from fpq_lightning.pipelines import SamplerConfig, denoiser_name
 from fpq_lightning.recipes import Recipe
 from fpq_lightning.reconstruction.module import BlockReconstruction
 from fpq_lightning.runs import RunDirectory, RunState, hash_weights, versions
-from fpq_lightning.strategy import prepare_strategy, stop_watching
+from fpq_lightning.strategy import prepare_strategy, together
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "devices": 1,
@@ -115,9 +116,33 @@ def quantize(
         callbacks.insert(0, CalibrationProgress())  # its bar ends before the next one begins
     options["callbacks"] = [*options.get("callbacks", []), *callbacks]
     module, trainer = BlockReconstruction(pipeline, recipe), pl.Trainer(**options)
+    check_processes(trainer, recipe, data, evaluation)
     print_estimate(trainer, pipeline, recipe, data, sampler, evaluation)
     fit(trainer, module, data, run, sampler, ckpt_path)
     return pipeline
+
+
+def check_processes(
+    trainer: pl.Trainer, recipe: Recipe, data: CalibrationDataModule, evaluation: EvaluationConfig
+) -> None:
+    """Finds what cannot be shared out before processes are started.
+
+    Raises:
+        ValueError: if there are more processes than samples in a batch, or than images.
+    """
+    Shard(min(recipe.rounding.batch_size, data.n_train_of(data.n_samples)), 0, trainer.world_size)
+    check_images(evaluation.n_images, trainer.world_size, "--evaluation.n_images")
+    prepare_strategy(trainer)
+
+
+def check_images(n: int, world_size: int, option: str) -> None:
+    """Finds out that some process would get no images.
+
+    Raises:
+        ValueError: if so.
+    """
+    if 0 < n < world_size:
+        raise ValueError(f"{option} {n} is less than the {world_size} processes: raise it or take fewer devices")
 
 
 def print_estimate(
@@ -154,7 +179,6 @@ def fit(
         if not checkpoint.is_file():
             raise FileNotFoundError(f"there is no checkpoint {ckpt_path}: give last, or a file")
         run.check_checkpoint(checkpoint)
-    prepare_strategy(trainer)
     module.made_from = run.parts
     data = copy.copy(data)  # the caller's may serve another run
     decisive = ("n_samples", "seed", "source", "image_column", "timesteps", "weighting", "sampler")
@@ -164,12 +188,8 @@ def fit(
     data.directory = data.directory or str(run.path / "calibration")
     data.store_directory = data.store_directory or str(run.activations)
     with run.working() if trainer.is_global_zero else nullcontext():
-        try:
+        with together(trainer):
             trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
-        except SystemExit:  # a signal, on which all processes stop together
-            stop_watching(trainer)
-            raise
-        stop_watching(trainer)
     if not module.finished:
         raise ValueError(
             f"{run.path}: stopped before unit {module.position + 1} of {len(module.units)} was done; go on with "

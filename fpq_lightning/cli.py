@@ -120,6 +120,10 @@ class FPQCommandLine(LightningCLI):
             fits = self.subcommand == "fit"
             trainer["logger"] = TensorBoardLogger(self.run.path, name="", version="logs") if fits else False
         self.trainer = self.trainer_class(**trainer)
+        if self.subcommand == "test":
+            api.check_images(options.evaluation.n_images, self.trainer.world_size, "--evaluation.n_images")
+        if self.subcommand == "predict":
+            api.check_images(options.n_images, self.trainer.world_size, "--n_images")
 
     def _prepare_fit(self, options: Namespace) -> list[pl.Callback]:
         if is_quantized(options.model):
@@ -165,6 +169,7 @@ class FPQCommandLine(LightningCLI):
     def fit(self, **options: Any) -> None:
         """Runs the calibration in its run directory."""
         chosen = self.config_init[self.subcommand]
+        api.check_processes(self.trainer, chosen.recipe, self.datamodule, chosen.evaluation)
         api.print_estimate(
             self.trainer, self.model.pipeline, chosen.recipe, self.datamodule, chosen.sampler, chosen.evaluation
         )

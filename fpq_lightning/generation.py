@@ -98,7 +98,8 @@ class ImageGeneration(pl.LightningModule):
         values = self.metrics.compute()
         if self.reference is None:
             values = {"fd_real": values["fd_real"]}
-        self.log_dict({k: math.nan if v is None else v for k, v in values.items()})
+        # They are those of all processes already.
+        self.log_dict({k: math.nan if v is None else v for k, v in values.items()}, rank_zero_only=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Images of a batch of seeds and prompts."""

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from fpq_lightning.distributed import Watchdog
+
+_STOPPED = 143  # by a signal, on which all processes stop together
 
 
 class CalibrationStrategy(DDPStrategy):
@@ -29,6 +40,35 @@ class CalibrationStrategy(DDPStrategy):
         """Leaves the module unwrapped."""
 
 
+class _Launcher(_SubprocessScriptLauncher):
+    """Lightning's launcher, whose observer of the processes it started kills this one without a word."""
+
+    def launch(self, function: Callable, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        """Starts the other processes of this machine and calls the function."""
+        if not self.cluster_environment.creates_processes_externally:
+            self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+            self._call_children_scripts()
+            threading.Thread(target=_watch_children, args=(self.procs,), daemon=True).start()
+        return function(*args, **kwargs)
+
+
+def _watch_children(processes: Sequence[subprocess.Popen]) -> None:
+    """Ends everything when a child has failed."""
+    while any(process.poll() is None for process in processes):
+        time.sleep(0.5)
+        for number, process in enumerate(processes, start=1):
+            if process.poll() not in (None, 0, _STOPPED):
+                for other in processes:
+                    other.kill()
+                print(
+                    f"fpq: process {number} ended with code {process.returncode}, so all end: correct what it says, "
+                    "and go on with --ckpt_path last",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)
+
+
 def prepare_strategy(trainer: pl.Trainer) -> None:
     """Gives the trainer a strategy that fits.
 
@@ -36,13 +76,37 @@ def prepare_strategy(trainer: pl.Trainer) -> None:
         ValueError: if the trainer's is for several devices and not ``ddp``.
     """
     strategy: Any = trainer.strategy
-    if type(strategy) is DDPStrategy:
+    if type(strategy) is DDPStrategy and strategy._start_method == "popen":
         strategy.__class__ = CalibrationStrategy
-    elif trainer.world_size > 1 and not isinstance(strategy, CalibrationStrategy):
+        if strategy.launcher is not None:
+            strategy.launcher.__class__ = _Launcher
+    elif (trainer.world_size > 1 or isinstance(strategy, DDPStrategy)) and not isinstance(
+        strategy, CalibrationStrategy
+    ):
         raise ValueError(f"trainer.strategy {type(strategy).__name__} is not supported: use ddp for several devices")
 
 
-def stop_watching(trainer: pl.Trainer) -> None:
-    """Lets the processes of a run end one after the other."""
+@contextmanager
+def together(trainer: pl.Trainer) -> Iterator[None]:
+    """What the processes of a run do together; after it they may end one after the other.
+
+    Raises:
+        ValueError: if another process has gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error) or "onnection" in str(error)
+        if trainer.world_size > 1 and lost:
+            reason = str(error).splitlines()[0][:150]
+            raise ValueError(f"another process of the run has gone ({reason}): go on with --ckpt_path last") from error
+        raise
+    except SystemExit:
+        _stop_watching(trainer)
+        raise
+    _stop_watching(trainer)
+
+
+def _stop_watching(trainer: pl.Trainer) -> None:
     if isinstance(trainer.strategy, CalibrationStrategy):
         trainer.strategy.watchdog.close()

@@ -229,7 +229,11 @@ class CalibrationDataModule(pl.LightningDataModule):
     @property
     def n_train(self) -> int:
         """Samples that are learned from; the rest is held out."""
-        return self.n - max(1, round(self.n * self.held_out_fraction))
+        return self.n_train_of(self.n)
+
+    def n_train_of(self, n: int) -> int:
+        """The same for n samples."""
+        return n - max(1, round(n * self.held_out_fraction))
 
     @property
     def batch_size(self) -> int:

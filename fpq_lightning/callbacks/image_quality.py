@@ -35,17 +35,6 @@ class ImageQuality(pl.Callback):
         self.variants: dict[str, dict[str, Any]] = {}
         self.samples: dict[str, Tensor] = {}
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Finds too few images early.
-
-        Raises:
-            ValueError: if some process would get none.
-        """
-        if 0 < self.config.n_images < trainer.world_size:
-            raise ValueError(
-                f"evaluation.n_images {self.config.n_images} is less than the {trainer.world_size} processes: raise it"
-            )
-
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Samples and compares."""
         assert isinstance(pl_module, BlockReconstruction)
