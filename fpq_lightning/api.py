@@ -187,9 +187,8 @@ def fit(
     data.sampler = sampler
     data.directory = data.directory or str(run.path / "calibration")
     data.store_directory = data.store_directory or str(run.activations)
-    with run.working() if trainer.is_global_zero else nullcontext():
-        with together(trainer):
-            trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
+    with run.working() if trainer.is_global_zero else nullcontext(), together(trainer):
+        trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
     if not module.finished:
         raise ValueError(
             f"{run.path}: stopped before unit {module.position + 1} of {len(module.units)} was done; go on with "
