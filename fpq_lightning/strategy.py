@@ -19,7 +19,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from fpq_lightning.distributed import Watchdog
 
-_STOPPED = 143  # by a signal, on which all processes stop together
+_STOPPED = (130, 143)  # by a signal, on which all processes stop together
 
 
 class CalibrationStrategy(DDPStrategy):
@@ -59,7 +59,7 @@ def _watch_children(processes: Sequence[subprocess.Popen]) -> None:
     while any(process.poll() is None for process in processes):
         time.sleep(0.5)
         for number, process in enumerate(processes, start=1):
-            if process.poll() not in (None, 0, _STOPPED):
+            if process.poll() not in (None, 0, *_STOPPED):
                 for other in processes:
                     other.kill()
                 print(

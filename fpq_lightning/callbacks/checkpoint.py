@@ -38,6 +38,7 @@ class RunCheckpoint(Checkpoint):
         self.every_n_batches = max(1, every_n_steps // STEPS_PER_BATCH)
         self._requeue_signal = 0
         self._requests = [0, 0]  # to stop, and to be requeued
+        self._exit_code = 128 + signal.SIGTERM
 
     # --- signals -----------------------------------------------------------------------------------------------
 
@@ -53,6 +54,7 @@ class RunCheckpoint(Checkpoint):
     def _receive(self, number: int, frame: Any) -> None:
         self._requests[number == self._requeue_signal] += 1
         if number == signal.SIGINT:
+            self._exit_code = 128 + number
             print("\nstopping at the next step; once more to stop now", flush=True)
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -66,7 +68,7 @@ class RunCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             requeued = requeue and subprocess.call(["scontrol", "requeue", _slurm_job()]) == 0
             print(f"\nstopped by a signal, saved{' and requeued' * requeued}: go on with --ckpt_path last", flush=True)
-        raise SystemExit(128 + signal.SIGTERM)
+        raise SystemExit(self._exit_code)
 
     # --- saving ------------------------------------------------------------------------------------------------
 
