@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import datasets
 import lightning.pytorch as pl
+import torch
 from diffusers.utils import logging as diffusers_logging
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -105,6 +106,9 @@ class FPQCommandLine(LightningCLI):
             parser.add_argument("--n_images", type=int, default=16, help="Number of images.")
             parser.add_argument("--prompts", type=list[str] | None, default=None, help="One for each image.")
             parser.add_argument("--seed", type=int, default=0, help="Seed of the first image; image i has seed + i.")
+
+    def _parse_ckpt_path(self) -> None:
+        """Leaves checkpoints to `api.fit`, which says what is wrong with one; they hold no options."""
 
     def instantiate_classes(self) -> None:
         """Makes module, datamodule and trainer of the command."""
@@ -224,6 +228,8 @@ def main(arguments: list[str] | None = None) -> None:
             load_from_checkpoint_support=False,
             save_config_callback=None,
         )
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"fpq: out of memory, with nothing left to spare: {' '.join(str(error).split())[:200]}")
     except (ValueError, FileNotFoundError, MisconfigurationException) as error:
         sys.exit(f"fpq: {' '.join(str(error).split())}")
     except OSError as error:

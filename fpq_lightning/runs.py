@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -108,6 +109,9 @@ class RunDirectory:
             ValueError: if it cannot be read or is of another run.
         """
         try:
+            with zipfile.ZipFile(file) as archive:  # torch.load compares no checksums
+                if (damaged := archive.testzip()) is not None:
+                    raise ValueError(f"{damaged} in it is damaged")
             made_from = torch.load(file, map_location="cpu", weights_only=True)["fpq"]["made_from"]
         except Exception as error:  # whatever a damaged file raises
             reason = " ".join(str(error).split())[:200]
@@ -171,7 +175,8 @@ class RunDirectory:
             raise ValueError(f"cannot write to {self.path} ({error.strerror}): choose another --run_dir") from error
         try:
             self._take(lock)
-            shutil.rmtree(self.activations, ignore_errors=True)  # of a process that was killed
+            for left in [self.activations, *self.path.glob(".*")]:  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             yield
             shutil.rmtree(self.activations, ignore_errors=True)
         finally:

@@ -163,7 +163,7 @@ WORK: dict[str, tuple[Any, str, int, int]] = {
     "searching": (UnitReconstruction, "_search", 1, 6),
     "measuring nearest rounding": (UnitReconstruction, "_error", 1, 0),
     "measuring learned rounding": (UnitReconstruction, "_error", 2, 1),
-    "correcting biases": (UnitReconstruction, "_correct_bias", 1, 2),
+    "correcting biases": (UnitReconstruction, "correct_bias", 1, 2),
     "measuring corrected biases": (UnitReconstruction, "_error", 3, 0),
 }
 
@@ -211,7 +211,7 @@ def test_a_unit_kept_at_nearest_rounding_stays_so_when_memory_runs_out_after_tha
     rate = 1e6  # learns to round at random
     expected = run(tmp_path / "enough", learning_rate=rate)
     assert {report.kept for report in expected.reports.values()} == {"nearest"}
-    shortage = Shortage(monkeypatch, UnitReconstruction, "_correct_bias", times=1)
+    shortage = Shortage(monkeypatch, UnitReconstruction, "correct_bias", times=1)
     found = run(tmp_path / "little", learning_rate=rate)
     assert shortage.left == 0
     assert_close(found, expected)

@@ -17,6 +17,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from fpq_lightning import distributed
 from fpq_lightning.calibration.datamodule import STEPS_PER_BATCH
 from fpq_lightning.reconstruction.module import BlockReconstruction
+from fpq_lightning.storage.checkpoints import PlainCheckpointIO
 from fpq_lightning.storage.files import sync_file
 
 
@@ -40,11 +41,15 @@ class RunCheckpoint(Checkpoint):
         self._requests = [0, 0]  # to stop, and to be requeued
         self._exit_code = 128 + signal.SIGTERM
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Keeps checkpoints out of the system's temporary directory."""
+        trainer.strategy.checkpoint_io = PlainCheckpointIO()
+
     # --- signals -----------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes the signals over from Lightning, which puts back what was before when the run ends."""
-        environment = getattr(trainer.strategy, "cluster_environment", None)
+        environment = trainer._accelerator_connector.cluster_environment  # also where the strategy has none
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue_signal = int(environment.requeue_signal or signal.SIGUSR1)
         if threading.current_thread() is threading.main_thread():
@@ -66,7 +71,7 @@ class RunCheckpoint(Checkpoint):
 
     def _stop(self, trainer: pl.Trainer, requeue: bool) -> None:
         if trainer.is_global_zero:
-            requeued = requeue and subprocess.call(["scontrol", "requeue", _slurm_job()]) == 0
+            requeued = requeue and _requeue_slurm_job()
             print(f"\nstopped by a signal, saved{' and requeued' * requeued}: go on with --ckpt_path last", flush=True)
         raise SystemExit(self._exit_code)
 
@@ -90,12 +95,10 @@ class RunCheckpoint(Checkpoint):
         assert isinstance(pl_module, BlockReconstruction)
         self._save(trainer)
         stop, requeue = self._received(pl_module.device)
-        if not pl_module.finished and (stop or requeue):
+        if stop or requeue:
             self._stop(trainer, requeue > 0)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lets signals end the evaluation, which starts again on resume."""
-        if threading.current_thread() is threading.main_thread():
+        if pl_module.finished and threading.current_thread() is threading.main_thread():
+            # From here on they end the evaluation, which starts again on resume.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -108,11 +111,18 @@ class RunCheckpoint(Checkpoint):
                 if self.file.exists():
                     os.replace(self.file, self.previous)
                 os.replace(temporary, self.file)
+        except OSError as error:
+            error.filename = error.filename or str(self.file)
+            raise
         finally:
             if trainer.is_global_zero:
                 temporary.unlink(missing_ok=True)
 
 
-def _slurm_job() -> str:
+def _requeue_slurm_job() -> bool:
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    job = os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        return subprocess.call(["scontrol", "requeue", job]) == 0
+    except OSError:  # not there
+        return False

@@ -157,7 +157,9 @@ class BlockReconstruction(pl.LightningModule):
         replay, report = cast(NetworkReplay, self._replay), self.reports[self.position]
         if self._unit is not None:
             unit, learned = self._unit, self.iterations > 0
-            self._within_memory(lambda: unit.finish(learned))
+            self._within_memory(lambda: unit.harden(learned))
+            if self.recipe.correct_biases:
+                self._within_memory(unit.correct_bias)
             report.iterations = self.iteration
             self._unit = None
             if self.device.type == "cuda":
@@ -305,6 +307,8 @@ class BlockReconstruction(pl.LightningModule):
             variants = cast(dict[str, LayerQuantization], layer.variants)
             layers[name] = {mode: q.to_state() for mode, q in variants.items() if mode == "nearest" or not q.roundings}
         learning = None if self._unit is None else self._unit.learning_state()
+        if learning is None:
+            checkpoint["optimizer_states"] = []  # of a finished unit
         if self._clock and self._entered == self.position and not self.finished:
             now = time.perf_counter()
             self.reports[self.position].seconds += now - self._clock
@@ -324,8 +328,6 @@ class BlockReconstruction(pl.LightningModule):
         self.position, self.iteration = state["position"], state["iteration"]
         self.reports = [UnitReport(**r) for r in state["reports"]]
         self._learning_state = state["learning"]
-        if self._learning_state is None:
-            checkpoint["optimizer_states"] = []  # of a finished unit
         device = next(self.denoiser.parameters()).device
         for name, layer in self._known_layers():
             for mode, variant in state["layers"].get(name, {}).items():

@@ -80,7 +80,7 @@ class UnitReconstruction:
 
     def initialise(self) -> None:
         """Searches formats and clips, unless a checkpoint held them, and starts learning from nearest rounding."""
-        if any("nearest" not in layer.variants for layer in self.layers.values()):
+        if self.report.error_nearest is None:
             self._search()
         for layer in self.layers.values():
             layer.variants["learned"] = cast(LayerQuantization, layer.variants["nearest"]).copy()
@@ -143,8 +143,11 @@ class UnitReconstruction:
 
     # --- the end -----------------------------------------------------------------------------------------------
 
-    def finish(self, learned: bool) -> None:
+    def harden(self, learned: bool) -> None:
         """Hardens the variables and keeps the better of learned and nearest rounding.
+
+        Args:
+            learned: whether anything was.
 
         Raises:
             RuntimeError: if the processes of the run do not agree on the result.
@@ -155,14 +158,13 @@ class UnitReconstruction:
             cast(LayerQuantization, layer.variants["learned"]).finish_learning()
             layer.set_mode("full_precision")
         self._check_agreement()
-        report.error_learned = self._error("learned")
-        report.kept = "learned" if learned else "nearest"
-        if not report.error_learned <= cast(float, report.error_nearest):
-            report.kept, report.error_learned = "nearest", report.error_nearest
-            for layer in self.layers.values():
-                layer.variants["learned"] = cast(LayerQuantization, layer.variants["nearest"]).copy()
-        if self.recipe.correct_biases:
-            report.error_learned = self._correct_bias(cast(float, report.error_learned))
+        error = self._error("learned")
+        if error <= cast(float, report.error_nearest):
+            report.kept, report.error_learned = "learned" if learned else "nearest", error
+            return
+        report.kept, report.error_learned = "nearest", report.error_nearest
+        for layer in self.layers.values():
+            layer.variants["learned"] = cast(LayerQuantization, layer.variants["nearest"]).copy()
 
     def _check_agreement(self) -> None:
         if distributed.world_size() == 1:
@@ -177,7 +179,7 @@ class UnitReconstruction:
                 f"{self.unit.name}: the processes learned different weights; use devices of one kind, and report this"
             )
 
-    def _correct_bias(self, error: float) -> float:
+    def correct_bias(self) -> None:
         """Takes the mean error of the unit's output out of its last layer's bias, if that helps held-out samples.
 
         Rounding shifts the mean of a layer's output (Nagel et al. 2019, section 4.2).
@@ -185,7 +187,7 @@ class UnitReconstruction:
         replay = self.replay
         layer = list(self.layers.values())[-1]
         if layer.bias is None:
-            return error
+            return
         total = torch.zeros(len(layer.weight) + 1, dtype=torch.float64, device=layer.weight.device)
         fits = True
         with torch.no_grad(), running(self.unit.module, "learned"):
@@ -201,15 +203,16 @@ class UnitReconstruction:
                 total[:-1] += (shift * spread[:, None]).sum(0)
                 total[-1] += weights.sum()
         if not fits:
-            return error
+            return
         distributed.sum_over_ranks(total)
         quantization = cast(LayerQuantization, layer.variants["learned"])
         before = quantization.bias
         quantization.set_bias((layer.bias if before is None else before) + (total[:-1] / total[-1]).float())
-        corrected = error
+        error = corrected = cast(float, self.report.error_learned)
         try:
             corrected = self._error("learned")
         finally:
-            if not corrected < error:
+            if corrected < error:
+                self.report.error_learned = corrected
+            else:
                 quantization.bias = before
-        return min(corrected, error)
