@@ -29,11 +29,11 @@ def _rectified_sigmoid(v, STRETCH: tl.constexpr, SHIFT: tl.constexpr):
 
 @triton.jit
 def _weight_forward(
-    v_ptr, base_ptr, step_ptr, scale_ptr, offset_ptr, hardness_ptr, out_ptr, length, scale_stride, low, high,
+    v_ptr, base_ptr, step_ptr, scale_ptr, offset_ptr, hardness_ptr, out_ptr, length, scale_stride, low, high, n_blocks,
     HAS_OFFSET: tl.constexpr, STRETCH: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    row, column = program // n_blocks, program % n_blocks * BLOCK + tl.arange(0, BLOCK)
     at, inside = row * length + column, column < length
     v = tl.load(v_ptr + at, mask=inside, other=0.0)
     h, _ = _rectified_sigmoid(v, STRETCH, SHIFT)
@@ -52,8 +52,8 @@ def _weight_backward(
     v_ptr, base_ptr, step_ptr, scale_ptr, hardness_ptr, gradient_ptr, dv_ptr, dscale_ptr, length, scale_stride,
     low, high, n_blocks, STRETCH: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    column = block * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    row, column = program // n_blocks, program % n_blocks * BLOCK + tl.arange(0, BLOCK)
     at, inside = row * length + column, column < length
     v = tl.load(v_ptr + at, mask=inside, other=0.0)
     gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0)
@@ -66,7 +66,7 @@ def _weight_backward(
     in_range = (place >= low) & (place <= high)
     tl.store(dv_ptr + at, tl.where(in_range, gradient * scale * step * slope, 0.0), mask=inside)
     place = tl.minimum(tl.maximum(place, low), high)
-    tl.store(dscale_ptr + row * n_blocks + block, tl.sum(tl.where(inside, gradient * place, 0.0), axis=0))
+    tl.store(dscale_ptr + program, tl.sum(tl.where(inside, gradient * place, 0.0), axis=0))
 
 
 @triton.jit
@@ -105,9 +105,9 @@ class _RoundedWeight(torch.autograd.Function):
         out = torch.empty_like(v)
         ctx.bounds, ctx.scale_stride = (low, high), int(scale.numel() > 1)
         ctx.save_for_backward(v, scale, base, step, hardness)
-        _weight_forward[(rows, blocks)](
+        _weight_forward[(rows * blocks,)](
             v, base, step, scale, scale if offset is None else offset, hardness, out, length, ctx.scale_stride, low,
-            high, HAS_OFFSET=offset is not None, STRETCH=_STRETCH, SHIFT=_SHIFT, BLOCK=_BLOCK,
+            high, blocks, HAS_OFFSET=offset is not None, STRETCH=_STRETCH, SHIFT=_SHIFT, BLOCK=_BLOCK,
         )  # fmt: skip
         return out
 
@@ -118,7 +118,7 @@ class _RoundedWeight(torch.autograd.Function):
         blocks = triton.cdiv(length, _BLOCK)
         dv = torch.empty_like(v)
         partial = torch.empty(rows, blocks, device=v.device)
-        _weight_backward[(rows, blocks)](
+        _weight_backward[(rows * blocks,)](
             v, base, step, scale, hardness, gradient.contiguous(), dv, partial, length, ctx.scale_stride,
             *ctx.bounds, blocks, STRETCH=_STRETCH, SHIFT=_SHIFT, BLOCK=_BLOCK,
         )  # fmt: skip

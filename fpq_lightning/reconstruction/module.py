@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
+from fpq_lightning import distributed
 from fpq_lightning.calibration.datamodule import CalibrationDataModule
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.layers import LayerQuantization, QuantizedLayer, make_quantized
@@ -135,10 +136,10 @@ class BlockReconstruction(pl.LightningModule):
             )
         replay = self._replay
         while replay.position < self.position:
-            self._within_memory(replay.capture)
-            self._within_memory(replay.advance)
+            self._within_memory(replay.capture, alone=True)
+            self._within_memory(replay.advance, alone=True)
         self._clock = time.perf_counter()
-        self._within_memory(replay.capture)
+        self._within_memory(replay.capture, alone=True)
         self._entered = self.position
         if not self.units[self.position].layers:
             return
@@ -147,7 +148,7 @@ class BlockReconstruction(pl.LightningModule):
         if self.iterations:
             self._unit.start_learning(self._learning_state)
             self._learning_state = None
-            self._within_memory(self._make_backward)
+            self._within_memory(self._make_backward, alone=True)
 
     def _make_backward(self) -> None:
         cast(UnitReconstruction, self._unit).make_backward(self.device, self.trainer.precision_plugin.forward_context())
@@ -164,7 +165,7 @@ class BlockReconstruction(pl.LightningModule):
             self._unit = None
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # what its CUDA graph had for itself
-        self._within_memory(replay.advance)
+        self._within_memory(replay.advance, alone=True)
         report.seconds += time.perf_counter() - self._clock
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if hasattr(callback, "unit_finished"):
@@ -175,8 +176,12 @@ class BlockReconstruction(pl.LightningModule):
             replay.store.close()
             self._replay = None
 
-    def _within_memory(self, work: Callable[[], T]) -> T:
+    def _within_memory(self, work: Callable[[], T], alone: bool = False) -> T:
         """Does work that can be done again, with less memory each time the device runs out of it.
+
+        Args:
+            work: to do.
+            alone: whether it is done without the other processes; what they do together none can do again by itself.
 
         Raises:
             torch.OutOfMemoryError: if it cannot be done with less.
@@ -185,7 +190,7 @@ class BlockReconstruction(pl.LightningModule):
             try:
                 return work()
             except torch.OutOfMemoryError:
-                if not self._save_memory():
+                if not (alone or distributed.world_size() == 1) or not self._save_memory():
                     raise
 
     def _save_memory(self) -> bool:
