@@ -64,6 +64,9 @@ class CalibrationProgress(ProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Moves the bar."""
+        assert isinstance(pl_module, BlockReconstruction)
+        if pl_module.finished:  # a resumed run that has only its output left to write
+            return
         self._bar.update(len(batch) or self._steps)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
