@@ -94,7 +94,9 @@ def time_block(name: str, n: int, batch_size: int, steps: int, device: torch.dev
     store = ActivationStore(device, torch.float32, 2**36)
     replay = NetworkReplay(model, [unit], CalibrationSet(inputs, torch.ones(local)), store, micro_batch=4)
     replay.capture()
-    reconstruction = UnitReconstruction(replay, samples, recipe, UnitReport("block", unit.parameters))
+    reconstruction = UnitReconstruction(
+        replay, replay.target_energies(), samples, recipe, UnitReport("block", unit.parameters)
+    )
     reconstruction.initialise()
     reconstruction.start_learning(None)
     reconstruction.make_backward(device, nullcontext())

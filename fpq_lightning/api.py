@@ -153,11 +153,14 @@ def print_estimate(
     sampler: SamplerConfig,
     evaluation: EvaluationConfig,
 ) -> None:
-    """Says what the run will take, on the first process."""
+    """Says what the run will take, on the first process; a run is not to fail for want of an estimate."""
     if trainer.is_global_zero:
         device = trainer.strategy.root_device
-        estimate = estimate_run(pipeline, recipe, data, sampler, evaluation, device, trainer.world_size)
-        print("\n".join(estimate.lines()), flush=True)
+        try:
+            estimate = estimate_run(pipeline, recipe, data, sampler, evaluation, device, trainer.world_size)
+            print("\n".join(estimate.lines()), flush=True)
+        except Exception as error:  # whatever the model or its scheduler may raise
+            print(f"no estimate ({' '.join(str(error).split())[:150]})", flush=True)
 
 
 def fit(

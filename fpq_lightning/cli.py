@@ -229,7 +229,10 @@ def main(arguments: list[str] | None = None) -> None:
             save_config_callback=None,
         )
     except torch.OutOfMemoryError as error:
-        sys.exit(f"fpq: out of memory, with nothing left to spare: {' '.join(str(error).split())[:200]}")
+        reason = " ".join(str(error).split())[:200]
+        sys.exit(
+            f"fpq: out of memory ({reason}): lower data.store_budget, data.micro_batch, data.n_search or batch sizes"
+        )
     except (ValueError, FileNotFoundError, MisconfigurationException) as error:
         sys.exit(f"fpq: {' '.join(str(error).split())}")
     except OSError as error:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fpq_lightning.calibration.datamodule import CalibrationDataModule
 from fpq_lightning.calibration.replay import NetworkReplay
+from fpq_lightning.calibration.shards import Shard
 from fpq_lightning.calibration.trajectories import sample_trajectories
 from fpq_lightning.evaluation import EvaluationConfig
 from fpq_lightning.layers import is_quantizable
@@ -123,7 +124,9 @@ def estimate_run(
     plan = discover_units(denoiser, recipe.include, recipe.exclude)
     units, _ = trace_units(denoiser, plan, probe.batch(slice(0, 1), device))
     replay = NetworkReplay(denoiser, units, probe, data.make_store(device), micro_batch, recipe.quantized_inputs)
-    store_bytes = replay.rehearse(-(-data.n_samples // world_size))
+    # Of the first process, which has no fewer samples than any other.
+    shard = Shard(min(recipe.rounding.batch_size, data.n_train_of(data.n_samples)), 0, world_size)
+    store_bytes = replay.rehearse(len(shard.owned(data.n_samples)))
 
     parameters = sum(unit.parameters for unit in units)
     rounding = recipe.rounding
@@ -146,6 +149,7 @@ def estimate_run(
         model_bytes=model_bytes,
         store_bytes=store_bytes,
         store_budget=replay.store.budgets["device"],
-        # A checkpoint and the one before: a byte a weight, and four values of each variable of the unit in work.
-        disk_bytes=data.n_samples * per_sample + model_bytes + 2 * (parameters + 12 * largest) + 512 * len(layers),
+        # A checkpoint, the one before and the one being written: a byte a weight, and three float32 values for each
+        # weight of the unit in work.
+        disk_bytes=data.n_samples * per_sample + model_bytes + 3 * (parameters + 12 * largest) + 512 * len(layers),
     )

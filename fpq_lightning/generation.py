@@ -77,7 +77,7 @@ class ImageGeneration(pl.LightningModule):
                         f"the full-precision model to compare with cannot be loaded ({error}): give its place with "
                         "--evaluation.reference"
                     ) from error
-            self.metrics = evaluation.metrics()
+        self.evaluation = evaluation
 
     def setup(self, stage: str) -> None:
         """Moves the pipelines to the device."""
@@ -85,6 +85,8 @@ class ImageGeneration(pl.LightningModule):
             if pipeline is not None:
                 pipeline.to(self.trainer.strategy.root_device)
                 set_sampler(pipeline, self.sampler)
+        if self.evaluation is not None:
+            self.metrics = self.evaluation.metrics().to(self.trainer.strategy.root_device)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Compares the images of a batch of seeds."""

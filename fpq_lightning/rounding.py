@@ -41,7 +41,7 @@ class LearnedRounding(nn.Module):
         self.quantizer = quantizer
         self.hardness: Tensor | float = 0.0
         fmt = quantizer.format
-        y = quantizer._normalised(rows.detach())[0].detach().clamp(fmt.min, fmt.max)
+        y = quantizer._normalised(rows.detach())[0].detach().clamp(fmt.min, fmt.max).contiguous()
         step = fmt.step(y)
         magnitude = y.abs() / step
         # At h = 0 and h = 1 the gradient of the clamp is one-sided.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fpq_lightning.storage.files import differences, write_json
+from fpq_lightning.storage.files import differences, shorten, write_json
 
 PACKAGES = ("fpq-lightning", "torch", "lightning", "diffusers", "torchmetrics", "datasets")
 
@@ -41,12 +41,6 @@ def hash_weights(model: nn.Module) -> str:
 def fingerprint(parts: dict[str, Any]) -> str:
     """A short hash of everything that decides the quantized model."""
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def shorten(differences: list[str]) -> str:
-    """The first few in one line."""
-    more = len(differences) - 3
-    return "; ".join(differences[:3]) + (f"; and {more} more" if more > 0 else "")
 
 
 class _UnreadableError(ValueError):
@@ -169,18 +163,29 @@ class RunDirectory:
             ValueError: if it cannot be written to, or another process works in it.
         """
         try:
-            write_json(self._fingerprint_file, {"fingerprint": self.fingerprint, "parts": self.parts})
+            self.path.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise ValueError(f"cannot write to {self.path} ({error.strerror}): choose another --run_dir") from error
         try:
             self._take(lock)
-            for left in [self.activations, *self.path.glob(".*")]:  # by a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            self._clean()
+            self.state()
+            try:
+                write_json(self._fingerprint_file, {"fingerprint": self.fingerprint, "parts": self.parts})
+            except OSError as error:
+                raise ValueError(f"cannot write to {self.path} ({error.strerror}): choose another --run_dir") from error
             yield
-            shutil.rmtree(self.activations, ignore_errors=True)
+            self._clean()
         finally:
             os.close(lock)
+
+    def _clean(self) -> None:
+        """Removes what processes that were killed have left half-written."""
+        for target in (self.quantized, self.path / "calibration", self.report, self._fingerprint_file):
+            for left in self.path.glob(f".{target.stem}-*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        shutil.rmtree(self.activations, ignore_errors=True)
 
     def _take(self, lock: int) -> None:
         try:

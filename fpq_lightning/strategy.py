@@ -17,7 +17,7 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from fpq_lightning.distributed import Watchdog
+from fpq_lightning.watchdog import Watchdog
 
 _STOPPED = (130, 143)  # by a signal, on which all processes stop together
 
@@ -97,18 +97,17 @@ def together(trainer: pl.Trainer) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error) or "onnection" in str(error)
-        if trainer.world_size > 1 and lost:
+    except BaseException as error:
+        if watchdog := getattr(trainer.strategy, "watchdog", None):
+            orderly = isinstance(error, SystemExit) and error.code in _STOPPED
+            watchdog.close() if orderly else watchdog.abandon()
+        if trainer.world_size > 1 and isinstance(error, RuntimeError) and _is_loss(error):
             reason = str(error).splitlines()[0][:150]
             raise ValueError(f"another process of the run has gone ({reason}): go on with --ckpt_path last") from error
         raise
-    except SystemExit:
-        _stop_watching(trainer)
-        raise
-    _stop_watching(trainer)
+    if watchdog := getattr(trainer.strategy, "watchdog", None):
+        watchdog.close()
 
 
-def _stop_watching(trainer: pl.Trainer) -> None:
-    if isinstance(trainer.strategy, CalibrationStrategy):
-        trainer.strategy.watchdog.close()
+def _is_loss(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "onnection" in str(error)

@@ -26,7 +26,7 @@ from fpq_lightning.calibration.trajectories import (
     save_calibration_set,
 )
 from fpq_lightning.pipelines import SamplerConfig
-from fpq_lightning.storage.files import differences
+from fpq_lightning.storage.files import differences, shorten
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -163,7 +163,7 @@ class CalibrationDataModule(pl.LightningDataModule):
             "held_out_fraction",
             "n_search",
         )
-        return {name: getattr(self, name) for name in (*names, "micro_batch", "store_dtype")}
+        return {name: getattr(self, name) for name in (*names, "store_dtype")}
 
     # --- Lightning ---------------------------------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ class CalibrationDataModule(pl.LightningDataModule):
             return
         if changed := differences(json.loads(file.read_text()), json.loads(json.dumps(self.made_from))):
             raise ValueError(
-                f"the calibration set at {file.parent} was made otherwise ({'; '.join(changed[:3])}): choose another "
+                f"the calibration set at {file.parent} was made otherwise ({shorten(changed)}): choose another "
                 "data.directory or delete it"
             )
 

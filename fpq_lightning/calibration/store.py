@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,7 +137,8 @@ class ActivationStore:
         """Moves an array to the compute device if the budget has room for it now."""
         entry = self._entries[key]
         if entry.tier != "device" and self.used("device") + entry.bytes <= self.budgets["device"]:
-            self._entries[key] = self._moved(key, "device")
+            with suppress(torch.OutOfMemoryError):  # the budget was more than there is: it stays where it is
+                self._entries[key] = self._moved(key, "device")
             self.peak = max(self.peak, self.used("device"))
 
     def _moved(self, key: str, tier: str) -> _Entry:

@@ -16,8 +16,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from fpq_lightning import distributed
 from fpq_lightning.calibration.datamodule import STEPS_PER_BATCH
+from fpq_lightning.callbacks.checkpoint_io import PlainCheckpointIO
 from fpq_lightning.reconstruction.module import BlockReconstruction
-from fpq_lightning.storage.checkpoints import PlainCheckpointIO
 from fpq_lightning.storage.files import sync_file
 
 
@@ -37,6 +37,7 @@ class RunCheckpoint(Checkpoint):
         self.file = directory / "last.ckpt"
         self.previous = directory / "previous.ckpt"
         self.every_n_batches = max(1, every_n_steps // STEPS_PER_BATCH)
+        self._is_good = False
         self._requeue_signal = 0
         self._requests = [0, 0]  # to stop, and to be requeued
         self._exit_code = 128 + signal.SIGTERM
@@ -44,6 +45,8 @@ class RunCheckpoint(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Keeps checkpoints out of the system's temporary directory."""
         trainer.strategy.checkpoint_io = PlainCheckpointIO()
+        # One that is damaged, so that the run goes on from the one before it, is not to take its place.
+        self._is_good = str(trainer.ckpt_path) == str(self.file)
 
     # --- signals -----------------------------------------------------------------------------------------------
 
@@ -101,6 +104,8 @@ class RunCheckpoint(Checkpoint):
             # From here on they end the evaluation, which starts again on resume.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            if self._requeue_signal:
+                signal.signal(self._requeue_signal, lambda number, frame: self._stop(trainer, requeue=True))
 
     def _save(self, trainer: pl.Trainer) -> None:
         temporary = self.file.with_name(".last.ckpt")
@@ -108,9 +113,10 @@ class RunCheckpoint(Checkpoint):
             trainer.save_checkpoint(temporary, weights_only=False)
             if trainer.is_global_zero:
                 sync_file(temporary)
-                if self.file.exists():
+                if self._is_good:
                     os.replace(self.file, self.previous)
                 os.replace(temporary, self.file)
+                self._is_good = True
         except OSError as error:
             error.filename = error.filename or str(self.file)
             raise

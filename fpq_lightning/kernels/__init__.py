@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import os
+import warnings
 from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from fpq_lightning.formats import Spacing
+
 
 @lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _work() -> bool:
+    """Whether Triton is there and its kernels can be built (it needs a C compiler)."""
+    if find_spec("triton") is None:
+        return False
+    try:
+        from fpq_lightning.kernels.fake_quantize import fake_quantize
+
+        one = torch.ones(1, device="cuda" if torch.cuda.is_available() else "cpu")
+        fake_quantize(one, one, None, Spacing(-1.0, 1.0, 1.0, 0.0)).item()
+    except Exception as error:  # whatever a compiler may raise
+        reason = " ".join(str(error).split())[:150]
+        warnings.warn(f"Triton cannot run here ({reason}): going on in plain torch, slower", stacklevel=2)
+        return False
+    return True
 
 
 def are_for(x: Tensor) -> bool:
     """Whether the kernels run where a tensor is; ``FPQ_KERNELS=0`` turns them off, to compare with plain torch."""
-    if os.environ.get("FPQ_KERNELS") == "0" or not x.numel() or not _has_triton():
+    if os.environ.get("FPQ_KERNELS") == "0" or not x.numel():
         return False
-    if x.is_cuda:
-        return x.get_device() == torch.cuda.current_device()
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    here = x.get_device() == torch.cuda.current_device() if x.is_cuda else os.environ.get("TRITON_INTERPRET") == "1"
+    return here and _work()

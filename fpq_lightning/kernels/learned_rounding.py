@@ -101,13 +101,14 @@ class _RoundedWeight(torch.autograd.Function):
     def forward(ctx: Any, v: Tensor, scale: Tensor, base: Tensor, step: Tensor, offset: Tensor | None,
                 hardness: Tensor, low: float, high: float) -> Tensor:  # type: ignore[override]  # fmt: skip
         rows, length = v.shape
-        blocks = triton.cdiv(length, _BLOCK)
+        block = min(_BLOCK, triton.next_power_of_2(length))
+        blocks = triton.cdiv(length, block)
         out = torch.empty_like(v)
         ctx.bounds, ctx.scale_stride = (low, high), int(scale.numel() > 1)
         ctx.save_for_backward(v, scale, base, step, hardness)
         _weight_forward[(rows * blocks,)](
             v, base, step, scale, scale if offset is None else offset, hardness, out, length, ctx.scale_stride, low,
-            high, blocks, HAS_OFFSET=offset is not None, STRETCH=_STRETCH, SHIFT=_SHIFT, BLOCK=_BLOCK,
+            high, blocks, HAS_OFFSET=offset is not None, STRETCH=_STRETCH, SHIFT=_SHIFT, BLOCK=block,
         )  # fmt: skip
         return out
 
@@ -115,12 +116,13 @@ class _RoundedWeight(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         v, scale, base, step, hardness = ctx.saved_tensors
         rows, length = v.shape
-        blocks = triton.cdiv(length, _BLOCK)
+        block = min(_BLOCK, triton.next_power_of_2(length))
+        blocks = triton.cdiv(length, block)
         dv = torch.empty_like(v)
         partial = torch.empty(rows, blocks, device=v.device)
         _weight_backward[(rows * blocks,)](
             v, base, step, scale, hardness, gradient.contiguous(), dv, partial, length, ctx.scale_stride,
-            *ctx.bounds, blocks, STRETCH=_STRETCH, SHIFT=_SHIFT, BLOCK=_BLOCK,
+            *ctx.bounds, blocks, STRETCH=_STRETCH, SHIFT=_SHIFT, BLOCK=block,
         )  # fmt: skip
         dscale = partial.sum(1, keepdim=True) if ctx.scale_stride else partial.sum()
         return dv, dscale.reshape(scale.shape), None, None, None, None, None, None

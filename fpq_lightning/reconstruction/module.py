@@ -126,6 +126,7 @@ class BlockReconstruction(pl.LightningModule):
             return
         data = self.calibration
         if self._replay is None:
+            self._check_start()
             self._replay = NetworkReplay(
                 self.denoiser,
                 self.units,
@@ -143,12 +144,27 @@ class BlockReconstruction(pl.LightningModule):
         self._entered = self.position
         if not self.units[self.position].layers:
             return
-        self._unit = UnitReconstruction(replay, data.samples(), self.recipe, self.reports[self.position])
-        self._within_memory(self._unit.initialise)
+        energies = self._within_memory(replay.target_energies, alone=True)
+        unit = UnitReconstruction(replay, energies, data.samples(), self.recipe, self.reports[self.position])
+        self._unit = unit
+        self._within_memory(unit.initialise)
         if self.iterations:
-            self._unit.start_learning(self._learning_state)
+            self._within_memory(lambda: unit.start_learning(self._learning_state), alone=True)
             self._learning_state = None
             self._within_memory(self._make_backward, alone=True)
+
+    def _check_start(self) -> None:
+        """Finds processes that start from different files.
+
+        Raises:
+            ValueError: if there are any.
+        """
+        starts = distributed.gather((self.position, self.iteration, self.calibration.set.weights.sum().item()))
+        if len(set(starts)) > 1:
+            raise ValueError(
+                "the processes do not start from the same checkpoint and calibration set: give --run_dir a place on a "
+                "file system that they share"
+            )
 
     def _make_backward(self) -> None:
         cast(UnitReconstruction, self._unit).make_backward(self.device, self.trainer.precision_plugin.forward_context())
@@ -274,10 +290,11 @@ class BlockReconstruction(pl.LightningModule):
                 error = backward(rows, batch, schedule)
                 break
             except torch.OutOfMemoryError:
-                if backward.chunk == 1:
+                if backward.chunk > 1:
+                    backward.chunk = -(-backward.chunk // 2)
+                    warnings.warn(f"{self.device} is out of memory: {backward.chunk} samples at a time", stacklevel=2)
+                elif not self._save_memory():
                     raise
-                backward.chunk = -(-backward.chunk // 2)
-                warnings.warn(f"{self.device} is out of memory: {backward.chunk} samples at a time", stacklevel=2)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * learning_rate_factor(self.iteration / self.iterations)
         optimizer.step()

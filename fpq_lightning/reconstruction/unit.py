@@ -53,12 +53,15 @@ class UnitReconstruction:
 
     Args:
         replay: at the unit, which has quantized layers.
+        energies: of the replay's `target_energies`, for the samples of this process.
         samples: of the calibration set.
         recipe: what to quantize to.
         report: to fill in.
     """
 
-    def __init__(self, replay: NetworkReplay, samples: Samples, recipe: Recipe, report: UnitReport) -> None:
+    def __init__(
+        self, replay: NetworkReplay, energies: Tensor, samples: Samples, recipe: Recipe, report: UnitReport
+    ) -> None:
         self.replay = replay
         self.samples = samples
         self.recipe = recipe
@@ -66,7 +69,7 @@ class UnitReconstruction:
         self.unit = replay.unit
         self.layers = cast(dict[str, QuantizedLayer], self.unit.layers)
         placement = samples.shard.placement(torch.arange(samples.n))
-        self.energies = distributed.gather_rows(replay.target_energies(), placement)
+        self.energies = distributed.gather_rows(energies, placement)
         self.backward: Backward | None = None
 
     def _variant(self, mode: str) -> list[LayerQuantization]:

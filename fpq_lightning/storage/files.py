@@ -66,3 +66,9 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
         keys = sorted({*a, *b})
         return [d for k in keys for d in differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)]
     return [] if a == b else [f"{path}: {a} -> {b}"]
+
+
+def shorten(differences: list[str]) -> str:
+    """The first few in one line."""
+    more = len(differences) - 3
+    return "; ".join(differences[:3]) + (f"; and {more} more" if more > 0 else "")
