@@ -41,6 +41,7 @@ from fpq_lightning.layers import QuantizedLayer
 from fpq_lightning.reconstruction import backward
 from fpq_lightning.reconstruction.module import BlockReconstruction
 from fpq_lightning.strategy import CalibrationStrategy, prepare_strategy
+from fpq_lightning.watchdog import Watchdog
 
 ITERATIONS = 20
 UNITS = 14  # of the tiny network
@@ -89,7 +90,7 @@ def signal_at(step: int, rank: int, number: int, file: Path | None = None) -> No
 
 def lose_patience(seconds: float) -> None:
     """Shortens how long processes wait for a sign of life of the others."""
-    distributed.Watchdog.__init__.__defaults__ = (seconds,)  # type: ignore[misc]
+    Watchdog.__init__.__defaults__ = (seconds,)  # type: ignore[misc]
 
 
 def both(*changes: Callable[[], None]) -> None:
@@ -617,7 +618,7 @@ def test_a_process_whose_collective_hangs_is_ended_by_the_watchdog(victim: int, 
 
 def _watch(patience: float, work: Callable[[], None]) -> None:
     _join()
-    watchdog = distributed.Watchdog("127.0.0.1", patience)
+    watchdog = Watchdog("127.0.0.1", patience)
     work()
     watchdog.close()
     print("closed")
