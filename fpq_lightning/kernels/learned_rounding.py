@@ -101,7 +101,7 @@ class _RoundedWeight(torch.autograd.Function):
     def forward(ctx: Any, v: Tensor, scale: Tensor, base: Tensor, step: Tensor, offset: Tensor | None,
                 hardness: Tensor, low: float, high: float) -> Tensor:  # type: ignore[override]  # fmt: skip
         rows, length = v.shape
-        block = min(_BLOCK, triton.next_power_of_2(length))
+        block = max(16, min(_BLOCK, triton.next_power_of_2(length)))
         blocks = triton.cdiv(length, block)
         out = torch.empty_like(v)
         ctx.bounds, ctx.scale_stride = (low, high), int(scale.numel() > 1)
@@ -116,7 +116,7 @@ class _RoundedWeight(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         v, scale, base, step, hardness = ctx.saved_tensors
         rows, length = v.shape
-        block = min(_BLOCK, triton.next_power_of_2(length))
+        block = max(16, min(_BLOCK, triton.next_power_of_2(length)))
         blocks = triton.cdiv(length, block)
         dv = torch.empty_like(v)
         partial = torch.empty(rows, blocks, device=v.device)
