@@ -6,8 +6,8 @@
     done
 
 `blocks` times optimisation steps of single blocks at the sizes of Stable Diffusion XL (and smaller ones, to see where
-splitting a batch stops paying). `run` times the phases of a whole calibration by the command line; options after
-``--`` go to ``fpq fit``. TF32 matrix products throughout.
+splitting a batch stops paying). `run` times the phases of a whole calibration by the command line, also on CPUs;
+options after ``--`` go to ``fpq fit``. TF32 matrix products throughout.
 """
 
 import argparse
@@ -74,6 +74,11 @@ class Whole(nn.Module):
         return self.block(**inputs)
 
 
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def time_block(name: str, n: int, batch_size: int, steps: int, device: torch.device) -> dict[str, Any]:
     """Median time of a step, and the memory of the store."""
     make, shapes = BLOCKS[name]
@@ -106,11 +111,11 @@ def time_block(name: str, n: int, batch_size: int, steps: int, device: torch.dev
     batch = torch.arange(batch_size)
     seconds = []
     for i in range(steps + 5):
-        torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
         backward(shard.local_batch(batch), batch, schedule)
         optimizer.step()
-        torch.cuda.synchronize()
+        synchronize()
         if i >= 5:
             seconds.append(time.perf_counter() - start)
     row = {"block": name, "parameters": unit.parameters, "ms": round(1e3 * statistics.median(seconds), 3)}
@@ -145,12 +150,12 @@ def run(args: argparse.Namespace) -> None:
 
         @wraps(original)
         def measured(*a: Any, **k: Any) -> Any:
-            torch.cuda.synchronize()
+            synchronize()
             start = time.perf_counter()
             try:
                 return original(*a, **k)
             finally:
-                torch.cuda.synchronize()
+                synchronize()
                 phases[phase] += time.perf_counter() - start
 
         setattr(owner, function, measured)
@@ -175,8 +180,9 @@ def run(args: argparse.Namespace) -> None:
     cli.main(fit)
     if int(os.environ.get("RANK", "0")) == 0:
         total = time.perf_counter() - start
-        memory = torch.cuda.max_memory_allocated() / 2**30
-        row = {"gpus": world_size, "total": total, **phases, "peak_gib": memory}
+        row = {"processes": world_size, "total": total, **phases}
+        if torch.cuda.is_available():
+            row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         print(json.dumps({k: round(v, 2) for k, v in row.items()}), flush=True)
 
 

@@ -113,7 +113,8 @@ def search_unit(unit: Unit, layer_inputs: dict[str, Tensor], weights: Tensor, re
         ValueError: if a weight or an input holds NaN or Inf, or the group size does not divide a weight.
     """
     found: dict[str, LayerQuantization] = {}
-    for name in list(unit.layers)[distributed.rank() :: distributed.world_size()]:
+    by_size = sorted(unit.layers, key=lambda name: -cast(Tensor, unit.layers[name].weight).numel())
+    for name in by_size[distributed.rank() :: distributed.world_size()]:
         layer = cast(QuantizedLayer, unit.layers[name])
         x = layer_inputs[name].float()
         if not x.isfinite().all():
