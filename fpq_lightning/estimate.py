@@ -57,7 +57,7 @@ class Estimate:
         spilled = f", {_size(beyond)} of them beyond data.store_budget" if beyond else ""
         return [
             f"estimated time: {_duration(sum(seconds))} (calibration set {sampling}, calibration {calibration}, "
-            f"images {evaluation}); within a factor of 2",
+            f"images {evaluation}); a rough guess",
             f"estimated memory: weights {_size(self.model_bytes)}, captured activations {_size(self.store_bytes)}"
             f"{spilled}; a pass needs more",
             f"estimated disk: {_size(self.disk_bytes)}",
