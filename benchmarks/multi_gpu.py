@@ -6,8 +6,8 @@
     done
 
 `blocks` times optimisation steps of single blocks at the sizes of Stable Diffusion XL (and smaller ones, to see where
-splitting a batch stops paying). `run` times the phases of a whole calibration by the command line, also on CPUs;
-options after ``--`` go to ``fpq fit``. TF32 matrix products throughout.
+splitting a batch stops paying); `profile` lists the kernels of a step of one of them. `run` times the phases of a whole
+calibration by the command line, also on CPUs; options after ``--`` go to ``fpq fit``. TF32 matrix products throughout.
 """
 
 import argparse
@@ -18,9 +18,8 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -30,12 +29,15 @@ from torch import Tensor, nn
 
 import fpq_lightning as fpq
 from fpq_lightning import distributed
+from fpq_lightning.calibration.datamodule import STEPS_PER_BATCH
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.shards import Samples, Shard
 from fpq_lightning.calibration.store import ActivationStore
 from fpq_lightning.calibration.trajectories import CalibrationSet
 from fpq_lightning.layers import is_quantizable, make_quantized
 from fpq_lightning.model.blocks import Unit
+from fpq_lightning.reconstruction.backward import Backward
+from fpq_lightning.reconstruction.graphed_adam import GraphedAdam
 from fpq_lightning.reconstruction.unit import UnitReconstruction, UnitReport
 
 Block = tuple[Callable[[], nn.Module], dict[str, tuple[int, ...]]]
@@ -79,8 +81,8 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def time_block(name: str, n: int, batch_size: int, steps: int, device: torch.device) -> dict[str, Any]:
-    """Median time of a step, and the memory of the store."""
+def prepare(name: str, n: int, batch_size: int, device: torch.device) -> tuple[dict[str, Any], Callable[[], None]]:
+    """One block being learned: what there is to say about it, and ten steps of it."""
     make, shapes = BLOCKS[name]
     torch.manual_seed(0)
     with torch.device(device):
@@ -104,36 +106,64 @@ def time_block(name: str, n: int, batch_size: int, steps: int, device: torch.dev
     )
     reconstruction.initialise()
     reconstruction.start_learning(None)
-    reconstruction.make_backward(device, nullcontext())
-    backward = reconstruction.backward
-    optimizer = torch.optim.Adam([p for _, p in reconstruction.variables()], fused=True)
-    schedule = torch.tensor([10.0, 1.0, 1.0], device=device)
-    batch = torch.arange(batch_size)
-    seconds = []
-    for i in range(steps + 5):
-        synchronize()
-        start = time.perf_counter()
-        backward(shard.local_batch(batch), batch, schedule)
-        optimizer.step()
-        synchronize()
-        if i >= 5:
-            seconds.append(time.perf_counter() - start)
-    row = {"block": name, "parameters": unit.parameters, "ms": round(1e3 * statistics.median(seconds), 3)}
-    row |= {"store_gib": round(store.peak / 2**30, 2)}
-    store.close()
-    return row
+    reconstruction.make_backward(device)
+    backward = cast(Backward, reconstruction.backward)
+    optimizer = GraphedAdam([p for _, p in reconstruction.variables()], replay.is_on_device)
+    batches = torch.arange(batch_size).expand(STEPS_PER_BATCH, -1)
+    schedule = torch.tensor([10.0, 1.0, 1.0, 1.0]).expand(STEPS_PER_BATCH, -1)
+
+    def ten_steps() -> None:
+        backward.plan(shard.local_batch(batches), batches, schedule)
+        for _ in range(STEPS_PER_BATCH):
+            optimizer.step(backward)
+
+    ten_steps()
+    return {"block": name, "parameters": unit.parameters, "store_gib": round(store.peak / 2**30, 2)}, ten_steps
 
 
-def blocks(args: argparse.Namespace) -> None:
+def start_processes() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return device
+
+
+def blocks(args: argparse.Namespace) -> None:
+    device = start_processes()
     for name in BLOCKS:
-        row = time_block(name, 2 * args.batch_size, args.batch_size, args.steps, device)
+        row, ten_steps = prepare(name, 2 * args.batch_size, args.batch_size, device)
+        seconds = []
+        for _ in range(args.rounds):
+            synchronize()
+            start = time.perf_counter()
+            ten_steps()
+            synchronize()
+            seconds.append((time.perf_counter() - start) / STEPS_PER_BATCH)
         if distributed.rank() == 0:
-            print(json.dumps({"gpus": distributed.world_size(), **row}), flush=True)
+            row = {"gpus": distributed.world_size(), **row, "ms": round(1e3 * statistics.median(seconds), 3)}
+            print(json.dumps(row), flush=True)
         torch.cuda.empty_cache()
+    dist.destroy_process_group()
+
+
+def profile(args: argparse.Namespace) -> None:
+    device = start_processes()
+    _, ten_steps = prepare(args.block, 2 * args.batch_size, args.batch_size, device)
+    synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        start = time.perf_counter()
+        ten_steps()
+        synchronize()
+        seconds = time.perf_counter() - start
+    if distributed.rank() == 0:
+        events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
+        busy = sum(event.self_device_time_total for event in events)
+        steps = STEPS_PER_BATCH
+        print(f"{args.block}: {1e3 * seconds / steps:.3f} ms a step, kernels {busy / 1e3 / steps:.3f} ms")
+        print("| kernel | launches | us |\n| --- | --- | --- |")
+        for event in events[: args.rows]:
+            print(f"| {event.key[:90]} | {event.count / steps:g} | {event.self_device_time_total / steps:.1f} |")
     dist.destroy_process_group()
 
 
@@ -141,6 +171,7 @@ def run(args: argparse.Namespace) -> None:
     from fpq_lightning import api, cli
     from fpq_lightning.calibration.datamodule import CalibrationDataModule
     from fpq_lightning.callbacks import FinalizeQuantization, ImageQuality
+    from fpq_lightning.callbacks.checkpoint import RunCheckpoint
     from fpq_lightning.reconstruction.module import BlockReconstruction
 
     phases: dict[str, float] = defaultdict(float)
@@ -164,10 +195,11 @@ def run(args: argparse.Namespace) -> None:
     timed(NetworkReplay, "capture", "capture")
     timed(NetworkReplay, "advance", "capture")
     timed(UnitReconstruction, "initialise", "search")
-    timed(UnitReconstruction, "make_backward", "graph")
     timed(BlockReconstruction, "training_step", "learning")
     timed(UnitReconstruction, "harden", "finish")
     timed(UnitReconstruction, "correct_bias", "finish")
+    timed(NetworkReplay, "target_energies", "capture")
+    timed(RunCheckpoint, "_save", "checkpoints")
     timed(FinalizeQuantization, "on_train_end", "writing")
     timed(ImageQuality, "on_train_end", "evaluation")
     timed(api, "print_estimate", "estimate")
@@ -191,8 +223,13 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("blocks")
     command.add_argument("--batch_size", type=int, default=32)
-    command.add_argument("--steps", type=int, default=20)
+    command.add_argument("--rounds", type=int, default=10)
     command.set_defaults(call=blocks)
+    command = commands.add_parser("profile")
+    command.add_argument("--batch_size", type=int, default=32)
+    command.add_argument("--block", choices=list(BLOCKS), default="ResNet 256 at 16x16")
+    command.add_argument("--rows", type=int, default=15)
+    command.set_defaults(call=profile)
     command = commands.add_parser("run")
     command.add_argument("--model", required=True)
     command.add_argument("--run_dir", required=True)

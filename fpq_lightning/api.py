@@ -111,7 +111,7 @@ def quantize(
         raise ValueError(f"{run.path} holds this run, unfinished: pass ckpt_path='last' to go on with it")
     options = {**TRAINER_DEFAULTS, "logger": TensorBoardLogger(run.path, name="", version="logs"), **trainer_options}
     evaluation = evaluation or EvaluationConfig(n_images=0)
-    callbacks = run_callbacks(run, name, evaluation, sampler, checkpoint_steps=500)
+    callbacks = run_callbacks(run, name, evaluation, sampler, checkpoint_steps=2500)
     if options.get("enable_progress_bar", True):
         callbacks.insert(0, CalibrationProgress())  # its bar ends before the next one begins
     options["callbacks"] = [*options.get("callbacks", []), *callbacks]

@@ -99,7 +99,7 @@ class FPQCommandLine(LightningCLI):
             parser.add_argument("--run_dir", type=str | None, default=None, help="Default: runs/<model>-<formats>.")
             parser.add_argument("--recipe", type=Recipe, default=Recipe(), help="What to quantize to.")
             parser.add_argument("--dry_run", type=bool, default=False, help="Only say what the run would take.")
-            parser.add_argument("--checkpoint_steps", type=int, default=500, help="Steps between checkpoints.")
+            parser.add_argument("--checkpoint_steps", type=int, default=2500, help="Steps between checkpoints.")
             parser.add_lightning_class_args(CalibrationDataModule, "data")
         if self._preparing == "predict":
             parser.add_argument("--output", type=str, required=True, help="Directory for the images.")

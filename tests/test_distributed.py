@@ -347,7 +347,8 @@ def differing(found: list[Tensor] | None, expected: list[Tensor] | None) -> int:
 def assert_same_result(found: Path, expected: Path) -> None:
     """Formats and the first three units are the same to the bit.
 
-    Later ones may differ by ties that the order of float32 sums decides: in 2 % of all codes and 5 % of the errors.
+    Later ones may differ by ties that the order of float32 sums decides: in 2 % of all codes, in 5 % of the errors, and
+    in the choice between learned and nearest rounding where their errors are within 2 % of each other.
     """
     for key in ("name", "weight_formats", "activation_formats"):
         assert [block[key] for block in blocks(found)] == [block[key] for block in blocks(expected)]
@@ -358,7 +359,14 @@ def assert_same_result(found: Path, expected: Path) -> None:
     assert len(first) >= 3
     assert {name: differences[name] for name in first} == dict.fromkeys(first, 0)
     assert any(expected_codes[name] is not None for name in first), "nothing was learned"
-    total = sum(part.numel() for parts in expected_codes.values() for part in parts or [])
+    for pair in zip(blocks(found), blocks(expected), strict=True):
+        if pair[0]["kept"] != pair[1]["kept"]:
+            for block in pair:
+                assert block["error_learned"] == pytest.approx(block["error_nearest"], rel=0.02)
+            for name in pair[0]["weight_formats"]:
+                del differences[name]
+    total = sum(part.numel() for name in differences for part in expected_codes[name] or [])
+    assert total > 7_000
     assert sum(differences.values()) <= 0.02 * total
     for key in ("error_nearest", "error_learned"):
         assert [b[key] for b in blocks(found)] == pytest.approx([b[key] for b in blocks(expected)], rel=0.05)
@@ -734,7 +742,7 @@ class OtherStrategy(DDPStrategy):
     """One that does something else than DDP, as those of FSDP and DeepSpeed do."""
 
 
-@pytest.mark.parametrize("strategy", [OtherStrategy(), "ddp_spawn", "ddp_fork"], ids=str)
+@pytest.mark.parametrize("strategy", [OtherStrategy(), "ddp_spawn", "ddp_fork"], ids=["other", "spawn", "fork"])
 def test_other_strategies_are_refused_for_several_devices_with_the_one_to_use(strategy: Strategy | str) -> None:
     with pytest.raises(ValueError, match=r"trainer\.strategy .* is not supported: use ddp"):
         prepare_strategy(stub_trainer(strategy))

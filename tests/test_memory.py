@@ -376,9 +376,9 @@ class _Probe(pl.Callback):
             raise _DoneError
 
 
-def with_unit(directory: Path, use: Callable[[UnitReconstruction], None]) -> None:
+def with_unit(directory: Path, use: Callable[[UnitReconstruction], None], micro_batch: int = 8) -> None:
     recipe = Recipe(include=LAYERS, rounding=RoundingRecipe(iterations=10, batch_size=8))
-    data = CalibrationDataModule(n_samples=16, n_search=8, micro_batch=8, held_out_fraction=0.25)
+    data = CalibrationDataModule(n_samples=16, n_search=8, micro_batch=micro_batch, held_out_fraction=0.25)
     with pytest.raises(_DoneError):
         quantize(
             tiny_pipeline(),
@@ -394,7 +394,12 @@ def with_unit(directory: Path, use: Callable[[UnitReconstruction], None]) -> Non
 
 
 ROWS = torch.tensor([0, 9, 2, 11, 4, 5, 6, 7])
-SCHEDULE = torch.tensor([5.0, 0.7, 0.0])  # with a regulariser, and soft
+SCHEDULE = torch.tensor([5.0, 0.7, 0.0, 0.5])  # with a regulariser, and soft
+
+
+def one_step(backward: Backward, rows: Tensor = ROWS) -> float:
+    backward.plan(rows[None], ROWS[None], SCHEDULE[None])
+    return backward().item()
 
 
 def _gradients(unit: UnitReconstruction) -> dict[str, Tensor]:
@@ -413,14 +418,14 @@ def test_the_gradient_does_not_depend_on_how_many_samples_are_taken_at_a_time_or
         with torch.enable_grad():
             for chunk in (8, 3, 1):
                 backward.chunk = chunk
-                found[f"{chunk} at a time"] = backward(ROWS, ROWS, SCHEDULE).item(), _gradients(unit)
+                found[f"{chunk} at a time"] = one_step(backward), _gradients(unit)
             monkeypatch.setattr(backward_module, "world_size", lambda: 2)
             monkeypatch.setattr(backward_module, "sum_over_ranks", lambda sums: sums)
             parts = []
             for rank, chunk in ((0, 4), (1, 3)):
-                part = Backward(backward.objective, len(ROWS), len(ROWS) // 2, torch.device("cpu"))
+                part = Backward(backward.objective, len(ROWS) // 2, torch.device("cpu"))
                 part.chunk = chunk
-                error = part(ROWS[rank::2], ROWS, SCHEDULE).item()
+                error = one_step(part, ROWS[rank::2])
                 parts.append((error, _gradients(unit)))
         (a, first), (b, second) = parts
         assert all(not torch.allclose(first[name], second[name]) for name in first if name.endswith(".v"))
@@ -447,15 +452,60 @@ def test_a_pass_that_failed_half_way_leaves_nothing_in_the_gradient(
         assert backward is not None
         backward.chunk = 2
         with torch.enable_grad():
-            expected = backward(ROWS, ROWS, SCHEDULE).item(), _gradients(unit)
+            expected = one_step(backward), _gradients(unit)
+            backward.plan(ROWS[None], ROWS[None], SCHEDULE[None])
             shortage = Shortage(monkeypatch, Backward, "_run", after=7, times=1)
             with pytest.raises(torch.OutOfMemoryError):
-                backward(ROWS, ROWS, SCHEDULE)
+                backward()
             assert any(not torch.equal(g, expected[1][name]) for name, g in _gradients(unit).items())
             assert shortage.left == 0
-            again = backward(ROWS, ROWS, SCHEDULE).item(), _gradients(unit)
+            again = backward().item(), _gradients(unit)
         assert again[0] == expected[0]
         assert all(torch.equal(g, expected[1][name]) for name, g in again[1].items())
+
+    with_unit(tmp_path / "run", use)
+
+
+def test_the_search_does_not_depend_on_how_many_samples_a_pass_takes(tmp_path: Path) -> None:
+    found: list[dict[str, Any]] = []
+    for micro_batch in (8, 3, 1):
+
+        def use(unit: UnitReconstruction) -> None:
+            states = {name: layer.variants["nearest"].to_state() for name, layer in unit.layers.items()}  # type: ignore[operator]
+            found.append(states)
+
+        with_unit(tmp_path / str(micro_batch), use, micro_batch)
+    whole, *others = found
+    assert len(whole) == 3
+    for other in others:
+        for name, state in whole.items():
+            for kind in ("weights", "inputs"):
+                for expected, quantizer in zip(state[kind], other[name][kind], strict=True):
+                    assert quantizer["format"] == expected["format"]
+                    assert torch.allclose(quantizer["scale"], expected["scale"], rtol=1e-4), name
+
+
+def test_steps_planned_together_are_the_steps_planned_one_by_one(tmp_path: Path) -> None:
+    rows = torch.stack([ROWS, ROWS.roll(1) // 8 * 8 + ROWS % 8, ROWS % 8, ROWS])
+    schedule = torch.tensor([[5.0, 0.7, 0.0, 1.0], [2.0, 0.0, 1.0, 0.5], [3.0, 1.0, 1.0, 0.25], [2.5, 0.1, 0.0, 0.0]])
+
+    def use(unit: UnitReconstruction) -> None:
+        backward = unit.backward
+        assert backward is not None
+
+        def steps(*planned: int) -> list[tuple[float, float, dict[str, Tensor]]]:
+            at = list(planned)
+            backward.plan(rows[at], rows[at], schedule[at])
+            return [(backward().item(), backward.rate.item(), _gradients(unit)) for _ in at]
+
+        with torch.enable_grad():
+            together = [*steps(0, 1, 2), *steps(3)]
+            alone = [found for i in range(4) for found in steps(i)]
+        assert [rate for _, rate, _ in together] == schedule[:, 3].tolist()
+        assert len({error for error, _, _ in together}) > 2
+        for (error, rate, gradients), (other, other_rate, others) in zip(together, alone, strict=True):
+            assert (error, rate) == (other, other_rate)
+            assert all(torch.equal(g, others[name]) for name, g in gradients.items())
 
     with_unit(tmp_path / "run", use)
 

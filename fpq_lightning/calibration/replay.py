@@ -238,16 +238,17 @@ class NetworkReplay:
         """Captured inputs of the current unit."""
         return self._input_trees[self.position].read(self.store, rows)
 
-    def gathered_inputs(self, rows: Tensor, placement: list[Tensor]) -> Any:
-        """Captured inputs for samples of all processes.
+    def gathered_inputs(self, rows: Tensor, placement: list[Tensor]) -> Iterator[Any]:
+        """Captured inputs for samples of all processes, `micro_batch` at a time.
 
         Args:
             rows: those of this process.
             placement: for each rank, where its rows go.
         """
         tree = self._input_trees[self.position]
-        leaves = [gather_rows(self.store.read(key, rows), placement).flatten(0, 1) for key in tree.stored()]
-        return tree.fill(leaves)
+        leaves = [gather_rows(self.store.read(key, rows), placement) for key in tree.stored()]
+        for start in range(0, sum(len(part) for part in placement), self.micro_batch):
+            yield tree.fill([leaf[start : start + self.micro_batch].flatten(0, 1) for leaf in leaves])
 
     @torch.no_grad()
     def target_energies(self) -> Tensor:

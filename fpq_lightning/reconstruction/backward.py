@@ -1,8 +1,6 @@
-"""The gradient of a unit's objective: one call, or the replay of a CUDA graph."""
+"""The gradient of a unit's objective, step after step."""
 
 from __future__ import annotations
-
-import gc
 
 import torch
 from torch import Tensor
@@ -10,49 +8,62 @@ from torch import Tensor
 from fpq_lightning.distributed import sum_over_ranks, world_size
 from fpq_lightning.reconstruction.objective import UnitObjective
 
-_WARMUP = 3  # passes before a capture, as torch.cuda.make_graphed_callables does
-
 
 class Backward:
     """Computes the gradients of a unit's variables, summed over the processes of the run.
 
     The gradients of all variables are views of one buffer, so that they travel between processes as one message.
+    What steps need is told for several of them at once and read by a counter on the device: a step waits for nothing
+    that the host does, and can be replayed as a CUDA graph.
 
     Attributes:
         chunk: samples that a pass takes at a time; fewer need less memory and give the same sum.
+        rate: factor on the learning rates in the step just made, float32 scalar.
 
     Args:
         objective: of the unit.
-        batch_size: samples a step, of all processes.
         local_size: samples a step, of this process.
         device: the compute device.
     """
 
-    def __init__(self, objective: UnitObjective, batch_size: int, local_size: int, device: torch.device) -> None:
+    def __init__(self, objective: UnitObjective, local_size: int, device: torch.device) -> None:
         self.objective = objective
         self.chunk = local_size
+        self.rate = torch.ones((), device=device)
         self._parameters = [p for p in objective.parameters() if p.requires_grad]
         sizes = [p.numel() for p in self._parameters]
         self._sums = torch.zeros(sum(sizes) + 1, device=device)  # the last one is the error
         pieces = self._sums[:-1].split(sizes)
         self._gradients = [piece.view_as(p) for p, piece in zip(self._parameters, pieces, strict=True)]
+        self._plan: list[Tensor] = []
+        self._next = torch.zeros(1, dtype=torch.long, device=device)
 
-    def __call__(self, rows: Tensor, batch: Tensor, schedule: Tensor) -> Tensor:
-        """Writes the gradients and returns the relative error of the batch, a scalar that the next call overwrites.
+    def plan(self, rows: Tensor, batches: Tensor, schedule: Tensor) -> None:
+        """Says what the next steps are.
 
         Args:
-            rows: samples of the batch among those of this process, int64 `[local_size]`.
-            batch: samples of the batch among all, int64 `[batch_size]`.
-            schedule: beta, strength and hardness of `UnitObjective.forward`, float32 `[3]`.
+            rows: samples of each step among those of this process, int64 `[steps, local_size]`; never more steps than
+                in the first call.
+            batches: samples of each step among all, int64 `[steps, batch_size]`.
+            schedule: beta, strength and hardness of `UnitObjective.forward`, and the factor on the learning rates,
+                float32 `[steps, 4]`.
         """
-        self._attach()
-        self._run(rows, batch, schedule)
-        return sum_over_ranks(self._sums)[-1]
+        if not self._plan:
+            self._plan = [x.to(self._next.device, copy=True) for x in (rows, batches, schedule)]
+        for mine, theirs in zip(self._plan, (rows, batches, schedule), strict=True):
+            mine[: len(theirs)].copy_(theirs)
+        self._next.zero_()
 
-    def _attach(self) -> None:
-        """Puts the gradients where autograd adds to them; Lightning takes those of the first unit of a run away."""
+    def __call__(self) -> Tensor:
+        """Writes the gradients of the next step; returns its relative error, a scalar that the next call overwrites."""
+        rows, batch, schedule = (x.index_select(0, self._next)[0] for x in self._plan)
+        # Lightning takes the gradients of the first unit of a run away.
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
+        self._run(rows, batch, schedule[:3])
+        self.rate = schedule[3]
+        self._next += 1
+        return sum_over_ranks(self._sums)[-1]
 
     def _run(self, rows: Tensor, batch: Tensor, schedule: Tensor) -> None:
         self._sums.zero_()
@@ -63,42 +74,3 @@ class Backward:
             loss, error = self.objective(chunk, batch, beta, strength / (len(chunks) * world_size()), hardness)
             loss.backward()
             self._sums[-1].add_(error)
-
-
-class GraphedBackward(Backward):
-    """The same as one launch: the steps of small units are bound by kernel launches, not by arithmetic.
-
-    What a step reads must lie on the device.
-    """
-
-    def __init__(self, objective: UnitObjective, batch_size: int, local_size: int, device: torch.device) -> None:
-        super().__init__(objective, batch_size, local_size, device)
-        self._rows = torch.zeros(local_size, dtype=torch.long, device=device)
-        self._batch = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self._schedule = torch.ones(3, device=device)
-        self._graph = torch.cuda.CUDAGraph()
-        gc.collect()
-        gc.disable()  # an older graph that is collected during the capture would break it
-        try:
-            # A weight that autocast had cached before the capture would never change again.
-            with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
-                self._capture()
-        finally:
-            gc.enable()
-
-    def _capture(self) -> None:
-        self._attach()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.enable_grad():
-            for _ in range(_WARMUP):
-                super()._run(self._rows, self._batch, self._schedule)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"), torch.enable_grad():
-            super()._run(self._rows, self._batch, self._schedule)
-
-    def _run(self, rows: Tensor, batch: Tensor, schedule: Tensor) -> None:
-        self._rows.copy_(rows)
-        self._batch.copy_(batch)
-        self._schedule.copy_(schedule)
-        self._graph.replay()

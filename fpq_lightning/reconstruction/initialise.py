@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -21,8 +21,13 @@ from fpq_lightning.search import search_output_error, search_tensor_error
 _MAX_VALUES = 2**20  # of an activation that the search looks at
 
 
-def collect_layer_inputs(unit: Unit, call: Callable[[], Any]) -> dict[str, Tensor]:
-    """The input of every layer of a unit in a full-precision call."""
+def collect_layer_inputs(unit: Unit, calls: Iterable[Any]) -> dict[str, Tensor]:
+    """The input of every layer of a unit.
+
+    Args:
+        unit: its layers are quantized classes.
+        calls: lazily makes full-precision calls of the unit.
+    """
     seen: dict[str, list[Tensor]] = {name: [] for name in unit.layers}
     handles = [
         layer.register_forward_pre_hook(lambda module, args, name=name: seen[name].append(args[0].detach()))
@@ -30,7 +35,8 @@ def collect_layer_inputs(unit: Unit, call: Callable[[], Any]) -> dict[str, Tenso
     ]
     try:
         with torch.no_grad(), running(unit.module, "full_precision"):
-            call()
+            for _ in calls:
+                pass
     finally:
         for handle in handles:
             handle.remove()
@@ -51,8 +57,17 @@ def _operate_part(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor:
     return convolution(x, weight, None, conv.stride, padding, conv.dilation)
 
 
+def _output_energy(layer: QuantizedLayer, x: Tensor, weight: Tensor, passes: int) -> Tensor:
+    """Sum of squares of a part's contribution to each output channel, `[out]`."""
+    total: Any = 0
+    for some in x.chunk(passes):
+        squared = _operate_part(layer, some, weight).square()
+        total = total + squared.sum(dim=[d for d in range(squared.ndim) if d != layer.channel_dim % squared.ndim])
+    return total
+
+
 def _search_weight(
-    layer: QuantizedLayer, x: Tensor, part: Tensor, formats: tuple[Format, ...], recipe: Recipe
+    layer: QuantizedLayer, x: Tensor, part: Tensor, formats: tuple[Format, ...], recipe: Recipe, passes: int
 ) -> Quantizer:
     rows = layer.granularity.rows(part)
     if recipe.weights.objective != "output":
@@ -61,15 +76,14 @@ def _search_weight(
 
     def output_error(trial: Quantizer) -> Tensor:
         error = trial(rows).reshape(part.shape) - part
-        squared = _operate_part(layer, x, error).square()
-        by_channel = squared.sum(dim=tuple(d for d in range(squared.ndim) if d != layer.channel_dim % squared.ndim))
+        by_channel = _output_energy(layer, x, error, passes)
         return by_channel if per_channel else by_channel.sum(0, keepdim=True)
 
     return search_output_error(rows, formats, output_error)
 
 
 def _search_input(
-    layer: QuantizedLayer, x: Tensor, weight: Tensor, formats: tuple[Format, ...], recipe: Recipe
+    layer: QuantizedLayer, x: Tensor, weight: Tensor, formats: tuple[Format, ...], recipe: Recipe, passes: int
 ) -> Quantizer:
     activations = recipe.activations
     if activations.granularity == "token":
@@ -84,7 +98,7 @@ def _search_input(
     if activations.objective == "output":
 
         def output_error(trial: Quantizer) -> Tensor:
-            return _operate_part(layer, _placed_like(trial, x) - x, weight).square().sum().reshape(1)
+            return _output_energy(layer, _placed_like(trial, x) - x, weight, passes).sum().reshape(1)
 
         quantizer = search_output_error(values, formats, output_error)
     else:
@@ -98,7 +112,7 @@ def _placed_like(trial: Quantizer, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def search_unit(unit: Unit, layer_inputs: dict[str, Tensor], weights: Tensor, recipe: Recipe) -> None:
+def search_unit(unit: Unit, layer_inputs: dict[str, Tensor], weights: Tensor, recipe: Recipe, passes: int = 1) -> None:
     """Chooses format and clip of every weight and input of a unit; gives its layers the variant ``nearest``.
 
     The processes of a run take some of the layers each.
@@ -108,6 +122,7 @@ def search_unit(unit: Unit, layer_inputs: dict[str, Tensor], weights: Tensor, re
         layer_inputs: of `collect_layer_inputs`.
         weights: how much an error on each sample matters, `[n]`.
         recipe: candidates and objectives.
+        passes: in which output errors are computed; more need less memory.
 
     Raises:
         ValueError: if a weight or an input holds NaN or Inf, or the group size does not divide a weight.
@@ -128,10 +143,10 @@ def search_unit(unit: Unit, layer_inputs: dict[str, Tensor], weights: Tensor, re
             weight = part
             if formats := recipe.weight_formats():
                 scaled = x_part * significance.reshape(-1, *[1] * (x.ndim - 1))
-                quantizers.append(_search_weight(layer, scaled, part, formats, recipe))
+                quantizers.append(_search_weight(layer, scaled, part, formats, recipe, passes))
                 weight = quantizers[-1](layer.granularity.rows(part)).reshape(part.shape)
             if formats := recipe.activation_formats():
-                inputs.append(_search_input(layer, x_part, weight, formats, recipe))
+                inputs.append(_search_input(layer, x_part, weight, formats, recipe, passes))
         found[name] = LayerQuantization(quantizers, inputs)
     found = _share(found, weights.device)
     for name, module in unit.layers.items():

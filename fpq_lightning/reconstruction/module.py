@@ -24,6 +24,7 @@ from fpq_lightning.model.trace import trace_units
 from fpq_lightning.pipelines import denoiser_name
 from fpq_lightning.recipes import Recipe
 from fpq_lightning.reconstruction.backward import Backward
+from fpq_lightning.reconstruction.graphed_adam import GraphedAdam
 from fpq_lightning.reconstruction.unit import UnitReconstruction, UnitReport
 from fpq_lightning.rounding import beta_schedule
 
@@ -151,7 +152,7 @@ class BlockReconstruction(pl.LightningModule):
         if self.iterations:
             self._within_memory(lambda: unit.start_learning(self._learning_state), alone=True)
             self._learning_state = None
-            self._within_memory(self._make_backward, alone=True)
+            self._within_memory(lambda: unit.make_backward(self.device), alone=True)
 
     def _check_start(self) -> None:
         """Finds processes that start from different files.
@@ -166,9 +167,6 @@ class BlockReconstruction(pl.LightningModule):
                 "file system that they share"
             )
 
-    def _make_backward(self) -> None:
-        cast(UnitReconstruction, self._unit).make_backward(self.device, self.trainer.precision_plugin.forward_context())
-
     def finish_unit(self) -> None:
         """Ends the unit in work and moves both paths on."""
         replay, report = cast(NetworkReplay, self._replay), self.reports[self.position]
@@ -179,6 +177,7 @@ class BlockReconstruction(pl.LightningModule):
                 self._within_memory(unit.correct_bias)
             report.iterations = self.iteration
             self._unit = None
+            self.trainer.strategy.optimizers = []
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # what its CUDA graph had for itself
         self._within_memory(replay.advance, alone=True)
@@ -248,8 +247,10 @@ class BlockReconstruction(pl.LightningModule):
             {"params": [p for name, p in variables if name.endswith(f".{kind}")], "lr": rate, "initial_lr": rate}
             for kind, rate in rates.items()
         ]
-        fused = self.device.type == "cuda"
-        return torch.optim.Adam([g for g in groups if g["params"]], fused=fused)
+        groups = [g for g in groups if g["params"]]
+        if self.device.type == "cuda":
+            return GraphedAdam(groups, cast(NetworkReplay, self._replay).is_on_device)
+        return torch.optim.Adam(groups, fused=True)
 
     def on_train_start(self) -> None:
         """Leaves the evaluation mode of the denoiser as it is."""
@@ -267,38 +268,43 @@ class BlockReconstruction(pl.LightningModule):
             return
         optimizer = cast(LightningOptimizer, self.optimizers())
         steps = range(self.iteration, self.iteration + len(batch))
-        schedule = torch.tensor([self._schedule(i / self.iterations) for i in steps]).to(self.device)
-        rows = self.calibration.shard.local_batch(batch)
-        for i in range(len(batch)):
-            stepper = optimizer if i == len(batch) - 1 else optimizer.optimizer  # Lightning counts one step a batch
-            error = self._step(rows[i], batch[i], schedule[i], stepper)
-        self.log("error", error)
+        schedule = torch.tensor([self._schedule(i / self.iterations) for i in steps])
+        self._backward.plan(self.calibration.shard.local_batch(batch), batch, schedule)
+        for _ in steps[:-1]:
+            self._step(optimizer.optimizer)
+        self.log("error", self._step(optimizer))  # Lightning counts one step a batch
 
-    def _schedule(self, progress: float) -> tuple[float, float, float]:
-        """beta, strength and hardness of `UnitObjective.forward`."""
+    @property
+    def _backward(self) -> Backward:
+        return cast(Backward, cast(UnitReconstruction, self._unit).backward)
+
+    def _schedule(self, progress: float) -> tuple[float, float, float, float]:
+        """beta, strength and hardness of `UnitObjective.forward`, and the factor on the learning rates."""
         rounding = self.recipe.rounding
         beta = beta_schedule(progress, rounding.warmup)
         strength = 0.0 if beta is None else rounding.regularisation
-        return beta or 2.0, strength, float(progress >= rounding.straight_through)
+        return beta or 2.0, strength, float(progress >= rounding.straight_through), learning_rate_factor(progress)
 
-    def _step(
-        self, rows: Tensor, batch: Tensor, schedule: Tensor, optimizer: torch.optim.Optimizer | LightningOptimizer
-    ) -> Tensor:
-        backward = cast(Backward, cast(UnitReconstruction, self._unit).backward)
+    def _step(self, optimizer: torch.optim.Optimizer | LightningOptimizer) -> Tensor:
+        error = cast(Tensor, optimizer.step(cast(Any, self._gradients)))
+        self.iteration += 1
+        return error
+
+    def _gradients(self) -> Tensor:
+        """The closure of a step: writes gradients and learning rates."""
+        backward = self._backward
         while True:
             try:
-                error = backward(rows, batch, schedule)
+                error = backward()
                 break
             except torch.OutOfMemoryError:
                 if backward.chunk > 1:
                     backward.chunk = -(-backward.chunk // 2)
-                    warnings.warn(f"{self.device} is out of memory: {backward.chunk} samples at a time", stacklevel=2)
+                    warnings.warn(f"{self.device} is out of memory: {backward.chunk} samples at a time", stacklevel=1)
                 elif not self._save_memory():
                     raise
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * learning_rate_factor(self.iteration / self.iterations)
-        optimizer.step()
-        self.iteration += 1
+        for group in cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False)).param_groups:
+            group["lr"] = group["initial_lr"] * backward.rate
         return error
 
     def on_train_epoch_end(self) -> None:

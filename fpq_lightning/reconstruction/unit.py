@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,7 +15,7 @@ from fpq_lightning.calibration.replay import NetworkReplay, output_leaves
 from fpq_lightning.calibration.shards import Samples
 from fpq_lightning.layers import LayerQuantization, QuantizedLayer, running
 from fpq_lightning.recipes import Recipe
-from fpq_lightning.reconstruction.backward import Backward, GraphedBackward
+from fpq_lightning.reconstruction.backward import Backward
 from fpq_lightning.reconstruction.initialise import collect_layer_inputs, search_unit
 from fpq_lightning.reconstruction.objective import UnitObjective, unit_error
 
@@ -92,10 +91,10 @@ class UnitReconstruction:
     def _search(self) -> None:
         rows, shard = self.samples.search, self.samples.shard
         inputs = self.replay.gathered_inputs(self.samples.local(rows), shard.placement(rows))
-        layer_inputs = collect_layer_inputs(self.unit, lambda: self.replay.call(inputs))
+        layer_inputs = collect_layer_inputs(self.unit, map(self.replay.call, inputs))
         local_weights = self.replay.weights(self.samples.local(rows))
         weights = distributed.gather_rows(local_weights, shard.placement(rows))
-        search_unit(self.unit, layer_inputs, weights, self.recipe)
+        search_unit(self.unit, layer_inputs, weights, self.recipe, -(-len(rows) // self.replay.micro_batch))
         self.report.error_nearest = self._error("nearest")
         for name, layer in self.layers.items():
             nearest = cast(LayerQuantization, layer.variants["nearest"])
@@ -132,17 +131,14 @@ class UnitReconstruction:
         """The values of the variables, None if nothing is being learned."""
         return None if self.backward is None else {name: p.detach() for name, p in self.variables()}
 
-    def make_backward(self, device: torch.device, precision: AbstractContextManager) -> None:
+    def make_backward(self, device: torch.device) -> None:
         """Prepares the steps of learning."""
         objective = UnitObjective(
             self.replay, self._variant("learned"), cast(float, self.report.error_nearest), self.energies
         )
-        replayed = device.type == "cuda" and self.replay.is_on_device()
-        kind = GraphedBackward if replayed else Backward
         shard = self.samples.shard
         local_size = len(range(shard.rank, shard.strata, shard.world_size))
-        with precision:
-            self.backward = kind(objective, shard.strata, local_size, device)
+        self.backward = Backward(objective, local_size, device)
 
     # --- the end -----------------------------------------------------------------------------------------------
 
