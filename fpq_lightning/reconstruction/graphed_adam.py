@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,12 @@ import torch
 from torch import Tensor
 
 _WARMUP = 3  # steps before the capture, as torch.cuda.make_graphed_callables does
+
+
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    """One for all units: cuBLAS keeps a workspace for every stream that it has met."""
+    return torch.cuda.Stream()
 
 
 class GraphedAdam(torch.optim.Adam):
@@ -30,7 +37,7 @@ class GraphedAdam(torch.optim.Adam):
         self._may_capture = may_capture
         self._until_capture = _WARMUP
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._stream = torch.cuda.Stream()
+        self._stream = _side_stream()
         self._error = torch.zeros(())
 
     def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]

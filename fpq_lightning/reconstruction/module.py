@@ -204,9 +204,10 @@ class BlockReconstruction(pl.LightningModule):
         while True:
             try:
                 return work()
-            except torch.OutOfMemoryError:
-                if not (alone or distributed.world_size() == 1) or not self._save_memory():
-                    raise
+            except torch.OutOfMemoryError as error:
+                shortage = error.with_traceback(None)  # which would keep what the work had allocated
+            if not (alone or distributed.world_size() == 1) or not self._save_memory():
+                raise shortage
 
     def _save_memory(self) -> bool:
         """Halves the store's share of the device and the samples of a pass; False if there is nothing to halve."""
