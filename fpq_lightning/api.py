@@ -61,7 +61,7 @@ def run_callbacks(
     run: RunDirectory, base_model: str, evaluation: EvaluationConfig, sampler: SamplerConfig, checkpoint_steps: int
 ) -> list[pl.Callback]:
     """What every calibration does besides optimising."""
-    quality = ImageQuality(evaluation, sampler)
+    quality = ImageQuality(evaluation, sampler, run)
     return [
         FinalizeQuantization(run, base_model),
         quality,

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from fpq_lightning import distributed
+from fpq_lightning.images import ImageDirectory, from_bytes, load_images, read_images, to_bytes
 from fpq_lightning.layers import Mode, running
+from fpq_lightning.metrics.distribution import DistributionMetrics, Features
 from fpq_lightning.metrics.features import FeatureNetwork
+from fpq_lightning.metrics.inception import InceptionNetwork
 from fpq_lightning.metrics.quality import QualityMetrics
 from fpq_lightning.pipelines import SamplerConfig, batches_of, denoiser_name, sample, using_sampler
+
+SHIPPED_FEATURES = "cifar10-features"
+_DATA = (Path(__file__).parent / "data", Path(__file__).parents[1] / "data")
+_BATCH = 250
+
+
+def find_features(name: str) -> str:
+    """A directory of a feature network: as named, or the shipped one."""
+    places = [Path(name), *(root / name for root in _DATA)] if name == SHIPPED_FEATURES else [Path(name)]
+    return str(next((place for place in places if place.is_dir()), places[0]))
 
 
 @dataclass
@@ -25,36 +43,179 @@ class EvaluationConfig:
     Attributes:
         n_images: images of each variant; 0 leaves evaluation out.
         seed: of the first image; image i has seed + i.
-        features: directory of the feature network, or null to leave Fréchet distances out.
-        real: statistics file of real images, or null.
+        features: directory of a feature network, or null to leave distances between distributions out; the default
+            is the shipped one.
+        inception: the network of FID, too: ``auto`` for the usual cache, or a file of its weights. Needs the extra
+            ``fid``.
+        lpips: LPIPS on this network, too. Needs the extra ``fid``.
+        real: a statistics file of real images, or real images: the name or directory of a `datasets` dataset, or a
+            parquet file.
+        real_column: of the images of that dataset.
+        n_real: how many of them, the first ones; null takes all.
+        corrupt: what to do with one that cannot be read.
         reference: for `fpq test`, the full-precision model to compare with; null takes the one that was quantized.
+        images: directory where sampled images are kept, so that they are not sampled again; null leaves it to the
+            command.
     """
 
     n_images: int = 64
     seed: int = 0
-    features: str | None = None
+    features: str | None = SHIPPED_FEATURES
+    inception: str | None = None
+    lpips: Literal["alex", "vgg", "squeeze"] | None = None
     real: str | None = None
+    real_column: str = "image"
+    n_real: int | None = None
+    corrupt: Literal["fail", "skip"] = "fail"
     reference: str | None = None
+    images: str | None = None
 
     def __post_init__(self) -> None:
         if self.n_images < 0 or self.n_images == 1:
             raise ValueError(f"evaluation.n_images must be 0 or at least 2, got {self.n_images}")
         if self.features is not None:
-            FeatureNetwork.load(self.features)
-        if self.real is not None and self.features is None:
-            raise ValueError("evaluation.real needs evaluation.features, the network whose statistics it holds")
-        if self.real is not None and not Path(self.real).is_file():
-            raise ValueError(f"there is no statistics file {self.real}: correct evaluation.real or set it to null")
+            FeatureNetwork.load(find_features(self.features))
+        if self.inception not in (None, "auto") and not Path(str(self.inception)).is_file():
+            raise ValueError(f"there are no Inception weights {self.inception}: correct evaluation.inception")
+        if self.real is None:
+            return
+        if self.features is None and self.inception is None:
+            raise ValueError("evaluation.real needs evaluation.features or evaluation.inception")
+        if self._has_real_statistics:
+            if self.features is None:
+                raise ValueError("evaluation.real needs evaluation.features, the network whose statistics it holds")
+            if not Path(self.real).is_file():
+                raise ValueError(f"there is no statistics file {self.real}: correct evaluation.real or set it to null")
 
-    def metrics(self) -> QualityMetrics:
-        """Fresh metrics."""
-        features = None if self.features is None else FeatureNetwork.load(self.features)
-        return QualityMetrics(features, self.real)
+    @property
+    def _has_real_statistics(self) -> bool:
+        return self.real is not None and self.real.endswith(".safetensors")
 
     @property
     def seeds(self) -> range:
         """Seeds of the images."""
         return range(self.seed, self.seed + self.n_images)
+
+    # --- metrics -----------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Opens all that images will be compared with, before hours are spent, and says what will be left out."""
+        if not self.n_images:
+            return
+        for network in self._networks:
+            width = int(network.num_features)  # type: ignore[arg-type]
+            if self.n_images <= width and distributed.rank() == 0:
+                warnings.warn(
+                    f"{self.n_images} images are too few for the covariance of the {width} features of "
+                    f"{network.name} (at least {width + 1}): such Fréchet distances only rank sets of this size",
+                    stacklevel=2,
+                )
+        if self.real is not None and not self._has_real_statistics:
+            load_images(self.real, self.real_column)
+
+    @cached_property
+    def _networks(self) -> list[nn.Module]:
+        networks: list[nn.Module] = []
+        if self.features is not None:
+            networks.append(FeatureNetwork.load(find_features(self.features)))
+        if self.inception is not None:
+            try:
+                networks.append(InceptionNetwork(None if self.inception == "auto" else self.inception))
+            except (ModuleNotFoundError, FileNotFoundError) as error:
+                _left_out("metrics on Inception features", error)
+        return networks
+
+    @cached_property
+    def _real_features(self) -> dict[str, Features]:
+        return {}  # by name of the network, of this process's part
+
+    def metrics(self, device: torch.device | str = "cpu") -> QualityMetrics:
+        """Fresh metrics on a device.
+
+        Raises:
+            ValueError: if a real image cannot be read and `corrupt` is ``fail``.
+        """
+        distributions = []
+        for network in self._networks:
+            network.to(device)
+            statistics = self.real if self._has_real_statistics and network is self._networks[0] else None
+            if self.real is not None and not self._has_real_statistics and network.name not in self._real_features:
+                self._real_features[str(network.name)] = self._describe_real(network, torch.device(device))
+            real = self._real_features.get(str(network.name))
+            distributions.append(DistributionMetrics(network, statistics, real))
+        paired: dict[str, Metric] = {}
+        if self.lpips is not None:
+            try:
+                paired["lpips"] = LearnedPerceptualImagePatchSimilarity(self.lpips)
+            except (ModuleNotFoundError, OSError) as error:
+                _left_out("lpips", error)
+        return QualityMetrics(distributions, paired).to(device)
+
+    def _describe_real(self, network: nn.Module, device: torch.device) -> Features:
+        dataset = load_images(str(self.real), self.real_column)
+        count = len(dataset) if self.n_real is None else min(self.n_real, len(dataset))
+        rows = range(distributed.rank(), count, distributed.world_size())
+        describe = DistributionMetrics(network).describe
+        with full_float32():
+            found = [
+                {name: value.cpu() for name, value in describe(batch.to(device)).items()}
+                for batch in read_images(dataset, self.real_column, rows, _BATCH, self.corrupt)
+            ]
+        if sum(len(batch["pooled"]) for batch in found) < 2:
+            raise ValueError(f"{self.real} has fewer than 2 images that can be read")
+        return {name: torch.cat([batch[name] for batch in found]).to(device) for name in found[0]}
+
+
+def _left_out(what: str, error: Exception) -> None:
+    if distributed.rank() == 0:
+        warnings.warn(f"{what} are left out: {' '.join(str(error).split())[:200]}", stacklevel=2)
+
+
+# --- images ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Products in float32, not TF32, whose error is as large as that of FP8 activations with learned rounding."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def image_settings(weights: str, sampler: SamplerConfig, quantization: str | None = None) -> dict[str, Any]:
+    """What decides images: a hash of the weights, the sampler, and what names the quantization."""
+    how = {name: value for name, value in asdict(sampler).items() if name != "batch_size"}
+    return {"weights": weights, "quantization": quantization, "sampler": how}
+
+
+def sample_images(
+    pipeline: DiffusionPipeline,
+    sampler: SamplerConfig,
+    seeds: Sequence[int],
+    directory: ImageDirectory | None = None,
+) -> Tensor:
+    """Images of seeds in eight bits, `[n, 3, height, width]` in [-1, 1], on the CPU.
+
+    Image i is the same whatever the batch it is sampled in, up to the last bits of float32 products, which the
+    rounding of activations makes a few levels of some pixels.
+
+    Args:
+        pipeline: in the mode wanted, with the sampler's scheduler.
+        sampler: how images are sampled.
+        seeds: of the images.
+        directory: where images are kept.
+    """
+
+    def make(missing: Sequence[int]) -> Tensor:
+        with full_float32():
+            images = sample(pipeline, sampler, missing)
+        return torch.where(images.isfinite(), from_bytes(to_bytes(images.nan_to_num())), images)
+
+    return make(seeds) if directory is None else directory.complete(seeds, make)
 
 
 def sample_variant(
@@ -63,6 +224,7 @@ def sample_variant(
     seeds: range,
     mode: Mode,
     on_batch: Callable[[int], object] = lambda n: None,
+    directory: ImageDirectory | None = None,
 ) -> Tensor:
     """This process's part of the images of one variant, `[n, 3, height, width]` in [-1, 1], on the CPU.
 
@@ -73,7 +235,7 @@ def sample_variant(
     batches = list(batches_of(seeds, sampler.batch_size, world_size))
     with using_sampler(pipeline, sampler), running(getattr(pipeline, denoiser_name(pipeline)), mode):
         for batch in batches[distributed.rank() :: world_size]:
-            images.append(sample(pipeline, sampler, batch))
+            images.append(sample_images(pipeline, sampler, batch, directory))
             on_batch(len(batch))
     return torch.cat(images)
 
@@ -83,7 +245,8 @@ def compare(
 ) -> dict[str, Any]:
     """Metrics of a set of images against full-precision ones, each process giving its part."""
     metrics.to(device)
-    for a, b in zip(images.split(250), reference.split(250), strict=True):
-        metrics.update(a.to(device), b.to(device), same_seeds)
-    n_images = distributed.sum_over_ranks(torch.tensor(len(images), device=device))
-    return {**metrics.compute(same_seeds), "n_images": int(n_images)}
+    with full_float32():
+        for a, b in zip(images.split(_BATCH), reference.split(_BATCH), strict=True):
+            metrics.update(a.to(device), b.to(device), same_seeds)
+        n_images = distributed.sum_over_ranks(torch.tensor(len(images), device=device))
+        return {**metrics.compute(same_seeds), "n_images": int(n_images)}

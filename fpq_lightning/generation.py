@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from diffusers import DiffusionPipeline
 from lightning.pytorch.callbacks import BasePredictionWriter
-from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fpq_lightning import distributed
-from fpq_lightning.evaluation import EvaluationConfig
-from fpq_lightning.pipelines import SamplerConfig, batches_of, load_pipeline, sample, set_sampler
+from fpq_lightning.evaluation import EvaluationConfig, full_float32, image_settings, sample_images
+from fpq_lightning.images import ImageDirectory, save_png
+from fpq_lightning.pipelines import SamplerConfig, batches_of, denoiser_name, load_pipeline, sample, set_sampler
+from fpq_lightning.runs import hash_weights
 from fpq_lightning.storage.quantized import is_quantized, load_quantized, read_description
 
 
@@ -78,6 +79,7 @@ class ImageGeneration(pl.LightningModule):
                         "--evaluation.reference"
                     ) from error
         self.evaluation = evaluation
+        self._directories: dict[str, ImageDirectory] = {}
 
     def setup(self, stage: str) -> None:
         """Moves the pipelines to the device."""
@@ -86,20 +88,35 @@ class ImageGeneration(pl.LightningModule):
                 pipeline.to(self.trainer.strategy.root_device)
                 set_sampler(pipeline, self.sampler)
         if self.evaluation is not None:
-            self.metrics = self.evaluation.metrics().to(self.trainer.strategy.root_device)
+            self.evaluation.check()
+            self.metrics = self.evaluation.metrics(self.trainer.strategy.root_device)
+            self._keep_images(self.evaluation)
+
+    def _keep_images(self, evaluation: EvaluationConfig) -> None:
+        variants = {"quantized" if self.quantized else "images": self.pipeline, "full_precision": self.reference}
+        for name, pipeline in variants.items() if evaluation.images is not None else ():
+            if pipeline is not None:
+                weights = hash_weights(getattr(pipeline, denoiser_name(pipeline)))
+                settings = image_settings(weights, self.sampler)
+                self._directories[name] = ImageDirectory(Path(str(evaluation.images)) / name, settings)
+
+    def _images(self, pipeline: DiffusionPipeline, seeds: Sequence[int]) -> Tensor:
+        name = "full_precision" if pipeline is self.reference else "quantized" if self.quantized else "images"
+        return sample_images(pipeline, self.sampler, seeds, self._directories.get(name)).to(self.device)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Compares the images of a batch of seeds."""
         seeds = batch["seeds"]
-        images = sample(self.pipeline, self.sampler, seeds).to(self.device)
-        reference = images if self.reference is None else sample(self.reference, self.sampler, seeds).to(self.device)
-        self.metrics.update(images, reference, same_seeds=True)
+        images = self._images(self.pipeline, seeds)
+        reference = images if self.reference is None else self._images(self.reference, seeds)
+        with full_float32():
+            self.metrics.update(images, reference, same_seeds=True)
 
     def on_test_epoch_end(self) -> None:
         """Logs the metrics; those that need a reference are left out without one."""
         values = self.metrics.compute()
         if self.reference is None:
-            values = {"fd_real": values["fd_real"]}
+            values = {name: value for name, value in values.items() if name.endswith("_real") or name == "is"}
         # They are those of all processes already.
         self.log_dict({k: math.nan if v is None else v for k, v in values.items()}, rank_zero_only=True)
 
@@ -133,8 +150,7 @@ class WriteImages(BasePredictionWriter):
     ) -> None:
         """Writes the images of a batch."""
         for seed, image in zip(prediction["seeds"], prediction["images"], strict=True):
-            pixels = image.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 0)
-            Image.fromarray(pixels.squeeze(-1).numpy()).save(self.output / f"{seed:06d}.png")
+            save_png(image, self.output / f"{seed:06d}.png")
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Says where they are."""

@@ -119,6 +119,11 @@ class RunDirectory:
         return self.path / "quantized"
 
     @property
+    def images(self) -> Path:
+        """Directory of sampled images, one below it for each variant."""
+        return self.path / "images"
+
+    @property
     def activations(self) -> Path:
         """Directory of captured activations that fit nowhere else."""
         return self.path / "activations"

@@ -14,8 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fpq_lightning.evaluation import EvaluationConfig, compare, sample_variant
+from fpq_lightning.metrics.distribution import DistributionMetrics
 from fpq_lightning.metrics.features import FeatureNetwork
-from fpq_lightning.metrics.quality import FrechetDistance, QualityMetrics
+from fpq_lightning.metrics.frechet import FrechetDistance
+from fpq_lightning.metrics.quality import QualityMetrics
 from fpq_lightning.pipelines import SamplerConfig, batches_of, sample, set_sampler
 
 FEATURES = CHECKOUT / "data" / "cifar10-features"
@@ -63,7 +65,7 @@ def test_the_frechet_distance_is_that_of_scipy_in_float64(shift: float) -> None:
 def test_the_frechet_distance_on_the_embedded_features_is_that_of_scipy() -> None:
     features = FeatureNetwork.load(FEATURES)
     a, b = _images(1, 40, size=32), _images(2, 40, 0.1, size=32)
-    metrics = QualityMetrics(features)
+    metrics = QualityMetrics([DistributionMetrics(features)])
     metrics.update(a, b)
     # With fewer images than features the covariances are singular, where sqrtm loses some digits.
     assert metrics.compute()["fd"] == pytest.approx(_frechet(features(a), features(b)), rel=5e-3)
@@ -79,14 +81,14 @@ def test_statistics_survive_the_disk_with_the_same_distance(tmp_path: Path) -> N
     for metric in (whole, loaded):
         metric.update(b, real=False)
     assert loaded.compute().item() == whole.compute().item() > 0.01
-    metrics = QualityMetrics(_Projection(), tmp_path / "real.safetensors")
+    metrics = QualityMetrics([DistributionMetrics(_Projection(), tmp_path / "real.safetensors")])
     metrics.update(b, b)
     assert metrics.compute()["fd_real"] == pytest.approx(whole.compute().item(), rel=1e-6)
 
 
 def test_missing_statistics_are_a_file_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"evaluation\.real"):
-        QualityMetrics(_Projection(), tmp_path / "none.safetensors")
+        DistributionMetrics(_Projection(), tmp_path / "none.safetensors")
 
 
 def test_psnr_is_the_mean_over_images_of_10_log10_4_over_mse() -> None:
@@ -117,17 +119,19 @@ def test_ssim_is_one_for_equal_images_and_less_for_others() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("batch", [0, 1])
 def test_non_finite_images_give_none_and_no_exception(value: float, batch: int) -> None:
-    metrics = QualityMetrics(_Projection())
+    metrics = QualityMetrics([DistributionMetrics(_Projection())])
     for i in range(2):
         images = _images(i, 6)
         if i == batch:
             images[2, 0, 0, 0] = value
+            images[4, 1, 2, 3] = value
         metrics.update(images, _images(i + 5, 6))
-    assert metrics.compute() == {"fd": None, "fd_real": None, "psnr": None, "ssim": None}
+    assert metrics.compute() == {"fd": None, "fd_real": None, "psnr": None, "ssim": None, "not_finite": 2}
 
 
 def test_images_of_other_seeds_are_not_compared_one_by_one() -> None:
-    found = compare(QualityMetrics(_Projection()), _images(1), _images(2), torch.device("cpu"), same_seeds=False)
+    metrics = QualityMetrics([DistributionMetrics(_Projection())])
+    found = compare(metrics, _images(1), _images(2), torch.device("cpu"), same_seeds=False)
     assert found["psnr"] is None
     assert found["ssim"] is None
     assert found["fd"] == pytest.approx(_frechet(_Projection()(_images(1)), _Projection()(_images(2))), rel=1e-3)
@@ -201,7 +205,9 @@ def test_batches_cover_the_seeds_in_order() -> None:
         ({"n_images": 1}, ValueError, "at least 2"),
         ({"n_images": -2}, ValueError, "n_images"),
         ({"features": "/none"}, FileNotFoundError, "feature network"),
-        ({"real": "/none"}, ValueError, "statistics"),
+        ({"real": "/none.safetensors"}, ValueError, "statistics"),
+        ({"real": "images", "features": None}, ValueError, "needs evaluation.features"),
+        ({"inception": "/none.pth"}, ValueError, "Inception weights"),
     ],
 )
 def test_unusable_evaluation_options_are_refused(options: dict, error: type[Exception], message: str) -> None:

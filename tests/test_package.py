@@ -22,6 +22,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(CHECKOUT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(CHECKOUT / name, source / name)
+    shutil.copytree(CHECKOUT / "data" / "cifar10-features", source / "data" / "cifar10-features")
     output = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(output), str(source)]
     subprocess.run(command, check=True, capture_output=True, text=True)
@@ -43,14 +44,15 @@ def _run(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedPro
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=100)
 
 
-def test_the_wheel_holds_the_package_and_the_recipes_but_no_model(wheel: Path) -> None:
+def test_the_wheel_holds_the_package_the_recipes_and_the_feature_network_but_no_model(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     packaged = {name.removeprefix("fpq_lightning/") for name in names if name.endswith(".py")}
     sources = {str(f.relative_to(CHECKOUT / "fpq_lightning")) for f in (CHECKOUT / "fpq_lightning").rglob("*.py")}
     assert packaged == sources
     configs = {str(f.relative_to(CHECKOUT)) for f in (CHECKOUT / "configs").rglob("*.yaml")}
     assert {name.removeprefix("fpq_lightning/") for name in names if name.endswith(".yaml")} == configs
-    assert not [name for name in names if name.endswith((".safetensors", ".ckpt")) or "data/" in name]
+    data = [name for name in names if name.endswith((".safetensors", ".ckpt")) or "data/" in name]
+    assert data == ["fpq_lightning/data/cifar10-features/model.safetensors"]
     assert any(name.endswith("LICENSE") for name in names)
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
     assert "fpq = fpq_lightning.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()

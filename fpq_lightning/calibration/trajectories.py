@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fpq_lightning import distributed
+from fpq_lightning.images import image_tensor, load_images
 from fpq_lightning.pipelines import SamplerConfig, batches_of, denoiser_name, sample, using_sampler
 from fpq_lightning.storage.files import whole_directory, write_json
 
@@ -268,37 +269,6 @@ def noise_real_images(pipeline: DiffusionPipeline, source: str, column: str, n: 
     noise = torch.randn(clean.shape, generator=generator)
     noised = pipeline.scheduler.add_noise(clean, noise, timestep)
     return CalibrationSet({"sample": noised, "timestep": timestep}, torch.ones(n), {"return_dict": False})
-
-
-def load_images(source: str, column: str) -> datasets.Dataset:
-    """Opens a dataset of images: a parquet file, or the name or directory of a `datasets` dataset.
-
-    Raises:
-        ValueError: if it is empty or lacks the column.
-        FileNotFoundError: if it is not there.
-    """
-    try:
-        if source.endswith(".parquet"):
-            dataset = datasets.load_dataset("parquet", data_files=source, split="train")
-        elif (Path(source) / "dataset_info.json").is_file():
-            dataset = datasets.load_from_disk(source)
-        else:
-            dataset = datasets.load_dataset(source, split="train")
-    except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise FileNotFoundError(f"there is no dataset of images {source}: {str(error).splitlines()[0]}") from error
-    if column not in dataset.column_names:
-        raise ValueError(f"{source} has no column {column!r}; it has {', '.join(dataset.column_names)}")
-    if not len(dataset):
-        raise ValueError(f"{source} holds no images")
-    return dataset
-
-
-def image_tensor(image: Any, height: int, width: int) -> Tensor:
-    """A PIL image as `[3, height, width]`, float32 in [-1, 1]."""
-    resized = image.convert("RGB")
-    if resized.size != (width, height):
-        resized = resized.resize((width, height))
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
 def save_calibration_set(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fpq_lightning.evaluation import EvaluationConfig, compare, sample_variant
+from fpq_lightning.evaluation import EvaluationConfig, compare, image_settings, sample_variant
+from fpq_lightning.images import ImageDirectory
 from fpq_lightning.layers import Mode
 from fpq_lightning.pipelines import SamplerConfig
 from fpq_lightning.reconstruction.module import BlockReconstruction
+from fpq_lightning.runs import RunDirectory
 
 _SHOWN = 8
 
@@ -27,13 +30,25 @@ class ImageQuality(pl.Callback):
     Args:
         config: what quality is measured on.
         sampler: how images are sampled.
+        run: whose images these are; they are kept in its directory, so that evaluation goes on where it stopped.
     """
 
-    def __init__(self, config: EvaluationConfig, sampler: SamplerConfig) -> None:
+    def __init__(self, config: EvaluationConfig, sampler: SamplerConfig, run: RunDirectory) -> None:
         self.config = config
         self.sampler = sampler
+        self.run = run
         self.variants: dict[str, dict[str, Any]] = {}
         self.samples: dict[str, Tensor] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Finds what is missing before hours are spent."""
+        self.config.check()
+
+    def _directory(self, mode: Mode) -> ImageDirectory:
+        root = self.run.images if self.config.images is None else Path(self.config.images)
+        quantization = None if mode == "full_precision" else f"{self.run.fingerprint}, {mode}"
+        weights = self.run.parts["model"]["weights"]
+        return ImageDirectory(root / mode, image_settings(weights, self.sampler, quantization))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Samples and compares."""
@@ -48,18 +63,18 @@ class ImageQuality(pl.Callback):
 
             def images(mode: Mode, seeds: range) -> Tensor:
                 bar.set_description(f"sampling {mode.replace('_', ' ')}")
-                return sample_variant(pl_module.pipeline, self.sampler, seeds, mode, bar.update)
+                return sample_variant(pl_module.pipeline, self.sampler, seeds, mode, bar.update, self._directory(mode))
 
             reference = images("full_precision", self.config.seeds)
             other_seeds = range(self.config.seeds.stop, self.config.seeds.stop + n)
             others = images("full_precision", other_seeds)
             # The noise floor: what two full-precision sets differ by.
-            metrics = compare(self.config.metrics(), reference, others, device, same_seeds=False)
+            metrics = compare(self.config.metrics(device), reference, others, device, same_seeds=False)
             self._keep("full_precision", reference, metrics)
             modes: tuple[Mode, ...] = ("nearest", "learned")
             for mode in modes:
                 found = images(mode, self.config.seeds)
-                self._keep(mode, found, compare(self.config.metrics(), found, reference, device))
+                self._keep(mode, found, compare(self.config.metrics(device), found, reference, device))
         if device.type == "cuda":
             torch.cuda.empty_cache()
 

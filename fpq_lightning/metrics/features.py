@@ -21,6 +21,7 @@ class FeatureNetwork(nn.Module):
     A Fréchet distance on it is comparable only with itself and is called FD (cifar10-features), never FID.
     """
 
+    name = "cifar10-features"
     num_features = 256
     image_size = 32
 
@@ -35,13 +36,21 @@ class FeatureNetwork(nn.Module):
         self.head = nn.Linear(256, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features `[n, 256]` of images `[n, 3, 32, 32]` in [-1, 1]."""
+        """Features `[n, 256]` of images `[n, 3, height, width]` in [-1, 1], averaged over areas to 32 x 32."""
+        size = (self.image_size, self.image_size)
+        if images.shape[-2:] != size:
+            images = nn.functional.adaptive_avg_pool2d(images, size)
         pool = nn.functional.max_pool2d
         x = pool(self.d1(self.stem(images)), 2)
         x = x + self.r1(x)
         x = pool(self.d3(pool(self.d2(x), 2)), 2)
         x = x + self.r3(x)
         return x.mean(dim=(2, 3))
+
+    def describe(self, images: Tensor) -> dict[str, Tensor]:
+        """``pooled`` `[n, 256]` and ``logits`` `[n, 10]`."""
+        pooled = self(images)
+        return {"pooled": pooled, "logits": self.head(pooled)}
 
     @classmethod
     def load(cls, directory: str | Path) -> FeatureNetwork:

@@ -3,63 +3,40 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from fpq_lightning import distributed
+from fpq_lightning.metrics.distribution import DistributionMetrics
 
-_STATES = ("features_sum", "features_cov_sum", "features_num_samples")
-
-
-class FrechetDistance(FrechetInceptionDistance):
-    """Fréchet distance (Heusel et al. 2017) on any feature network that takes images in [-1, 1]."""
-
-    def __init__(self, features: nn.Module) -> None:
-        super().__init__(feature=features, reset_real_features=False)
-
-    def save_statistics(self, file: str | Path) -> None:
-        """Writes the sums that describe the reference images."""
-        save_file({name: getattr(self, f"real_{name}").cpu() for name in _STATES}, file)
-
-    def load_statistics(self, file: str | Path) -> None:
-        """Takes reference images from what `save_statistics` wrote.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-        """
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"there is no statistics file {file}: correct evaluation.real or set it to null")
-        if distributed.rank() == 0:  # the processes' sums are added up
-            for name, value in load_file(file).items():
-                setattr(self, f"real_{name}", value.to(self.device))
+_ALWAYS = ("fd", "fd_real", "psnr", "ssim")  # what reports may rely on
 
 
 class QualityMetrics(nn.Module):
     """All metrics of one set of images.
 
     Args:
-        features: network for Fréchet distances in image range [-1, 1], or None to leave them out.
-        real_statistics: file of `FrechetDistance.save_statistics` of real images, or None.
+        distributions: metrics on feature networks.
+        paired: further metrics that take images and their references, both `[n, 3, height, width]` in [-1, 1], by
+            name.
     """
 
     not_finite: Tensor
 
-    def __init__(self, features: nn.Module | None = None, real_statistics: str | Path | None = None) -> None:
+    def __init__(
+        self, distributions: Iterable[DistributionMetrics] = (), paired: Mapping[str, Metric] | None = None
+    ) -> None:
         super().__init__()
-        self.fd = None if features is None else FrechetDistance(features)
-        self.fd_real = None
-        if features is not None and real_statistics is not None:
-            self.fd_real = FrechetDistance(features)
-            self.fd_real.load_statistics(real_statistics)
+        self.distributions = nn.ModuleList(distributions)
         # Mean over images of 10 log10(4 / MSE).
-        self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0), dim=(1, 2, 3), reduction="elementwise_mean")
-        self.ssim = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))
+        psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0), dim=(1, 2, 3), reduction="elementwise_mean")
+        ssim = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))
+        self.paired = nn.ModuleDict({"psnr": psnr, "ssim": ssim, **(paired or {})})
         self.register_buffer("not_finite", torch.zeros(()))
 
     def update(self, images: Tensor, reference: Tensor, same_seeds: bool = True) -> None:
@@ -69,24 +46,44 @@ class QualityMetrics(nn.Module):
             images: `[n, 3, height, width]` in [-1, 1].
             reference: full-precision images.
             same_seeds: whether `reference` holds the same seeds, so that images can be compared one by one.
+
+        Raises:
+            ValueError: if the images are of different sizes.
         """
-        if not images.isfinite().all():
-            self.not_finite.fill_(1)
+        if images.shape[1:] != reference.shape[1:]:
+            raise ValueError(
+                f"images of {tuple(images.shape[1:])} cannot be compared with full-precision ones of "
+                f"{tuple(reference.shape[1:])}: evaluation.reference must make images of the same size"
+            )
+        broken = ~images.flatten(1).isfinite().all(1)
+        if broken.any():
+            self.not_finite += broken.sum()
             return
-        if self.fd is not None:
-            self.fd.update(images, real=False)
-            self.fd.update(reference, real=True)
-        if self.fd_real is not None:
-            self.fd_real.update(images, real=False)
-        if same_seeds:
-            self.psnr.update(images, reference)
-            self.ssim.update(images, reference)
+        for distribution in cast(Sequence[DistributionMetrics], self.distributions):
+            distribution.update(images, reference)
+        for metric in self.paired.values() if same_seeds else ():
+            cast(Metric, metric).update(images, reference)
 
     def compute(self, same_seeds: bool = True) -> dict[str, float | None]:
-        """fd, fd_real, psnr and ssim; None for what does not apply or is not finite."""
-        metrics: dict[str, Metric | None] = {"fd": self.fd, "fd_real": self.fd_real, "psnr": None, "ssim": None}
-        if same_seeds:
-            metrics |= {"psnr": self.psnr, "ssim": self.ssim}
-        finite = not distributed.sum_over_ranks(self.not_finite.clone())
-        values = {name: metric.compute().item() if metric and finite else None for name, metric in metrics.items()}
-        return {name: v if v is not None and math.isfinite(v) else None for name, v in values.items()}
+        """``fd``, ``fd_real``, ``psnr``, ``ssim`` and so on; None for what does not apply or is infinite.
+
+        If images were not finite, ``not_finite`` is their number and nothing else is computed.
+        """
+        if not_finite := int(distributed.sum_over_ranks(self.not_finite.clone())):
+            return {**dict.fromkeys(_ALWAYS), "not_finite": not_finite}
+        values: dict[str, float | None] = dict.fromkeys(_ALWAYS)
+        for distribution in cast(Sequence[DistributionMetrics], self.distributions):
+            values |= {_published(name, distribution.name): v for name, v in distribution.compute().items()}
+        for name, metric in self.paired.items():
+            value = cast(Metric, metric).compute().item() if same_seeds else None
+            values[name] = value if value is not None and math.isfinite(value) else None
+        return values
+
+
+def _published(name: str, network: str) -> str:
+    """The name of a metric, which on Inception features has one of its own."""
+    if network != "inception":
+        return name
+    kind, _, against = name.partition("_")
+    suffix = f"_{against}" if against else ""
+    return {"fd": "fid", "sfd": "sfid"}.get(kind, f"{kind}_inception") + suffix

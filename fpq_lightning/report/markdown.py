@@ -17,16 +17,41 @@ def _formats(chosen: dict[str, list[str]]) -> str:
     return ", ".join(f"{name} x{n}" for name, n in counts.most_common()) or "full precision"
 
 
+_COLUMNS = {  # of the table of variants: title and digits
+    "fd": ("FD", 3),
+    "fid": ("FID", 2),
+    "sfid": ("sFID", 2),
+    "kid": ("KID x1000", 2),
+    "kid_inception": ("KID (Inception) x1000", 2),
+    "precision": ("precision", 3),
+    "recall": ("recall", 3),
+    "is": ("IS", 2),
+    "is_inception": ("IS (Inception)", 2),
+    "psnr": ("PSNR dB", 2),
+    "ssim": ("SSIM", 4),
+    "lpips": ("LPIPS", 4),
+    "fd_real": ("FD to real", 2),
+    "fid_real": ("FID to real", 2),
+}
+
+
 def variants_table(variants: dict[str, dict[str, Any]]) -> str:
-    """Image quality by variant."""
+    """Image quality by variant: to full precision where nothing else is said."""
+    columns = {
+        name: title for name, title in _COLUMNS.items() if any(v.get(name) is not None for v in variants.values())
+    }
     lines = [
-        "| variant | FD to full precision | FD to real | PSNR dB | SSIM | images |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| variant | {' | '.join(title for title, _ in columns.values())} | images |",
+        f"|{' --- |' * (len(columns) + 2)}",
     ]
     for name, v in variants.items():
-        cells = [_cell(v["fd"], 3), _cell(v["fd_real"], 2), _cell(v["psnr"], 2), _cell(v["ssim"], 4)]
+        scale = {key: 1e3 if key.startswith("kid") else 1.0 for key in columns}
+        cells = [
+            _cell(None if v.get(key) is None else v[key] * scale[key], digits) for key, (_, digits) in columns.items()
+        ]
         label = "full precision, other seeds (noise floor)" if name == "full_precision" else f"{name} rounding"
-        lines.append(f"| {label} | {' | '.join(cells)} | {v['n_images']} |")
+        broken = f" ({v['not_finite']} not finite)" if v.get("not_finite") else ""
+        lines.append(f"| {label} | {' | '.join(cells)} | {v['n_images']}{broken} |")
     return "\n".join(lines)
 
 
@@ -44,7 +69,7 @@ def render_markdown(report: dict[str, Any]) -> str:
     if variants:
         parts += ["## Images", variants_table(variants)]
         n = next(iter(variants.values()))["n_images"]
-        if n < _FEW_IMAGES and any(v["fd"] is not None for v in variants.values()):
+        if n < _FEW_IMAGES and any(v.get("fd") is not None for v in variants.values()):
             parts.append(
                 f"Fréchet distances of {n} images only rank the variants; they are not comparable with figures of "
                 "other sample counts. All distances are FD (cifar10-features or the configured network), not FID."
