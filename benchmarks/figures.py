@@ -18,10 +18,10 @@ import torch
 import yaml
 
 import fpq_lightning as fpq
-from fpq_lightning.callbacks.report import weight_statistics
 from fpq_lightning.cli import find_config
 from fpq_lightning.evaluation import compare, sample_variant
 from fpq_lightning.pipelines import load_pipeline
+from fpq_lightning.statistics import weight_statistics
 
 REAL = "data/cifar10-features/cifar10_train.safetensors"
 

@@ -27,7 +27,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fpq_lightning import api
 from fpq_lightning.calibration.datamodule import CalibrationDataModule
-from fpq_lightning.callbacks import CalibrationProgress
+from fpq_lightning.callbacks import CalibrationProgress, QualityReport
 from fpq_lightning.evaluation import EvaluationConfig
 from fpq_lightning.generation import ImageGeneration, SeedDataModule, WriteImages
 from fpq_lightning.pipelines import SamplerConfig, load_pipeline
@@ -101,6 +101,8 @@ class FPQCommandLine(LightningCLI):
             parser.add_argument("--dry_run", type=bool, default=False, help="Only say what the run would take.")
             parser.add_argument("--checkpoint_steps", type=int, default=2500, help="Steps between checkpoints.")
             parser.add_lightning_class_args(CalibrationDataModule, "data")
+        if self._preparing == "test":
+            parser.add_argument("--output", type=str | None, default=None, help="Default: runs/<model>-test.")
         if self._preparing == "predict":
             parser.add_argument("--output", type=str, required=True, help="Directory for the images.")
             parser.add_argument("--n_images", type=int, default=16, help="Number of images.")
@@ -154,9 +156,12 @@ class FPQCommandLine(LightningCLI):
     def _prepare_test(self, options: Namespace) -> list[pl.Callback]:
         if not options.evaluation.n_images:
             raise ValueError("--evaluation.n_images must be at least 2 to evaluate a model")
+        output = Path(options.output or default_test_directory(options.model))
+        if options.evaluation.images is None:
+            options.evaluation.images = str(output / "images")
         self.model = ImageGeneration(options.model, options.sampler, options.evaluation)
         self.datamodule = SeedDataModule(options.evaluation.seeds, options.sampler.batch_size)
-        return []
+        return [QualityReport(options.model, output)]
 
     def _prepare_predict(self, options: Namespace) -> list[pl.Callback]:
         if options.n_images < 1:
@@ -193,6 +198,12 @@ def default_run_dir(model: str, recipe: Recipe) -> str:
 
     stem = Path(model).name or Path(model).resolve().name
     return f"runs/{stem}-{name(recipe.weights.formats)}-{name(recipe.activations.formats)}"
+
+
+def default_test_directory(model: str) -> str:
+    """``runs/<model>-test``; a model in a run directory has the name of the run."""
+    path = Path(model).resolve() if Path(model).exists() else Path(model)
+    return f"runs/{path.parent.name if path.name == 'quantized' else path.name}-test"
 
 
 def _quiet() -> None:

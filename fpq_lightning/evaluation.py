@@ -28,6 +28,7 @@ from fpq_lightning.pipelines import SamplerConfig, batches_of, denoiser_name, sa
 SHIPPED_FEATURES = "cifar10-features"
 _DATA = (Path(__file__).parent / "data", Path(__file__).parents[1] / "data")
 _BATCH = 250
+SHOWN = 32  # images of each variant in a report
 
 
 def find_features(name: str) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from diffusers import DiffusionPipeline
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fpq_lightning import distributed
-from fpq_lightning.evaluation import EvaluationConfig, full_float32, image_settings, sample_images
+from fpq_lightning.evaluation import SHOWN, EvaluationConfig, full_float32, image_settings, sample_images
 from fpq_lightning.images import ImageDirectory, save_png
 from fpq_lightning.pipelines import SamplerConfig, batches_of, denoiser_name, load_pipeline, sample, set_sampler
 from fpq_lightning.runs import hash_weights
@@ -79,6 +78,9 @@ class ImageGeneration(pl.LightningModule):
                         "--evaluation.reference"
                     ) from error
         self.evaluation = evaluation
+        self.variant = "quantized" if self.quantized else "images"
+        self.values: dict[str, Any] = {}  # of the test
+        self.shown: dict[str, list[Tensor]] = {}  # its first images
         self._directories: dict[str, ImageDirectory] = {}
 
     def setup(self, stage: str) -> None:
@@ -90,19 +92,24 @@ class ImageGeneration(pl.LightningModule):
         if self.evaluation is not None:
             self.evaluation.check()
             self.metrics = self.evaluation.metrics(self.trainer.strategy.root_device)
-            self._keep_images(self.evaluation)
+            for variant, settings in self.settings().items() if self.evaluation.images is not None else ():
+                self._directories[variant] = ImageDirectory(Path(str(self.evaluation.images)) / variant, settings)
 
-    def _keep_images(self, evaluation: EvaluationConfig) -> None:
-        variants = {"quantized" if self.quantized else "images": self.pipeline, "full_precision": self.reference}
-        for name, pipeline in variants.items() if evaluation.images is not None else ():
-            if pipeline is not None:
-                weights = hash_weights(getattr(pipeline, denoiser_name(pipeline)))
-                settings = image_settings(weights, self.sampler)
-                self._directories[name] = ImageDirectory(Path(str(evaluation.images)) / name, settings)
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """What decides the images of each variant."""
+        variants = {self.variant: self.pipeline, "full_precision": self.reference}
+        return {
+            name: image_settings(hash_weights(getattr(pipeline, denoiser_name(pipeline))), self.sampler)
+            for name, pipeline in variants.items()
+            if pipeline is not None
+        }
 
     def _images(self, pipeline: DiffusionPipeline, seeds: Sequence[int]) -> Tensor:
-        name = "full_precision" if pipeline is self.reference else "quantized" if self.quantized else "images"
-        return sample_images(pipeline, self.sampler, seeds, self._directories.get(name)).to(self.device)
+        variant = "full_precision" if pipeline is self.reference else self.variant
+        images = sample_images(pipeline, self.sampler, seeds, self._directories.get(variant))
+        shown = self.shown.setdefault(variant, [])
+        shown.append(images[: max(0, SHOWN - sum(map(len, shown)))])
+        return images.to(self.device)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Compares the images of a batch of seeds."""
@@ -117,8 +124,10 @@ class ImageGeneration(pl.LightningModule):
         values = self.metrics.compute()
         if self.reference is None:
             values = {name: value for name, value in values.items() if name.endswith("_real") or name == "is"}
+        n_images = len(cast(EvaluationConfig, self.evaluation).seeds)
+        self.values = {**dict.fromkeys(("fd", "fd_real", "psnr", "ssim")), **values, "n_images": n_images}
         # They are those of all processes already.
-        self.log_dict({k: math.nan if v is None else v for k, v in values.items()}, rank_zero_only=True)
+        self.log_dict({k: v for k, v in values.items() if v is not None}, rank_zero_only=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Images of a batch of seeds and prompts."""

@@ -29,6 +29,11 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
+def device_name(device: torch.device) -> str:
+    """What a device is called in reports."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def hash_weights(model: nn.Module) -> str:
     """A hash of the names, shapes and values of a model's weights."""
     digest = hashlib.blake2b(digest_size=16)

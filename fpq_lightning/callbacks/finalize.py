@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from fpq_lightning.reconstruction.module import BlockReconstruction
 from fpq_lightning.runs import RunDirectory
+from fpq_lightning.statistics import weight_statistics
 from fpq_lightning.storage.quantized import save_quantized
 
 
@@ -35,5 +36,6 @@ class FinalizeQuantization(pl.Callback):
             "recipe": pl_module.recipe.to_dict(),
             "version": version("fpq-lightning"),
             "fingerprint": self.run.fingerprint,
+            **weight_statistics(pl_module.denoiser),
         }
         save_quantized(pl_module.pipeline, self.run.quantized, details)

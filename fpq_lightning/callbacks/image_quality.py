@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fpq_lightning.evaluation import EvaluationConfig, compare, image_settings, sample_variant
+from fpq_lightning.evaluation import SHOWN, EvaluationConfig, compare, image_settings, sample_variant
 from fpq_lightning.images import ImageDirectory
 from fpq_lightning.layers import Mode
 from fpq_lightning.pipelines import SamplerConfig
 from fpq_lightning.reconstruction.module import BlockReconstruction
 from fpq_lightning.runs import RunDirectory
-
-_SHOWN = 8
 
 
 class ImageQuality(pl.Callback):
@@ -79,6 +77,6 @@ class ImageQuality(pl.Callback):
             torch.cuda.empty_cache()
 
     def _keep(self, variant: str, images: Tensor, metrics: dict[str, Any]) -> None:
-        self.samples[variant] = images[:_SHOWN]
+        self.samples[variant] = images[:SHOWN]
         seeds = self.config.seeds
         self.variants[variant] = {**metrics, "seeds": [seeds.start, seeds.stop - 1]}

@@ -11,12 +11,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from fpq_lightning.callbacks.image_quality import ImageQuality
-from fpq_lightning.layers import LayerQuantization, quantized_layers
+from fpq_lightning.pipelines import denoiser_name
 from fpq_lightning.reconstruction.module import BlockReconstruction
-from fpq_lightning.report.markdown import render_markdown
-from fpq_lightning.report.pictures import save_samples
-from fpq_lightning.runs import RunDirectory, versions
-from fpq_lightning.storage.files import whole_file, write_json
+from fpq_lightning.report.files import write_reports
+from fpq_lightning.runs import RunDirectory, device_name, versions
+from fpq_lightning.statistics import activation_ranges, layer_statistics, weight_statistics
+from fpq_lightning.storage.files import weights_size
 
 SCHEMA_VERSION = 1
 
@@ -28,35 +28,8 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-@torch.no_grad()
-def weight_statistics(module: torch.nn.Module) -> dict[str, float | None]:
-    """Bits a weight (codes and scales) and share of exact zeros over the quantized weights, and their share of all.
-
-    The first two are None without any.
-    """
-    bits = zeros = total = 0.0
-    for layer in quantized_layers(module).values():
-        quantization = dict(layer.variants.items()).get("learned")
-        if not isinstance(quantization, LayerQuantization) or not quantization.weights:
-            continue
-        weight = layer.quantized_weight(quantization)
-        total += weight.numel()
-        zeros += (weight == 0).sum().item()
-        for quantizer, rows in zip(quantization.weights, layer.weight_rows(), strict=True):
-            extra = [t for t in (quantizer.scale, quantizer.offset) if t is not None]
-            bits += rows.numel() * quantizer.format.bits + 32 * sum(t.numel() for t in extra)
-    every = sum(
-        p.numel() for name, p in module.named_parameters() if name.endswith("weight") and ".variants." not in name
-    )
-    return {
-        "weight_bits": bits / total if total else None,
-        "sparsity": zeros / total if total else None,
-        "quantized_share": total / every,
-    }
-
-
 class RunReport(pl.Callback):
-    """At the end of a run writes `samples.png`, `report.md` and, last, `report.json`.
+    """At the end of a run writes `samples.png`, `report.md`, `report.html` and, last, `report.json`.
 
     Args:
         run: where to.
@@ -78,17 +51,12 @@ class RunReport(pl.Callback):
         assert isinstance(pl_module, BlockReconstruction)
         if not pl_module.finished:
             return
-        report = self.report(pl_module)
-        if self.quality.samples:
-            with whole_file(self.run.path / "samples.png") as temporary:
-                save_samples(self.quality.samples, temporary)
-        with whole_file(self.run.path / "report.md") as temporary:
-            temporary.write_text(render_markdown(report))
-        write_json(self.run.report, report)
+        write_reports(self.run.path, self.report(pl_module), self.quality.samples)
 
     def report(self, module: BlockReconstruction) -> dict[str, Any]:
         """The contents of `report.json`."""
         calibration = module.calibration
+        layers = layer_statistics(module.denoiser)
         return {
             "schema_version": SCHEMA_VERSION,
             "fingerprint": self.run.fingerprint,
@@ -102,7 +70,10 @@ class RunReport(pl.Callback):
                 "samples": calibration.n,
                 "seeds": [calibration.seed],
             },
-            **weight_statistics(module.denoiser),
-            "device": torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else "cpu",
+            **weight_statistics(module.denoiser, layers),
+            "layers": layers,
+            "activation_ranges": activation_ranges(module.denoiser, calibration.set, calibration.micro_batch),
+            "disk_bytes": weights_size(self.run.quantized / denoiser_name(module.pipeline)),
+            "device": device_name(module.device),
             "versions": versions(),
         }

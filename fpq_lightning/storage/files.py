@@ -72,3 +72,8 @@ def shorten(differences: list[str]) -> str:
     """The first few in one line."""
     more = len(differences) - 3
     return "; ".join(differences[:3]) + (f"; and {more} more" if more > 0 else "")
+
+
+def weights_size(directory: Path) -> int:
+    """Bytes of the weight files of a model's directory."""
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
