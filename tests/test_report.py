@@ -53,11 +53,7 @@ def _report(**changes: Any) -> dict[str, Any]:
         "schema_version": 1,
         "model": "a <b>model</b>",
         "fingerprint": "abc",
-        "variants": {
-            "full_precision": {**variant, "psnr": None},
-            "nearest": variant,
-            "learned": {**variant, "fd": 0.5},
-        },
+        "variants": {"full_precision": full_precision, "nearest": variant, "learned": learned},
         "blocks": [_block(i) for i in range(4)],
         "calibration": {"seconds": 10.0, "peak_memory_bytes": 2**30, "samples": 16, "seeds": [0]},
         "weight_bits": 4.06,
