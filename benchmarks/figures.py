@@ -18,9 +18,9 @@ import torch
 import yaml
 
 import fpq_lightning as fpq
-from fpq_lightning.cli import find_config
 from fpq_lightning.evaluation import compare, sample_variant
 from fpq_lightning.pipelines import load_pipeline
+from fpq_lightning.shipped import find_config
 from fpq_lightning.statistics import weight_statistics
 
 REAL = "data/cifar10-features/cifar10_train.safetensors"

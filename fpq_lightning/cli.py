@@ -1,10 +1,11 @@
-"""The command line: ``fpq fit | test | predict``, a LightningCLI.
+"""The command line: ``fpq fit | test | predict``, a LightningCLI, and ``fpq study``.
 
 Examples:
     fpq fit --config configs/quickstart.yaml
     fpq fit --config fp4_fp8 --model PATH_OR_HUB_ID
     fpq test --model runs/quickstart/quantized
     fpq predict --model runs/quickstart/quantized --output images
+    fpq study --config study/cifar10
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import datasets
 import lightning.pytorch as pl
 import torch
 from diffusers.utils import logging as diffusers_logging
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -34,26 +35,11 @@ from fpq_lightning.pipelines import SamplerConfig, load_pipeline
 from fpq_lightning.recipes import Recipe
 from fpq_lightning.reconstruction.module import BlockReconstruction
 from fpq_lightning.runs import RunDirectory, RunState
+from fpq_lightning.shipped import find_config
 from fpq_lightning.storage.quantized import is_quantized
-
-_CONFIGS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
-
-
-def find_config(name: str) -> str:
-    """A configuration file: a path, or the name of a shipped one such as ``fp4_fp8``.
-
-    Raises:
-        FileNotFoundError: if it is neither.
-    """
-    if Path(name).is_file():
-        return name
-    root = next((c for c in _CONFIGS if c.is_dir()), _CONFIGS[0])
-    stem = name.removesuffix(".yaml")
-    shipped = {str(f.relative_to(root).with_suffix("")): f for f in sorted(root.rglob("*.yaml"))}
-    for key, file in shipped.items():
-        if stem in (key, f"configs/{key}", Path(key).name):
-            return str(file)
-    raise FileNotFoundError(f"there is no configuration {name}: give a YAML file or one of {', '.join(shipped)}")
+from fpq_lightning.study.config import StudyConfig
+from fpq_lightning.study.run import Study
+from fpq_lightning.study.table import write_table
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -206,6 +192,22 @@ def default_test_directory(model: str) -> str:
     return f"runs/{path.parent.name if path.name == 'quantized' else path.name}-test"
 
 
+def study(arguments: list[str]) -> None:
+    """``fpq study``: a grid of recipes on one model, which is no run of a Trainer."""
+    parser = ArgumentParser(prog="fpq study", description="Computes the missing rows of a study, and its table.")
+    parser.add_argument("--config", action="config", help="YAML file; a shipped one by name.")
+    parser.add_class_arguments(StudyConfig)
+    parser.add_argument("--only", type=list[str], default=[], help="Rows to compute; all by default.")
+    options = parser.instantiate_classes(parser.parse_args(arguments))
+    only = options.pop("only")
+    options.pop("config", None)
+    config = StudyConfig(**vars(options))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    Study(config, device).run(only)
+    for file in write_table(Path(config.output), list(config.rows)):
+        print(f"wrote {file}")
+
+
 def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*torch_dtype.*")
     warnings.filterwarnings("ignore", message=".*num_workers.*")
@@ -231,6 +233,9 @@ def main(arguments: list[str] | None = None) -> None:
                 arguments[i] = find_config(argument)
             elif argument.startswith("--config="):
                 arguments[i] = f"--config={find_config(argument.removeprefix('--config='))}"
+        if arguments[:1] == ["study"]:
+            study(arguments[1:])
+            return
         FPQCommandLine(
             trainer_defaults=api.TRAINER_DEFAULTS,
             args=arguments,

@@ -121,7 +121,7 @@ def estimate_run(
     micro_batch = min(data.micro_batch, 32)
     rows = torch.arange(micro_batch) % len(probe)
     forward = _seconds_per_sample(denoiser, probe.batch(rows, device), micro_batch, device)
-    plan = discover_units(denoiser, recipe.include, recipe.exclude)
+    plan = discover_units(denoiser, recipe.include, recipe.exclude, recipe.units == "layer")
     units, _ = trace_units(denoiser, plan, probe.batch(slice(0, 1), device))
     replay = NetworkReplay(denoiser, units, probe, data.make_store(device), micro_batch, recipe.quantized_inputs)
     # Of the first process, which has no fewer samples than any other.

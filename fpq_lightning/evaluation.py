@@ -24,17 +24,10 @@ from fpq_lightning.metrics.features import FeatureNetwork
 from fpq_lightning.metrics.inception import InceptionNetwork
 from fpq_lightning.metrics.quality import QualityMetrics
 from fpq_lightning.pipelines import SamplerConfig, batches_of, denoiser_name, sample, using_sampler
+from fpq_lightning.shipped import FEATURES, find_features
 
-SHIPPED_FEATURES = "cifar10-features"
-_DATA = (Path(__file__).parent / "data", Path(__file__).parents[1] / "data")
 _BATCH = 250
 SHOWN = 32  # images of each variant in a report
-
-
-def find_features(name: str) -> str:
-    """A directory of a feature network: as named, or the shipped one."""
-    places = [Path(name), *(root / name for root in _DATA)] if name == SHIPPED_FEATURES else [Path(name)]
-    return str(next((place for place in places if place.is_dir()), places[0]))
 
 
 @dataclass
@@ -61,7 +54,7 @@ class EvaluationConfig:
 
     n_images: int = 64
     seed: int = 0
-    features: str | None = SHIPPED_FEATURES
+    features: str | None = FEATURES
     inception: str | None = None
     lpips: Literal["alex", "vgg", "squeeze"] | None = None
     real: str | None = None

@@ -90,6 +90,7 @@ class Recipe:
         include: glob pattern or patterns of layer names; a layer must match one.
         exclude: glob pattern or patterns of layer names that stay in full precision.
         hardware_types: take families (``fp4``, ``fp6``, ``fp8``) as the types that tensor cores know.
+        units: what is reconstructed at once: a ``block``, or each ``layer`` alone.
         split_skips: one quantizer for each piece of a concatenation that a layer reads.
         quantized_inputs: reconstruct a unit from the inputs that the quantized network gives it rather than those
             of the full-precision one.
@@ -102,6 +103,7 @@ class Recipe:
     include: list[str] | str = field(default_factory=lambda: ["*"])
     exclude: list[str] | str = field(default_factory=list)
     hardware_types: bool = False
+    units: Literal["block", "layer"] = "block"
     split_skips: bool = True
     quantized_inputs: bool = True
     correct_biases: bool = True

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from models import CHECKOUT, fit_arguments, run_fpq, save_tiny
 
-CONFIGS = sorted((CHECKOUT / "configs").rglob("*.yaml"))
+STUDIES = sorted((CHECKOUT / "configs" / "study").glob("*.yaml"))
+CONFIGS = sorted({*(CHECKOUT / "configs").rglob("*.yaml")} - {*STUDIES})
 RECIPES = [file for file in CONFIGS if file.parent.name == "recipes"]
 
 

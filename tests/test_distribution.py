@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fpq_lightning.evaluation import find_features
 from fpq_lightning.metrics.distribution import DistributionMetrics
 from fpq_lightning.metrics.features import FeatureNetwork
 from fpq_lightning.metrics.frechet import FrechetDistance
 from fpq_lightning.metrics.kernel import KernelDistance
 from fpq_lightning.metrics.quality import QualityMetrics
+from fpq_lightning.shipped import find_features
 
 GOLDEN = Path(__file__).parent / "golden"
 

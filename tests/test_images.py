@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fpq_lightning.evaluation import (
     EvaluationConfig,
-    find_features,
     full_float32,
     image_settings,
     sample_images,
@@ -26,6 +25,7 @@ from fpq_lightning.images import ImageDirectory, from_bytes, load_images, load_p
 from fpq_lightning.metrics.features import FeatureNetwork
 from fpq_lightning.metrics.frechet import FrechetDistance
 from fpq_lightning.pipelines import SamplerConfig, sample, set_sampler
+from fpq_lightning.shipped import find_features
 
 SETTINGS = {"weights": "abc", "sampler": {"steps": 4}}
 

@@ -83,11 +83,19 @@ def select_layers(names: Sequence[str], include: Sequence[str], exclude: Sequenc
     return chosen
 
 
-def discover_units(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[Unit]:
+def discover_units(
+    model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = (), by_layer: bool = False
+) -> list[Unit]:
     """Finds the units of a network, in the order of the module tree.
 
     Every quantizable layer is in exactly one unit. A unit none of whose layers is chosen is listed all the same, so
     that its output can be carried along.
+
+    Args:
+        model: the network.
+        include: patterns of `select_layers`.
+        exclude: likewise.
+        by_layer: make every layer a unit of its own, as AdaRound does.
 
     Raises:
         ValueError: if a pattern matches nothing or the network has no quantizable layer.
@@ -97,7 +105,8 @@ def discover_units(model: nn.Module, include: Sequence[str] = ("*",), exclude: S
         raise ValueError(f"{type(model).__name__} has no Linear or Conv layer to quantize")
     chosen = select_layers(names, include, exclude)
     units: list[Unit] = []
-    for name, module in _walk(model, "", is_root=True):
+    layers_alone = ((name, module) for name, module in model.named_modules() if is_quantizable(module))
+    for name, module in layers_alone if by_layer else _walk(model, "", is_root=True):
         if any(module is unit.module for unit in units):
             continue  # a module may have several names
         layers = {

@@ -52,7 +52,7 @@ class BlockReconstruction(pl.LightningModule):
         self.recipe = recipe
         self.denoiser: nn.Module = getattr(pipeline, denoiser_name(pipeline)).eval().requires_grad_(False)
         self.strict_loading = False
-        self._plan = discover_units(self.denoiser, recipe.include, recipe.exclude)
+        self._plan = discover_units(self.denoiser, recipe.include, recipe.exclude, recipe.units == "layer")
         self._check_weights()
         self.units: list[Unit] = []
         self.reports: list[UnitReport] = []

@@ -1,0 +1,1 @@
+"""Studies: a grid of recipes on one model, one table."""

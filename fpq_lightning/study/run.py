@@ -1,0 +1,192 @@
+"""Computing the rows of a study."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from fpq_lightning.api import quantize
+from fpq_lightning.calibration.datamodule import CalibrationDataModule
+from fpq_lightning.evaluation import compare, image_settings, sample_variant
+from fpq_lightning.images import ImageDirectory
+from fpq_lightning.layers import Mode
+from fpq_lightning.pipelines import denoiser_name, load_pipeline
+from fpq_lightning.recipes import Recipe
+from fpq_lightning.runs import device_name, fingerprint, hash_weights, versions
+from fpq_lightning.statistics import weight_statistics
+from fpq_lightning.storage.files import differences, shorten, write_json
+from fpq_lightning.study.config import StudyConfig
+from fpq_lightning.study.trajectory import trajectory_errors
+
+SEED_NOISE = "seed_noise"
+
+
+class Study:
+    """Rows that are there are not computed again; what they share is made once.
+
+    Args:
+        config: of the study.
+        device: the compute device.
+
+    Raises:
+        ValueError: if a row cannot be built, or one that is there was made otherwise.
+    """
+
+    def __init__(self, config: StudyConfig, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.output = Path(config.output)
+        self.built = {name: config.build(name) for name in config.rows}
+        config.evaluation.check()
+        self._weights = hash_weights(getattr(self._pipeline(), denoiser_name(self._pipeline())))
+        self.scratch = Path(config.scratch) / self._weights[:8]
+        self.settings = {key: self._settings(*key) for key in self._keys()}
+        for key, settings in self.settings.items():
+            self._check(self.file(*key), settings)
+
+    def _pipeline(self) -> DiffusionPipeline:
+        return load_pipeline(self.config.model).to(self.device)
+
+    def _keys(self) -> Iterator[tuple[str, str]]:
+        for name, row in self.config.rows.items():
+            for variant in row.variants or (SEED_NOISE,):
+                yield name, str(variant)
+
+    def file(self, name: str, variant: str) -> Path:
+        """The file of a row."""
+        return self.output / "rows" / f"{name}.{variant}.json"
+
+    def _settings(self, name: str, variant: str) -> dict[str, Any]:
+        """Everything that decides a row."""
+        evaluation = self.config.evaluation
+        judged = {"n_images": evaluation.n_images, "seed": evaluation.seed, "real": evaluation.real}
+        images = image_settings(self._weights, self.config.sampler)
+        settings: dict[str, Any] = {"variant": variant, "images": images, "evaluation": judged}
+        if variant != SEED_NOISE:
+            recipe, data = self.built[name]
+            settings |= {"recipe": recipe.to_dict(), "data": data.identity(), "tf32": self.config.tf32}
+        return json.loads(json.dumps(settings))
+
+    def _check(self, file: Path, settings: dict[str, Any]) -> None:
+        if file.is_file() and (changed := differences(json.loads(file.read_text())["settings"], settings)):
+            raise ValueError(f"{file} was made otherwise ({shorten(changed)}): delete it or rename the row")
+
+    def missing(self, only: Sequence[str] = ()) -> dict[str, list[str]]:
+        """Variants that are still to be computed, by row.
+
+        Raises:
+            ValueError: if `only` names a row that there is not.
+        """
+        if unknown := [name for name in only if name not in self.config.rows]:
+            raise ValueError(f"the study has no row {unknown[0]!r}; it has {', '.join(self.config.rows)}")
+        found: dict[str, list[str]] = {}
+        for name, variant in self._keys():
+            if (not only or name in only) and not self.file(name, variant).is_file():
+                found.setdefault(name, []).append(variant)
+        return found
+
+    def run(self, only: Sequence[str] = ()) -> None:
+        """Computes what is missing, a file for each row as soon as it is known."""
+        for name, variants in self.missing(only).items():
+            if variants == [SEED_NOISE]:
+                self._seed_noise(name)
+            else:
+                self._recipe(name, variants)
+
+    # --- rows --------------------------------------------------------------------------------------------------
+
+    def _images(self, pipeline: DiffusionPipeline, mode: Mode, seeds: range) -> torch.Tensor:
+        directory = None
+        if mode == "full_precision":
+            settings = image_settings(self._weights, self.config.sampler)
+            directory = ImageDirectory(self.scratch / "full_precision", settings)
+        return sample_variant(pipeline, self.config.sampler, seeds, mode, directory=directory)
+
+    def _write(self, name: str, variant: str, values: dict[str, Any]) -> None:
+        row = {
+            "name": name,
+            "variant": variant,
+            "group": self.config.rows[name].group,
+            "model": self.config.model,
+            **values,
+            "settings": self.settings[name, variant],
+            "hardware": device_name(self.device),
+            "versions": versions(),
+            "date": str(date.today()),
+        }
+        write_json(self.file(name, variant), row)
+        shown = {k: round(v, 3) for k, v in values["metrics"].items() if isinstance(v, float)}
+        print(f"{name} ({variant}): {shown}", flush=True)
+
+    def _seed_noise(self, name: str) -> None:
+        pipeline, seeds = self._pipeline(), self.config.evaluation.seeds
+        reference = self._images(pipeline, "full_precision", seeds)
+        others = self._images(pipeline, "full_precision", range(seeds.stop, seeds.stop + len(seeds)))
+        metrics = compare(self.config.evaluation.metrics(self.device), others, reference, self.device, same_seeds=False)
+        self._write(name, SEED_NOISE, {"metrics": metrics})
+
+    def _recipe(self, name: str, variants: list[str]) -> None:
+        recipe, data = self.built[name]
+        pipeline, start = self._pipeline(), time.perf_counter()
+        self._calibrate(name, pipeline, recipe, data)
+        seconds = time.perf_counter() - start
+        pipeline.to(self.device)
+        seeds = self.config.evaluation.seeds
+        reference = self._images(pipeline, "full_precision", seeds)
+        shared = {
+            **weight_statistics(getattr(pipeline, denoiser_name(pipeline))),
+            "weights": recipe.weights.formats,
+            "activations": recipe.activations.formats,
+            "iterations": recipe.rounding.iterations if recipe.rounding.learned else 0,
+            "samples": data.n_samples,
+            "calibration_seconds": seconds,
+        }
+        modes: dict[str, Mode] = {"nearest": "nearest", "learned": "learned"}
+        for variant in variants:
+            images = self._images(pipeline, modes[variant], seeds)
+            metrics = compare(self.config.evaluation.metrics(self.device), images, reference, self.device)
+            values = {**shared, "metrics": metrics}
+            if n := self.config.trajectories:
+                first = range(seeds.start, seeds.start + n)
+                values["trajectory"] = trajectory_errors(pipeline, self.config.sampler, first, modes[variant])
+            self._write(name, variant, values)
+
+    def _calibrate(self, name: str, pipeline: DiffusionPipeline, recipe: Recipe, data: CalibrationDataModule) -> None:
+        made_from = {
+            k: v for k, v in data.identity().items() if k not in ("held_out_fraction", "n_search", "store_dtype")
+        }
+        key = fingerprint({**made_from, "sampler": asdict(self.config.sampler), "weights": self._weights})
+        data.directory = data.directory or str(self.scratch / f"calibration-{key}")
+        run_dir = self.scratch / "runs" / fingerprint(self.settings[name, self.config.rows[name].variants[0]])
+        (run_dir / "report.json").unlink(missing_ok=True)  # of a run whose rows were not written: it is opened again
+        with _tf32(self.config.tf32):
+            quantize(
+                pipeline,
+                recipe,
+                run_dir,
+                data,
+                self.config.sampler,
+                base_model=self.config.model,
+                ckpt_path="last",
+                accelerator="cpu" if self.device.type == "cpu" else "auto",
+                logger=False,
+            )
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

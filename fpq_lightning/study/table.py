@@ -1,0 +1,178 @@
+"""The table and the figures of a study, from whatever rows are there."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from fpq_lightning.storage.files import whole_file
+
+_COLUMNS = (  # key, title, digits
+    ("weights", "weights", None),
+    ("activations", "activations", None),
+    ("weight_bits", "bits a weight", 2),
+    ("iterations", "iterations", None),
+    ("samples", "samples", None),
+    ("fd", "FD", 3),
+    ("fd_real", "FD to real", 2),
+    ("fid", "FID", 2),
+    ("kid", "KID x1000", 2),
+    ("precision", "precision", 3),
+    ("recall", "recall", 3),
+    ("psnr", "PSNR dB", 2),
+    ("ssim", "SSIM", 4),
+    ("sparsity", "zero weights", 3),
+)
+_FLOAT, _INTEGER = "#2563a8", "#c2702e"
+
+
+def read_rows(output: Path, order: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """All rows in a study's directory, those of the study in its order and others after them.
+
+    Raises:
+        ValueError: if a file cannot be read.
+    """
+    rows = []
+    for file in sorted((output / "rows").glob("*.json")):
+        try:
+            row = json.loads(file.read_text())
+            row["metrics"], row["name"], row["variant"], row["group"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"the row {file} cannot be read ({error}): delete it") from error
+        rows.append(row)
+    places = {name: i for i, name in enumerate(order)}
+    variants = {"nearest": 0, "learned": 1}
+    rows.sort(key=lambda row: (places.get(row["name"], len(places)), row["name"], variants.get(row["variant"], 2)))
+    return rows
+
+
+def _value(row: dict[str, Any], key: str) -> Any:
+    value = row.get(key, row["metrics"].get(key))
+    if isinstance(value, list):
+        return " ".join(value)
+    return 1e3 * value if key == "kid" and value is not None else value
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    cells = [row["name"], {"seed_noise": "-"}.get(row["variant"], row["variant"])]
+    for key, _, digits in _COLUMNS:
+        value = _value(row, key)
+        cells.append("-" if value is None else str(value) if digits is None else f"{value:.{digits}f}")
+    return cells
+
+
+def _used(rows: Sequence[dict[str, Any]]) -> list[int]:
+    """The columns that some row has a value for."""
+    filled = [i for i, (key, *_) in enumerate(_COLUMNS, start=2) if any(_value(row, key) is not None for row in rows)]
+    return [0, 1, *filled]
+
+
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table for each group of rows, and where they were computed."""
+    header = ["row", "rounding", *(title for _, title, _ in _COLUMNS)]
+    parts = []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        members = [row for row in rows if row["group"] == group]
+        columns = _used(members)
+        lines = [[header[i] for i in columns], ["---"] * len(columns)]
+        lines += [[_cells(row)[i] for i in columns] for row in members]
+        parts += [f"### {group}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    places = dict.fromkeys(
+        f"{row['hardware']}, torch {row['versions']['torch']}, {row['metrics']['n_images']} images, {row['date']}"
+        for row in rows
+    )
+    parts.append("Computed on: " + "; ".join(places) + ".")
+    return "\n\n".join(parts) + "\n"
+
+
+def csv_table(rows: Sequence[dict[str, Any]]) -> str:
+    """All columns and rows, unrounded."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    keys = [key for key, *_ in _COLUMNS]
+    writer.writerow(["name", "variant", "group", *keys, "n_images", "hardware", "date"])
+    for row in rows:
+        values = [row.get(key, row["metrics"].get(key)) for key in keys]
+        written = [" ".join(value) if isinstance(value, list) else value for value in values]
+        place = [row["metrics"]["n_images"], row["hardware"], row["date"]]
+        writer.writerow([row["name"], row["variant"], row["group"], *written, *place])
+    return text.getvalue()
+
+
+def _is_integer(row: dict[str, Any]) -> bool:
+    return "int" in str(row.get("weights"))
+
+
+def quality_figure(rows: Sequence[dict[str, Any]], metric: str, label: str) -> Figure:
+    """Quality against bits a weight; floating point and integers, nearest and learned rounding apart."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for row in rows:
+        value = row["metrics"].get(metric)
+        if value is None or row.get("weight_bits") is None:
+            continue
+        color = _INTEGER if _is_integer(row) else _FLOAT
+        filled = row["variant"] == "learned"
+        axis.scatter(row["weight_bits"], value, color=color if filled else "none", edgecolors=color, s=36)
+        axis.annotate(row["name"], (row["weight_bits"], value), xytext=(5, 3), textcoords="offset points", fontsize=7)
+    for color, name in ((_FLOAT, "floating point"), (_INTEGER, "integer")):
+        axis.scatter([], [], color=color, label=f"{name}, learned")
+        axis.scatter([], [], color="none", edgecolors=color, label=f"{name}, nearest")
+    noise = next((row["metrics"].get(metric) for row in rows if row["variant"] == "seed_noise"), None)
+    if noise is not None:
+        axis.axhline(noise, color="#888", lw=1, ls="--", label="other seeds")
+    if metric == "fd":
+        axis.set_yscale("log")
+    axis.set_xlabel("bits a weight, scales included")
+    axis.set_ylabel(label)
+    axis.legend(frameon=False, fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def trajectory_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Error along the trajectory: of the denoiser's output on right states, and of the states reached."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharex=True)
+    for row in rows:
+        style = "-" if row["variant"] == "learned" else ":"
+        found = row["trajectory"]
+        for axis, key in zip(axes, ("output", "state"), strict=True):
+            # The first state is noise, the same for all.
+            points = [(t, e) for t, e in zip(found["timesteps"], found[key], strict=True) if e > 0]
+            axis.plot(*zip(*points, strict=True), style, lw=1.2, label=f"{row['name']}, {row['variant']}")
+    for axis, title in zip(axes, ("error of the output on full-precision states", "error of the states"), strict=True):
+        axis.set_yscale("log")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("timestep (sampling goes left to right)")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_xaxis()
+    axes[0].set_ylabel("relative mean square")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=7, loc="outside right upper")
+    return figure
+
+
+def write_table(output: Path, order: Sequence[str] = ()) -> list[Path]:
+    """Writes `table.md`, `table.csv` and the figures of all rows that are there; returns what was written."""
+    rows = read_rows(output, order)
+    if not rows:
+        return []
+    texts = {"table.md": markdown_table(rows), "table.csv": csv_table(rows)}
+    for name, text in texts.items():
+        with whole_file(output / name) as temporary:
+            temporary.write_text(text)
+    first = [row for row in rows if row["group"] == rows[0]["group"] or row["variant"] == "seed_noise"]
+    figures = {"quality_fd.png": quality_figure(first, "fd", "FD to full precision")}
+    figures["quality_psnr.png"] = quality_figure(first, "psnr", "PSNR, dB")
+    if traced := [row for row in first if "trajectory" in row]:
+        figures["trajectory.png"] = trajectory_figure(traced)
+    for name, figure in figures.items():
+        with whole_file(output / name) as temporary:
+            figure.savefig(temporary, format="png", dpi=130)
+    return [output / name for name in (*texts, *figures)]

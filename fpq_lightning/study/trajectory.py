@@ -1,0 +1,77 @@
+"""Where on the sampling trajectory the error of a quantized denoiser arises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from fpq_lightning.calibration.replay import output_leaves
+from fpq_lightning.evaluation import full_float32
+from fpq_lightning.layers import Mode, running
+from fpq_lightning.pipelines import SamplerConfig, denoiser_name, sample, using_sampler
+
+Call = tuple[tuple, dict[str, Any], Tensor]
+
+
+@contextmanager
+def _recording(denoiser: nn.Module) -> Iterator[list[Call]]:
+    """Arguments and first output of every call."""
+    calls: list[Call] = []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        calls.append((args, kwargs, output_leaves(output)[0].detach().clone()))
+
+    handle = denoiser.register_forward_hook(keep, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).square().mean() / expected.square().mean()).item()
+
+
+@torch.no_grad()
+def trajectory_errors(
+    pipeline: DiffusionPipeline, sampler: SamplerConfig, seeds: range, mode: Mode
+) -> dict[str, list[float]]:
+    """Error of a quantized denoiser at every step, relative to the energy of what it should be.
+
+    Args:
+        pipeline: whose denoiser has that variant.
+        sampler: how images are sampled.
+        seeds: of the trajectories, sampled as one batch.
+        mode: the variant.
+
+    Returns:
+        ``timesteps``; ``output``, the error of the denoiser's output on the full-precision model's states; and
+        ``state``, the difference of the states that the sampler has reached, which also holds all earlier errors.
+    """
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    found: dict[str, list[float]] = {"timesteps": [], "output": [], "state": []}
+    with using_sampler(pipeline, sampler), full_float32():
+        with running(denoiser, "full_precision"), _recording(denoiser) as expected:
+            sample(pipeline, sampler, seeds)
+            timesteps = [float(t) for t in pipeline.scheduler.timesteps]
+        with running(denoiser, mode):
+            for args, kwargs, output in expected:
+                again = output_leaves(denoiser(*args, **kwargs))[0]
+                found["output"].append(_relative(again, output))
+            with _recording(denoiser) as calls:
+                sample(pipeline, sampler, seeds)
+    for (args, kwargs, _), (others, other_kwargs, _) in zip(expected, calls, strict=True):
+        found["state"].append(_relative(_state(others, other_kwargs), _state(args, kwargs)))
+    calls_a_step = max(1, len(expected) // len(timesteps))
+    found["timesteps"] = [t for t in timesteps for _ in range(calls_a_step)][: len(expected)]
+    return found
+
+
+def _state(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The noisy sample that a denoiser is called with: its first argument, whatever its name."""
+    return args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor) and value.ndim > 2)
