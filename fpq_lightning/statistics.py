@@ -70,13 +70,23 @@ def activation_ranges(module: nn.Module, calibration: CalibrationSet, batch_size
     Args:
         module: the network.
         calibration: what it is called with; without a timestep among its inputs nothing is found.
-        batch_size: samples a pass.
+        batch_size: samples a pass, at most; fewer where memory is short.
         n: samples to look at, spread over the set.
 
     Returns:
         ``timesteps``, the edges of up to ten bins, and for each of ``layers`` its name, the ``clip`` of its quantizers
         (None if it is dynamic), and ``largest``, the largest magnitude in each bin (None for an empty one).
     """
+    while True:
+        try:
+            return _activation_ranges(module, calibration, batch_size, n)
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+        batch_size = -(-batch_size // 2)
+
+
+def _activation_ranges(module: nn.Module, calibration: CalibrationSet, batch_size: int, n: int) -> dict[str, Any]:
     key = next((name for name in _TIMESTEPS if name in calibration.inputs), None)
     layers = {name: layer for name, layer in quantized_layers(module).items() if _learned(layer) is not None}
     if key is None or not layers:
