@@ -17,7 +17,7 @@ from models import CHECKOUT, STEPS, fit_arguments, run_fpq, run_scenarios, save_
 from PIL import Image
 from safetensors.torch import load_file
 
-from fpq_lightning import SamplerConfig, load_quantized
+from fpq_lightning import SamplerConfig, evaluation, load_quantized
 from fpq_lightning.pipelines import sample, set_sampler
 
 FEATURES = CHECKOUT / "data" / "cifar10-features"
@@ -51,7 +51,15 @@ def report(finished: Path) -> dict[str, Any]:
 
 
 def test_a_run_leaves_the_files_of_the_pinned_interface(finished: Path) -> None:
-    names = {"checkpoints/last.ckpt", "quantized", "report.json", "report.md", "samples.png", "config.yaml"}
+    names = {
+        "checkpoints/last.ckpt",
+        "quantized",
+        "report.json",
+        "report.md",
+        "samples.png",
+        "config.yaml",
+        "report.html",
+    }
     assert {name for name in names if not (finished / name).exists()} == set()
     assert list(finished.rglob("events.out.tfevents.*"))
 
@@ -166,11 +174,11 @@ def test_predict_writes_the_images_that_load_quantized_samples(
 
 
 def test_test_prints_the_quality_of_a_quantized_model(
-    finished: Path, report: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    finished: Path, report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["test", f"--model={finished / 'quantized'}", f"--sampler.steps={STEPS}", "--sampler.batch_size=4"]
     arguments += ["--evaluation.n_images=3", "--evaluation.seed=20", f"--evaluation.features={FEATURES}"]
-    outcome = run_fpq(capsys, [*arguments, "--trainer.accelerator=cpu"])
+    outcome = run_fpq(capsys, [*arguments, "--trainer.accelerator=cpu", f"--output={tmp_path}"])
     assert outcome.code == 0, outcome.err
     values = {}
     for line in outcome.out.splitlines():
@@ -180,6 +188,45 @@ def test_test_prints_the_quality_of_a_quantized_model(
     # The same images as in the run, so the same figures.
     assert values["psnr"] == pytest.approx(report["variants"]["learned"]["psnr"], abs=1e-2)
     assert values["fd"] == pytest.approx(report["variants"]["learned"]["fd"], rel=1e-2)
+
+
+def test_a_test_leaves_a_report_and_does_not_sample_again_what_is_there(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["test", f"--model={finished / 'quantized'}", f"--sampler.steps={STEPS}", "--sampler.batch_size=2"]
+    arguments += ["--evaluation.n_images=3", "--trainer.accelerator=cpu", f"--output={tmp_path / 'out'}"]
+    assert run_fpq(capsys, arguments).code == 0
+    files = {"report.json", "report.md", "report.html", "samples.png", "images"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == files
+    first = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert first["variants"]["quantized"]["psnr"] > 5
+    assert first["disk_bytes"] > 1000
+    assert first["weight_bits"] > 4
+    (tmp_path / "out" / "images" / "quantized" / "000001.png").unlink()
+    sampled: list[list[int]] = []
+    original = evaluation.sample
+
+    def counted(pipeline: Any, sampler: Any, seeds: Any, *rest: Any) -> Any:
+        sampled.append(list(seeds))
+        return original(pipeline, sampler, seeds, *rest)
+
+    monkeypatch.setattr(evaluation, "sample", counted)
+    assert run_fpq(capsys, arguments).code == 0
+    assert sampled == [[1]]
+    again = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert again["variants"]["quantized"]["psnr"] == pytest.approx(first["variants"]["quantized"]["psnr"], rel=1e-3)
+
+
+def test_a_test_with_another_sampler_in_the_same_place_is_refused_in_one_line(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["test", f"--model={finished / 'quantized'}", "--sampler.batch_size=2", "--evaluation.n_images=2"]
+    arguments += ["--trainer.accelerator=cpu", f"--output={tmp_path / 'out'}"]
+    assert run_fpq(capsys, [*arguments, "--sampler.steps=2"]).code == 0
+    outcome = run_fpq(capsys, [*arguments, "--sampler.steps=3"])
+    assert outcome.code != 0
+    assert len(outcome.errors) == 1
+    assert "made otherwise (sampler.steps: 2 -> 3)" in outcome.errors[0]
 
 
 # --- bad input -------------------------------------------------------------------------------------------------

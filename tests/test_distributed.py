@@ -711,11 +711,12 @@ def test_test_gives_the_same_metrics_on_two_processes_as_on_one(lab: Lab, two: P
     metrics = []
     for n in (1, 2):
         options = [f"--model={two / 'quantized'}", "--evaluation.n_images=8", "--trainer.accelerator=cpu"]
+        options.append(f"--output={lab.root / f'tested-{n}'}")
         sampler = ["--sampler.steps=4", "--sampler.batch_size=4", "--trainer.enable_progress_bar=false"]
         outcomes = lab.run_fpq(f"log-test-{n}", ["test", *options, *sampler], n)
         finished(outcomes, lab.root)
-        found = {name: float(v) for name, v in re.findall(r"(psnr|ssim)\W+(-?[\d.]+)", outcomes[0].out)}
-        assert found.keys() == {"psnr", "ssim"}, outcomes[0].out
+        found = {name: float(v) for name, v in re.findall(r"(psnr|ssim|fd|kid|is)\W+(-?[\d.]+)", outcomes[0].out)}
+        assert found.keys() == {"psnr", "ssim", "fd", "kid", "is"}, outcomes[0].out
         metrics.append(found)
     assert metrics[1] == pytest.approx(metrics[0], rel=1e-3)
 

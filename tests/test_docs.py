@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from models import CHECKOUT, fit_arguments, run_fpq, save_tiny
+from PIL import Image
 
 README = (CHECKOUT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for line in re.findall(r"^fpq .*$", README, re.MULTILINE)]
@@ -40,6 +41,36 @@ def test_the_commands_of_the_readme_run_one_after_the_other(
         assert outcome.code == 0, outcome.err
     assert len(list((tmp_path / "images").glob("*.png"))) == 16
     assert (tmp_path / "runs" / "mine" / "report.md").is_file()
+
+
+def test_the_commands_of_the_evaluation_docs_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (CHECKOUT / "docs" / "evaluation.md").read_text()
+    commands = [line.strip() for line in re.findall(r"^    fpq .*$", text, re.MULTILINE)]
+    assert [command.split()[1] for command in commands] == ["test", "test", "study", "study"]
+    model = save_tiny(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    assert run_fpq(capsys, fit_arguments(model, "runs/mine", iterations=2)).code == 0
+    (tmp_path / "real").mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8), (60 * i, 90, 30)).save(tmp_path / "real" / f"{i}.png")
+    for command in commands:
+        words = shlex.split(command.replace("FOLDER", "real"))[1:]
+        if words[0] == "test":
+            words += [*SMALL, "--evaluation.n_images=2"]
+        else:
+            small = {"n_samples": 8, "n_search": 4}, {"rounding": {"iterations": 2, "batch_size": 4}}
+            words += [f"--model={model}", "--output=study", "--evaluation.real=null", "--evaluation.n_images=2"]
+            words += [*SMALL[:2], "--trajectories=2", f"--data={small[0]}", f"--recipe={small[1]}"]
+            words += [] if "--only" in words else ["--only=[other_seeds]"]
+        outcome = run_fpq(capsys, words)
+        assert outcome.code == 0, outcome.err
+    for directory in ("mine-5000", "mine-real"):
+        assert (tmp_path / "runs" / directory / "report.html").is_file()
+    rows = {file.name for file in (tmp_path / "study" / "rows").iterdir()}
+    names = {f"{name}.{rounding}.json" for name in ("fp8_fp8", "fp4_fp8") for rounding in ("nearest", "learned")}
+    assert rows == {"other_seeds.seed_noise.json", *names}
 
 
 def test_the_notebook_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
