@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def open_run(
     parts = {
         "model": {"name": name, "class": type(denoiser).__name__, "weights": hash_weights(denoiser)},
         "recipe": recipe.to_dict(),
-        "calibration": {**data.identity(), "sampler": asdict(sampler)},
+        "calibration": {**data.identity(), "sampler": {**sampler.identity(), "batch_size": sampler.batch_size}},
         "version": versions()["fpq-lightning"],
     }
     return RunDirectory(run_dir, parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ def estimate_run(
     """
     pipeline.to(device)
     denoiser = getattr(pipeline, denoiser_name(pipeline)).eval()
-    probe = sample_trajectories(pipeline, SamplerConfig(sampler.scheduler, steps=2, batch_size=2), n=4)
+    probe = sample_trajectories(pipeline, replace(sampler, steps=2, batch_size=2), n=4)
     micro_batch = min(data.micro_batch, 32)
     rows = torch.arange(micro_batch) % len(probe)
     forward = _seconds_per_sample(denoiser, probe.batch(rows, device), micro_batch, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -182,8 +182,7 @@ def full_float32() -> Iterator[None]:
 
 def image_settings(weights: str, sampler: SamplerConfig, quantization: str | None = None) -> dict[str, Any]:
     """What decides images: a hash of the weights, the sampler, and what names the quantization."""
-    how = {name: value for name, value in asdict(sampler).items() if name != "batch_size"}
-    return {"weights": weights, "quantization": quantization, "sampler": how}
+    return {"weights": weights, "quantization": quantization, "sampler": sampler.identity()}
 
 
 def sample_images(

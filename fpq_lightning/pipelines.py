@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers import schedulers as diffusers_schedulers
 from torch import Tensor, nn
+
+from fpq_lightning.prompts import load_prompts
 
 DENOISERS = ("transformer", "unet")
 
@@ -26,12 +29,23 @@ class SamplerConfig:
             keeps the pipeline's own.
         steps: number of inference steps.
         guidance_scale: of classifier-free guidance, where the pipeline has one.
+        prompts: of pipelines that take some: a list, a file (.txt, .csv, .tsv, .parquet) or a `datasets` dataset. Seed
+            i takes prompt i, beginning again after the last.
+        prompt_column: of that file or dataset; null takes ``prompt``, ``caption`` or ``text``.
+        negative_prompt: for all images.
+        height: of the images; null is the pipeline's default.
+        width: likewise.
         batch_size: images at a time.
     """
 
     scheduler: str | None = "DDIMScheduler"
     steps: int = 25
     guidance_scale: float | None = None
+    prompts: str | list[str] | None = None
+    prompt_column: str | None = None
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
     batch_size: int = 16
 
     def __post_init__(self) -> None:
@@ -39,6 +53,23 @@ class SamplerConfig:
             raise ValueError(f"sampling needs steps and batch_size of at least 1, got {self}")
         if self.scheduler is not None and not hasattr(diffusers_schedulers, self.scheduler):
             raise ValueError(f"diffusers has no scheduler {self.scheduler!r}: use for example DDIMScheduler")
+        if self.prompts is not None:
+            load_prompts(self.prompts, self.prompt_column)
+
+    def prompts_of(self, seeds: Sequence[int]) -> list[str] | None:
+        """The prompt of each seed, None without any."""
+        if self.prompts is None:
+            return None
+        prompts = load_prompts(self.prompts, self.prompt_column)
+        return [prompts[seed % len(prompts)] for seed in seeds]
+
+    def identity(self) -> dict[str, Any]:
+        """What decides an image, given its seed: not how many are sampled at a time or where prompts are kept."""
+        values = {k: v for k, v in asdict(self).items() if k not in ("batch_size", "prompt_column")}
+        if self.prompts is not None:
+            text = "\0".join(load_prompts(self.prompts, self.prompt_column))
+            values["prompts"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return values
 
 
 def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
@@ -121,13 +152,16 @@ def sample(
         "num_inference_steps": sampler.steps,
         "output_type": "np",
     }
-    if sampler.guidance_scale is not None:
-        if "guidance_scale" not in accepted:
-            raise ValueError(f"{type(pipeline).__name__} has no guidance: leave sampler.guidance_scale out")
-        arguments["guidance_scale"] = sampler.guidance_scale
+    chosen = ("guidance_scale", "negative_prompt", "height", "width")
+    for name in (name for name in chosen if getattr(sampler, name) is not None):
+        if name not in accepted:
+            raise ValueError(f"{type(pipeline).__name__} has no {name}: leave sampler.{name} out")
+        value = getattr(sampler, name)
+        arguments[name] = [value] * len(seeds) if name == "negative_prompt" else value
+    prompts = sampler.prompts_of(seeds) if prompts is None else prompts
     if "prompt" in accepted:
         if prompts is None:
-            raise ValueError(f"{type(pipeline).__name__} is conditioned on text: give prompts")
+            raise ValueError(f"{type(pipeline).__name__} is conditioned on text: give prompts with --sampler.prompts")
         arguments["prompt"] = list(prompts)
     else:
         if prompts is not None:

@@ -13,8 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 torch.set_num_threads(1)
 
@@ -269,3 +278,36 @@ def quantized_files(run: Path) -> dict[str, bytes]:
     """What a run wrote to ``quantized/``, to the byte."""
     files = [f for f in (run / "quantized").rglob("*") if f.is_file()]
     return {str(f.relative_to(run / "quantized")): f.read_bytes() for f in files}
+
+
+def tiny_text_to_image(directory: Path, seed: int = 0) -> str:
+    """Writes a tiny Stable Diffusion pipeline; its tokenizer knows letters."""
+    directory.mkdir(parents=True)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    words = directory / "words"
+    words.mkdir()
+    (words / "vocab.json").write_text(json.dumps(vocabulary))
+    (words / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=16)
+    torch.manual_seed(seed)
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokens), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=16, bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1, projection_dim=16,
+        )
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 8), layers_per_block=1,
+        norm_num_groups=4, cross_attention_dim=16, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(4, 4), decoder_block_out_channels=(4, 4), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1), latent_channels=4, upsampling_scaling_factor=2,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1, set_alpha_to_one=False)
+    pipeline = StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+    pipeline.save_pretrained(directory)
+    return str(directory)

@@ -21,6 +21,7 @@ from fpq_lightning.calibration.trajectories import CalibrationSet
 from fpq_lightning.distributed import gather_rows
 from fpq_lightning.layers import Mode, running
 from fpq_lightning.model.blocks import Unit
+from fpq_lightning.model.leaves import output_leaves
 
 Path = str  # "full_precision" or "quantized"
 PATHS: tuple[Path, Path] = ("full_precision", "quantized")
@@ -336,8 +337,3 @@ def sample_energies(leaves: Sequence[Tensor], weights: Tensor) -> Tensor:
         `[n, leaves]`.
     """
     return torch.stack([x.reshape(len(weights), -1).square().mean(1) * weights for x in leaves], dim=1)
-
-
-def output_leaves(output: Any) -> list[Tensor]:
-    """The floating-point tensors of a unit's output."""
-    return [x for x in tree_flatten(output)[0] if isinstance(x, Tensor) and x.is_floating_point()]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fpq_lightning import distributed
 from fpq_lightning.images import image_tensor, load_images
+from fpq_lightning.model.leaves import flatten, nest, output_leaves
 from fpq_lightning.pipelines import SamplerConfig, batches_of, denoiser_name, sample, using_sampler
 from fpq_lightning.storage.files import whole_directory, write_json
 
@@ -35,9 +36,10 @@ class CalibrationSet:
     """What the denoiser is called with.
 
     Attributes:
-        inputs: keyword arguments of the denoiser that differ from sample to sample, `[n, ...]`.
+        inputs: keyword arguments of the denoiser that differ from sample to sample, `[n, ...]`; those within others
+            by path, such as ``added_cond_kwargs/time_ids``.
         weights: how much an error on each sample matters, float32 `[n]`, mean 1.
-        constants: the other keyword arguments.
+        constants: the other keyword arguments, by path.
     """
 
     inputs: dict[str, Tensor]
@@ -51,7 +53,7 @@ class CalibrationSet:
         """Keyword arguments of the denoiser for some of the samples."""
         inputs = {name: value[rows].to(device) for name, value in self.inputs.items()}
         constants = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.constants.items()}
-        return {**inputs, **constants}
+        return nest({**inputs, **constants})
 
     def select(self, rows: Tensor) -> CalibrationSet:
         """Some of the samples as a set."""
@@ -161,11 +163,6 @@ def sample_trajectories(
     parts = sorted((part for parts in distributed.gather(recorder.parts) for part in parts), key=lambda part: part[0])
     inputs = {name: torch.cat([part[name] for _, part in parts]) for name in parts[0][1]}
     weight = inputs.pop(_WEIGHT, None)
-    if not inputs:
-        raise ValueError(
-            f"{type(pipeline).__name__} calls its denoiser with another batch than that of its images (guidance, or "
-            "several views): such pipelines cannot be calibrated yet"
-        )
     if weight is None:
         weight = torch.ones(n)
     for name, value in {**inputs, "sensitivity": weight}.items():
@@ -180,8 +177,21 @@ def sample_trajectories(
     return CalibrationSet(inputs, (weight / weight.mean())[order], constants)
 
 
+@dataclass
+class _Call:
+    """One call of the denoiser: its arguments by path, how many passes lie in its batch, and its output."""
+
+    arguments: dict[str, Any]
+    passes: int
+    output: Tensor
+
+
 class _Recorder:
-    """Keeps what a pipeline's denoiser is called with while it samples."""
+    """Keeps what a pipeline's denoiser is called with while it samples.
+
+    With guidance there are several passes a step, one after the other in one batch, or in calls of their own. Each
+    trajectory and step gives one sample, of each pass in turn.
+    """
 
     def __init__(self, pipeline: DiffusionPipeline, keep: list[list[int]], weighting: str) -> None:
         self.scheduler = pipeline.scheduler
@@ -193,13 +203,13 @@ class _Recorder:
         self.constants: dict[str, Any] = {}
         self._batch = range(0)
         self._collected: dict[str, list[Tensor]] = {}
+        self._calls: list[_Call] = []  # of this step
         self._step = 0
-        self._rows = torch.empty(0, dtype=torch.long)
 
     def begin(self, batch: range) -> None:
         """Goes to the next trajectories."""
         self._finish()
-        self._batch, self._step, self._collected = batch, 0, {}
+        self._batch, self._step, self._collected, self._calls = batch, 0, {}, []
 
     def _finish(self) -> None:
         if len(self._batch):
@@ -207,10 +217,9 @@ class _Recorder:
             self.parts.append((self._batch.start, part))
 
     def __enter__(self) -> _Recorder:
-        self._handle = self.denoiser.register_forward_pre_hook(self._record, with_kwargs=True)
-        if self.weighting == "sensitivity":
-            self._scheduler_step = self.scheduler.step
-            self.scheduler.step = self._measured_step
+        self._handle = self.denoiser.register_forward_hook(self._record, with_kwargs=True)
+        self._scheduler_step = self.scheduler.step
+        self.scheduler.step = self._measured_step
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -218,24 +227,71 @@ class _Recorder:
         vars(self.scheduler).pop("step", None)
         self._finish()
 
-    def _record(self, module: Any, args: tuple, kwargs: dict) -> None:
-        bound = self.signature.bind(module, *args, **kwargs).arguments
+    def _record(self, module: Any, args: tuple, kwargs: dict, output: Any) -> None:
+        bound = dict(self.signature.bind(module, *args, **kwargs).arguments)
         bound.pop("self")
+        first = next((value for value in bound.values() if isinstance(value, Tensor) and value.ndim > 1), None)
         n = len(self._batch)
-        kept = [row for row, i in enumerate(self._batch) for _ in range(self.keep[i].count(self._step))]
-        self._rows = torch.tensor(kept, dtype=torch.long)
-        for name, value in bound.items():
-            value = _per_sample(name, value, n)
-            if isinstance(value, Tensor) and value.ndim and len(value) == n:
-                self._collected.setdefault(name, []).append(value[self._rows.to(value.device)].cpu())
-            else:
-                self.constants[name] = value.cpu() if isinstance(value, Tensor) else value
-        self._step += 1
+        if first is None or len(first) % n:
+            size = 0 if first is None else len(first)
+            raise ValueError(
+                f"{type(module).__name__} is called with a batch of {size} for {n} images: such pipelines cannot be "
+                "calibrated"
+            )
+        arguments = {
+            path: _per_sample(path, value, len(first))
+            for name, value in bound.items()
+            for path, value in flatten(name, value)
+        }
+        self._calls.append(_Call(arguments, len(first) // n, output_leaves(output)[0].detach()))
 
     def _measured_step(self, *args: Any, **kwargs: Any) -> Any:
-        sensitivity = output_sensitivity(self.scheduler, args, kwargs)
-        self._collected.setdefault(_WEIGHT, []).append(sensitivity.square()[self._rows])
+        self._collect(args, kwargs)
+        self._calls = []
+        self._step += 1
         return self._scheduler_step(*args, **kwargs)
+
+    def _collect(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        n = len(self._batch)
+        passes = [(call, i) for call in self._calls for i in range(call.passes)]
+        kept = [row for row, t in enumerate(self._batch) for _ in range(self.keep[t].count(self._step))]
+        if not passes or not kept:
+            return
+        chosen = [(self._batch[row] + self._step) % len(passes) for row in kept]
+        for path in passes[0][0].arguments:
+            if not all(_is_batched(call.arguments[path], call.passes * n) for call in self._calls):
+                value = passes[0][0].arguments[path]
+                self.constants[path] = value.cpu() if isinstance(value, Tensor) else value
+                continue
+            rows = [passes[p][0].arguments[path][passes[p][1] * n + row] for row, p in zip(kept, chosen, strict=True)]
+            self._collected.setdefault(path, []).append(torch.stack(rows).cpu())
+        if self.weighting == "sensitivity":
+            shares = guidance_shares([call.output.chunk(call.passes)[i] for call, i in passes], args[0])
+            sensitivity = output_sensitivity(self.scheduler, args, kwargs)
+            self._collected.setdefault(_WEIGHT, []).append((sensitivity[kept] * shares[chosen]).square())
+
+
+def _is_batched(value: Any, n: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == n
+
+
+def guidance_shares(outputs: Sequence[Tensor], combined: Tensor) -> Tensor:
+    """How much of each pass goes into what the scheduler is given, `[passes]`, absolute values.
+
+    Classifier-free guidance adds the passes up with weights 1 - g and g. They are found by least squares, so that no
+    pipeline's way of guiding need be known.
+
+    Args:
+        outputs: of the denoiser for each pass, `[n, channels, ...]`.
+        combined: what they were combined to; has the first of the channels, where the rest predicts a variance.
+    """
+    if len(outputs) == 1:
+        return torch.ones(1)
+    columns = torch.stack([x[:, : combined.shape[1]].flatten().double().cpu() for x in outputs], dim=1)
+    if columns.shape[0] != combined.numel():
+        return torch.ones(len(outputs))
+    gram = columns.T @ columns
+    return (torch.linalg.pinv(gram) @ columns.T @ combined.flatten().double().cpu()).abs().float()
 
 
 @torch.no_grad()

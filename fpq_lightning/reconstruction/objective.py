@@ -11,9 +11,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fpq_lightning.calibration.replay import NetworkReplay, output_leaves, sample_energies
+from fpq_lightning.calibration.replay import NetworkReplay, sample_energies
 from fpq_lightning.distributed import sum_over_ranks
 from fpq_lightning.layers import LayerQuantization, Mode, running
+from fpq_lightning.model.leaves import output_leaves
 from fpq_lightning.rounding import LearnedRounding
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fpq_lightning import distributed
-from fpq_lightning.calibration.replay import NetworkReplay, output_leaves
+from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.shards import Samples
 from fpq_lightning.layers import LayerQuantization, QuantizedLayer, running
+from fpq_lightning.model.leaves import output_leaves
 from fpq_lightning.recipes import Recipe
 from fpq_lightning.reconstruction.backward import Backward
 from fpq_lightning.reconstruction.initialise import collect_layer_inputs, search_unit

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -164,7 +163,7 @@ class Study:
         made_from = {
             k: v for k, v in data.identity().items() if k not in ("held_out_fraction", "n_search", "store_dtype")
         }
-        key = fingerprint({**made_from, "sampler": asdict(self.config.sampler), "weights": self._weights})
+        key = fingerprint({**made_from, "sampler": self.config.sampler.identity(), "weights": self._weights})
         data.directory = data.directory or str(self.scratch / f"calibration-{key}")
         run_dir = self.scratch / "runs" / fingerprint(self.settings[name, self.config.rows[name].variants[0]])
         (run_dir / "report.json").unlink(missing_ok=True)  # of a run whose rows were not written: it is opened again

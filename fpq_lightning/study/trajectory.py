@@ -10,9 +10,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from fpq_lightning.calibration.replay import output_leaves
 from fpq_lightning.evaluation import full_float32
 from fpq_lightning.layers import Mode, running
+from fpq_lightning.model.leaves import output_leaves
 from fpq_lightning.pipelines import SamplerConfig, denoiser_name, sample, using_sampler
 
 Call = tuple[tuple, dict[str, Any], Tensor]

@@ -1,0 +1,234 @@
+"""Prompts, guidance and nested arguments: pipelines that are conditioned on text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import CHECKOUT, fit_arguments, run_fpq, tiny_text_to_image
+from torch import Tensor
+
+from fpq_lightning.calibration.trajectories import (
+    CalibrationSet,
+    guidance_shares,
+    load_calibration_set,
+    sample_trajectories,
+    save_calibration_set,
+)
+from fpq_lightning.model.leaves import flatten, nest
+from fpq_lightning.pipelines import SamplerConfig, load_pipeline, sample, set_sampler
+from fpq_lightning.prompts import load_prompts
+
+COCO = CHECKOUT.parent / "shared" / "data" / "prompts" / "coco_30k.csv"
+PROMPTS = ["a cat", "two dogs on the grass", "big red bus"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_text_to_image(tmp_path_factory.mktemp("model") / "tiny")
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------
+
+AWKWARD = ["one, with a comma", 'a "quoted" one', "two\nlines"]
+
+
+@pytest.mark.parametrize("kind", ["list", "csv", "tsv", "parquet", "disk"])
+def test_prompts_survive_every_kind_of_file(kind: str, tmp_path: Path) -> None:
+    dataset = datasets.Dataset.from_dict({"id": [1, 2, 3], "Caption": AWKWARD})
+    if kind == "list":
+        assert load_prompts(AWKWARD) == AWKWARD
+        return
+    file = tmp_path / f"prompts.{kind}"
+    {
+        "csv": lambda: dataset.to_csv(file, index=False),
+        "tsv": lambda: dataset.to_csv(file, index=False, sep="\t"),
+        "parquet": lambda: dataset.to_parquet(file),
+        "disk": lambda: dataset.save_to_disk(str(file)),
+    }[kind]()
+    assert load_prompts(str(file)) == load_prompts(str(file), "Caption") == AWKWARD
+
+
+def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a cat\n\n  a dog \n")
+    assert load_prompts(str(tmp_path / "a.txt")) == ["a cat", "a dog"]
+
+
+@pytest.mark.skipif(not COCO.is_file(), reason="the captions are not beside the checkout")
+def test_coco_captions_are_read_whole() -> None:
+    prompts = load_prompts(str(COCO))
+    assert len(prompts) == 30_000
+    assert prompts[0] == "A bicycle replica with a clock as the front wheel."
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "error", "message"),
+    [
+        (None, None, FileNotFoundError, "no file of prompts"),
+        ("id,caption\n", None, ValueError, "holds no prompts"),
+        ("id,caption\n1,a cat\n2,\n", None, ValueError, "prompt 2 of .* is empty"),
+        ("id,words\n1,a cat\n", None, ValueError, "none of the columns prompt, caption, text"),
+        ("id,caption\n1,a cat\n", "words", ValueError, "no column 'words'; it has id, caption"),
+    ],
+)
+def test_unusable_prompts_are_one_clear_line(
+    text: str | None, column: str | None, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.csv"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(error, match=message) as found:
+        SamplerConfig(prompts=str(file), prompt_column=column)
+    assert "\n" not in str(found.value)
+
+
+def test_a_seed_always_has_the_same_prompt(model: str) -> None:
+    sampler = SamplerConfig(steps=2, prompts=PROMPTS)
+    assert sampler.prompts_of([0, 4, 5, 3]) == ["a cat", PROMPTS[1], PROMPTS[2], "a cat"]
+    pipeline = load_pipeline(model)
+    set_sampler(pipeline, sampler)
+    both = sample(pipeline, sampler, [4, 5])
+    alone = sample(pipeline, SamplerConfig(steps=2), [5], [PROMPTS[2]])
+    other = sample(pipeline, SamplerConfig(steps=2), [5], ["something else"])
+    assert torch.allclose(both[1:], alone, atol=1e-4)
+    assert not torch.allclose(both[1:], other, atol=1e-3)
+
+
+def test_the_identity_of_a_sampler_knows_its_prompts_and_not_where_they_lie(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("\n".join(PROMPTS))
+    (tmp_path / "c.txt").write_text("\n".join(PROMPTS[:2]))
+    a, b, c = (SamplerConfig(prompts=str(tmp_path / name)).identity() for name in ("a.txt", "b.txt", "c.txt"))
+    assert a == b == SamplerConfig(prompts=PROMPTS, batch_size=3).identity()
+    assert a != c
+    assert a != SamplerConfig(prompts=PROMPTS, negative_prompt="blurry").identity()
+
+
+def test_a_text_pipeline_without_prompts_is_one_clear_line(model: str) -> None:
+    with pytest.raises(ValueError, match=r"give prompts with --sampler\.prompts"):
+        sample(load_pipeline(model), SamplerConfig(steps=2), [0])
+
+
+# --- nested arguments ------------------------------------------------------------------------------------------
+
+_names = st.text("abc_", min_size=1, max_size=3)
+_leaves = st.integers() | st.none() | st.booleans()
+_trees = st.recursive(
+    _leaves,
+    lambda child: st.dictionaries(_names, child, min_size=1, max_size=3) | st.lists(child, min_size=1, max_size=3),
+)
+
+
+@given(st.dictionaries(_names, _trees, min_size=1, max_size=4))
+def test_nested_arguments_come_back_from_their_leaves(arguments: dict[str, Any]) -> None:
+    leaves = {path: value for name, tree in arguments.items() for path, value in flatten(name, tree)}
+    assert nest(leaves) == arguments
+
+
+def test_a_set_with_nested_arguments_survives_the_disk(tmp_path: Path) -> None:
+    inputs = {"sample": torch.randn(5, 2), "added_cond_kwargs/time_ids": torch.randn(5, 6)}
+    constants = {"added_cond_kwargs/flag": True, "ids/0": torch.arange(3), "ids/1": torch.ones(2), "return_dict": False}
+    save_calibration_set(CalibrationSet(inputs, torch.ones(5), constants), tmp_path / "set")
+    found = load_calibration_set(tmp_path / "set").batch(slice(1, 3), torch.device("cpu"))
+    assert found.keys() == {"sample", "added_cond_kwargs", "ids", "return_dict"}
+    assert torch.equal(found["added_cond_kwargs"]["time_ids"], inputs["added_cond_kwargs/time_ids"][1:3])
+    assert found["added_cond_kwargs"]["flag"] is True
+    assert [x.tolist() for x in found["ids"]] == [[0, 1, 2], [1, 1]]
+
+
+# --- guidance --------------------------------------------------------------------------------------------------
+
+
+@given(scale=st.floats(1.5, 20), seed=st.integers(0, 100))
+def test_the_shares_of_the_passes_are_those_of_guidance(scale: float, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    without, with_ = (torch.randn(3, 4, 5, generator=draw) for _ in range(2))
+    combined = without + scale * (with_ - without)
+    assert guidance_shares([without, with_], combined).tolist() == pytest.approx([scale - 1, scale], rel=1e-3)
+
+
+def test_shares_look_only_at_what_is_not_a_variance_and_one_pass_is_all() -> None:
+    outputs = [torch.randn(2, 8, 3), torch.randn(2, 8, 3)]
+    combined = -2 * outputs[0][:, :4] + 3 * outputs[1][:, :4]
+    assert guidance_shares(outputs, combined).tolist() == pytest.approx([2, 3], rel=1e-4)
+    assert guidance_shares(outputs[:1], combined).tolist() == [1]
+
+
+def _calls(model: str, sampler: SamplerConfig, seeds: range) -> list[dict[str, Tensor]]:
+    """What the denoiser is called with, in the order of calls."""
+    pipeline = load_pipeline(model)
+    set_sampler(pipeline, sampler)
+    found: list[dict[str, Tensor]] = []
+
+    def keep(module: Any, args: tuple, kwargs: dict) -> None:
+        found.append({"sample": args[0].clone(), "text": kwargs["encoder_hidden_states"].clone()})
+
+    handle = pipeline.unet.register_forward_pre_hook(keep, with_kwargs=True)
+    sample(pipeline, sampler, seeds)
+    handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
+def test_a_set_holds_both_passes_of_guidance_with_their_own_text(model: str, guidance: float) -> None:
+    sampler = SamplerConfig(steps=4, batch_size=3, guidance_scale=guidance, prompts=PROMPTS)
+    found = sample_trajectories(load_pipeline(model), sampler, 12, seed=6, weighting="sensitivity")
+    calls = _calls(model, sampler, range(6, 9))
+    assert len(calls) == 4
+    passes = 2 if guidance > 1 else 1
+    rows = {
+        (step, row): (call["sample"][row], call["text"][row])
+        for step, call in enumerate(calls)
+        for row in range(3 * passes)
+    }
+    matched = []
+    for state, text in zip(found.inputs["sample"], found.inputs["encoder_hidden_states"], strict=True):
+        matched += [
+            key
+            for key, (s, t) in rows.items()
+            if torch.allclose(s, state, atol=1e-4) and torch.allclose(t, text, atol=1e-4)
+        ]
+    assert len(matched) == 12
+    assert len(set(matched)) == 12
+    by_pass = [sum(row // 3 == i for _, row in matched) for i in range(passes)]
+    assert by_pass == [12 // passes] * passes
+    assert {(step, row % 3) for step, row in matched} == {(step, row) for step in range(4) for row in range(3)}
+    assert found.weights.mean().item() == pytest.approx(1)
+    assert len(found.weights.unique()) > 1
+    assert not found.constants.get("added_cond_kwargs/text_embeds")
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------
+
+
+def test_a_text_to_image_model_is_quantized_judged_and_used(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    options = [f"--sampler.prompts={tmp_path / 'prompts.txt'}", "--sampler.guidance_scale=3"]
+    command = fit_arguments(model, tmp_path / "run", iterations=4, n_images=4)
+    outcome = run_fpq(capsys, [*command, *options])
+    assert outcome.code == 0, outcome.err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["quantized_share"] > 0.95
+    assert report["variants"]["learned"]["psnr"] > 5
+    kinds = {block["name"].split(".")[-2] for block in report["blocks"] if "." in block["name"]}
+    assert "transformer_blocks" in kinds
+    command = ["test", f"--model={tmp_path / 'run' / 'quantized'}", f"--output={tmp_path / 'test'}", *options]
+    again = run_fpq(capsys, [*command, "--sampler.steps=4", "--evaluation.n_images=4", "--trainer.accelerator=cpu"])
+    assert again.code == 0, again.err
+    found = json.loads((tmp_path / "test" / "report.json").read_text())["variants"]["quantized"]
+    assert found["psnr"] == pytest.approx(report["variants"]["learned"]["psnr"], abs=0.3)
+
+
+def test_fit_without_prompts_ends_in_one_line(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = run_fpq(capsys, fit_arguments(model, tmp_path / "run", iterations=4))
+    assert outcome.code != 0
+    assert len(outcome.errors) == 1
+    assert "--sampler.prompts" in outcome.errors[0]
