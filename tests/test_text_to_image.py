@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from models import CHECKOUT, fit_arguments, run_fpq, tiny_text_to_image
 from torch import Tensor
 
+from fpq_lightning.calibration.replay import NetworkReplay
+from fpq_lightning.calibration.store import ActivationStore
 from fpq_lightning.calibration.trajectories import (
     CalibrationSet,
     guidance_shares,
@@ -21,9 +23,13 @@ from fpq_lightning.calibration.trajectories import (
     sample_trajectories,
     save_calibration_set,
 )
+from fpq_lightning.layers import make_quantized
+from fpq_lightning.model.blocks import discover_units
 from fpq_lightning.model.leaves import flatten, nest
+from fpq_lightning.model.trace import trace_units
 from fpq_lightning.pipelines import SamplerConfig, load_pipeline, sample, set_sampler
 from fpq_lightning.prompts import load_prompts
+from fpq_lightning.quantizers import Granularity
 
 COCO = CHECKOUT.parent / "shared" / "data" / "prompts" / "coco_30k.csv"
 PROMPTS = ["a cat", "two dogs on the grass", "big red bus"]
@@ -202,6 +208,41 @@ def test_a_set_holds_both_passes_of_guidance_with_their_own_text(model: str, gui
     assert found.weights.mean().item() == pytest.approx(1)
     assert len(found.weights.unique()) > 1
     assert not found.constants.get("added_cond_kwargs/text_embeds")
+
+
+def test_prompts_lie_in_the_store_once_for_all_units_and_no_longer_than_needed(model: str) -> None:
+    pipeline = load_pipeline(model)
+    sampler = SamplerConfig(steps=3, batch_size=2, guidance_scale=3, prompts=PROMPTS)
+    calibration = sample_trajectories(pipeline, sampler, 6)
+    unet = pipeline.unet.requires_grad_(False)
+    units, _ = trace_units(unet, discover_units(unet), calibration.batch(slice(0, 1), torch.device("cpu")))
+    for unit in units:
+        for layer in unit.layers.values():
+            make_quantized(layer, Granularity("channel"))
+    store = ActivationStore(torch.device("cpu"))
+    replay = NetworkReplay(unet, units, calibration, store, micro_batch=4)
+    text = calibration.inputs["encoder_hidden_states"]
+    reading = []
+    for i, unit in enumerate(units):
+        replay.capture()
+        captured: list[Tensor | None] = []
+        handle = unit.module.register_forward_pre_hook(
+            lambda _, args, kwargs, captured=captured: captured.append(kwargs.get("encoder_hidden_states")),
+            with_kwargs=True,
+        )
+        replay.call(replay.inputs(torch.tensor([4, 1])))
+        handle.remove()
+        if captured[0] is not None:
+            reading.append(i)
+            assert torch.equal(captured[0], text[[4, 1]])
+        held = {key: entry.tensor for key, entry in store._entries.items()}
+        copies = [key for key, tensor in held.items() if tensor.shape[2:] == text.shape[1:]]
+        assert copies in ([], ["condition.encoder_hidden_states"])
+        assert copies or captured[0] is None
+        replay.advance()
+    assert len(reading) >= 2
+    assert not store.holds("condition.encoder_hidden_states")
+    store.close()
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------

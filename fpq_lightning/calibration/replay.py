@@ -8,7 +8,7 @@ evaluated once for each path and sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -21,7 +21,7 @@ from fpq_lightning.calibration.trajectories import CalibrationSet
 from fpq_lightning.distributed import gather_rows
 from fpq_lightning.layers import Mode, running
 from fpq_lightning.model.blocks import Unit
-from fpq_lightning.model.leaves import output_leaves
+from fpq_lightning.model.leaves import flatten, output_leaves
 
 Path = str  # "full_precision" or "quantized"
 PATHS: tuple[Path, Path] = ("full_precision", "quantized")
@@ -48,23 +48,41 @@ class _Tree:
     """A structure of tensors whose batch-major leaves lie in the store.
 
     Which leaves are batch-major is told by two passes with batches of different size. Their leading dimension may
-    hold other dimensions folded into it (frames, windows), sample by sample.
+    hold other dimensions folded into it (frames, windows), sample by sample. Leaves that are the network's own inputs,
+    such as embeddings of the prompt, lie in the store once for all units.
     """
 
-    def __init__(self, name: str, unit: str, small: Any, large: Any) -> None:
+    def __init__(self, name: str, unit: str, small: Any, large: Any, given: Mapping[int, str] | None = None) -> None:
         self.name = name
         leaves, self.spec = tree_flatten(small)
         other = tree_flatten(large)[0]
         self.constants: list[Any] = leaves
         self.batched = [_is_batch_major(unit, a, b) for a, b in zip(leaves, other, strict=True)]
+        self.given = [(given or {}).get(id(leaf)) for leaf in leaves]  # paths of the network's inputs
+
+    def conditions(self) -> list[str]:
+        """Paths of the network's inputs among the leaves."""
+        return [path for path, batched in zip(self.given, self.batched, strict=True) if batched and path is not None]
 
     def stored(self) -> list[str]:
-        return [f"{self.name}.{i}" for i, batched in enumerate(self.batched) if batched]
+        """Keys of what is stored for this tree alone."""
+        own = [batched and path is None for path, batched in zip(self.given, self.batched, strict=True)]
+        return [f"{self.name}.{i}" for i, mine in enumerate(own) if mine]
+
+    def all_keys(self) -> list[str]:
+        """Keys of all batch-major leaves."""
+        leaves = enumerate(zip(self.given, self.batched, strict=True))
+        return [f"{self.name}.{i}" if path is None else _condition(path) for i, (path, batched) in leaves if batched]
 
     def allocate(self, store: ActivationStore, n: int, next_use: int) -> None:
-        leaves = zip(self.stored(), self._batched_of(self.constants), self._folds(), strict=True)
-        for key, leaf, folded in leaves:
+        for key, leaf, folded in self._own(self.constants):
             store.allocate(key, (n, folded, *leaf.shape[1:]), leaf.dtype, next_use)
+
+    def _own(self, leaves: list[Any]) -> Iterator[tuple[str, Tensor, int]]:
+        """Key, value and fold of what is stored for this tree alone."""
+        own = set(self.stored())
+        found = zip(self.all_keys(), self._batched_of(leaves), self._folds(), strict=True)
+        return (entry for entry in found if entry[0] in own)
 
     def _batched_of(self, leaves: list[Any]) -> list[Tensor]:
         return [leaf for leaf, batched in zip(leaves, self.batched, strict=True) if batched]
@@ -74,8 +92,7 @@ class _Tree:
         return [len(leaf) // 2 for leaf in self._batched_of(self.constants)]
 
     def write(self, store: ActivationStore, start: int, tree: Any) -> None:
-        leaves = zip(self.stored(), self._batched_of(tree_flatten(tree)[0]), self._folds(), strict=True)
-        for key, leaf, folded in leaves:
+        for key, leaf, folded in self._own(tree_flatten(tree)[0]):
             store.write(key, start, leaf.unflatten(0, (-1, folded)))
 
     def fill(self, batched: list[Tensor]) -> Any:
@@ -84,7 +101,7 @@ class _Tree:
         return tree_unflatten(leaves, self.spec)
 
     def read(self, store: ActivationStore, rows: slice | Tensor) -> Any:
-        return self.fill([store.read(key, rows).flatten(0, 1) for key in self.stored()])
+        return self.fill([store.read(key, rows).flatten(0, 1) for key in self.all_keys()])
 
     def placeholder(self, n: int, in_memory: bool) -> Any:
         """Zeros of the right shape, that take no memory unless the network changes them in place."""
@@ -93,6 +110,10 @@ class _Tree:
             for leaf, folded in zip(self._batched_of(self.constants), self._folds(), strict=True)
         ]
         return self.fill([z.clone() for z in zeros] if in_memory else zeros)
+
+
+def _condition(path: str) -> str:
+    return f"condition.{path}"
 
 
 def _is_batch_major(unit: str, small: Any, large: Any) -> bool:
@@ -151,6 +172,7 @@ class NetworkReplay:
     def _templates(self) -> tuple[list[_Tree], list[_Tree]]:
         """Structures of the inputs and outputs of every unit."""
         seen: dict[int, list[tuple[Any, Any]]] = {2: [], 3: []}
+        batches: list[dict[str, Any]] = []
         for size, found in seen.items():
             hooks = [
                 unit.module.register_forward_hook(
@@ -159,14 +181,18 @@ class NetworkReplay:
                 )
                 for unit in self.units
             ]
+            batches.append(self._calibration.batch(torch.arange(size) % self.n, self.store.device))
             try:
-                self.model(**self._calibration.batch(torch.arange(size) % self.n, self.store.device))
+                self.model(**batches[-1])
             finally:
                 for hook in hooks:
                     hook.remove()
+        leaves = (leaf for name, value in batches[0].items() for leaf in flatten(name, value))
+        # An input that the network changes in place is no longer what it was.
+        given = {id(x): path for path, x in leaves if path in self._calibration.inputs and not x._version}
         pairs = list(zip(seen[2], seen[3], strict=True))
         names = [unit.name for unit in self.units]
-        inputs = [_Tree("inputs", name, a[0], b[0]) for name, (a, b) in zip(names, pairs, strict=True)]
+        inputs = [_Tree("inputs", name, a[0], b[0], given) for name, (a, b) in zip(names, pairs, strict=True)]
         outputs = [_Tree("outputs", name, a[1], b[1]) for name, (a, b) in zip(names, pairs, strict=True)]
         return inputs, outputs
 
@@ -207,6 +233,10 @@ class NetworkReplay:
     def capture(self) -> None:
         """Stores the current unit's inputs on the quantized path and its full-precision outputs."""
         index, unit = self.position, self.unit
+        for path in self._missing_conditions():
+            self._allocate_condition(path)
+            for rows in self._batches():
+                self.store.write(_condition(path), rows.start, self._calibration.inputs[path][rows, None])
         inputs, targets = self._allocate_capture()
         for rows in self._batches():
             # Stored before the unit runs, which may change its input in place.
@@ -216,8 +246,17 @@ class NetworkReplay:
                 output = unit.module(*args, **kwargs)
             self._output_tree("full_precision", index).write(self.store, rows.start, output)
         self._settle_sources()  # the unit's own inputs are all that is needed from here on
-        for key in [*inputs.stored(), *targets.stored()]:
+        for key in [*inputs.all_keys(), *targets.all_keys()]:
             self.store.promote(key)
+
+    def _missing_conditions(self) -> list[str]:
+        """Inputs of the network that the current unit reads and that are not in the store yet."""
+        found = dict.fromkeys(self._input_trees[self.position].conditions())
+        return [path for path in found if not self.store.holds(_condition(path))]
+
+    def _allocate_condition(self, path: str) -> None:
+        value = self._calibration.inputs[path]
+        self.store.allocate(_condition(path), (self.n, 1, *value.shape[1:]), value.dtype, self.position)
 
     def _allocate_capture(self) -> tuple[_Tree, _Tree]:
         trees = self._input_trees[self.position], self._output_tree("full_precision", self.position)
@@ -228,7 +267,7 @@ class NetworkReplay:
     def is_on_device(self) -> bool:
         """Whether what an optimisation step reads lies on the compute device."""
         trees = (self._input_trees[self.position], self._output_tree("full_precision", self.position))
-        return all(self.store.on_device(key) for tree in trees for key in tree.stored())
+        return all(self.store.on_device(key) for tree in trees for key in tree.all_keys())
 
     def call(self, inputs: Any) -> Any:
         """Runs the current unit."""
@@ -247,7 +286,7 @@ class NetworkReplay:
             placement: for each rank, where its rows go.
         """
         tree = self._input_trees[self.position]
-        leaves = [gather_rows(self.store.read(key, rows), placement) for key in tree.stored()]
+        leaves = [gather_rows(self.store.read(key, rows), placement) for key in tree.all_keys()]
         for start in range(0, sum(len(part) for part in placement), self.micro_batch):
             yield tree.fill([leaf[start : start + self.micro_batch].flatten(0, 1) for leaf in leaves])
 
@@ -292,6 +331,12 @@ class NetworkReplay:
             self.store.free(key)
         for path in PATHS if self.quantized_inputs else PATHS[:1]:
             self._settle(path, self.position)
+        for name in self._input_trees[self.position].conditions():
+            later = [k for k, tree in enumerate(self._input_trees) if k > self.position and name in tree.conditions()]
+            if later:
+                self.store.schedule(_condition(name), later[0])
+            else:
+                self.store.free(_condition(name))
 
     def rehearse(self, n: int) -> int:
         """The most bytes that the store would hold at once if this process had n samples."""
@@ -300,6 +345,8 @@ class NetworkReplay:
         try:
             for position in range(len(self.units)):
                 self.position = position
+                for path in self._missing_conditions():
+                    self._allocate_condition(path)
                 self._allocate_capture()
                 self._settle_sources()
                 self._allocate_advance()

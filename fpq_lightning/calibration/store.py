@@ -156,6 +156,10 @@ class ActivationStore:
             key, entry = max(resident, key=lambda item: item[1].next_use)
             self._entries[key] = self._moved(key, self._make_room(self._below("device"), entry.bytes, entry.next_use))
 
+    def holds(self, key: str) -> bool:
+        """Whether there is such an array."""
+        return key in self._entries
+
     def on_device(self, key: str) -> bool:
         """Whether an array lies on the compute device."""
         return self._entries[key].tier == "device"
