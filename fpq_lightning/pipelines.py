@@ -53,7 +53,8 @@ class SamplerConfig:
             raise ValueError(f"sampling needs steps and batch_size of at least 1, got {self}")
         if self.scheduler is not None and not hasattr(diffusers_schedulers, self.scheduler):
             raise ValueError(f"diffusers has no scheduler {self.scheduler!r}: use for example DDIMScheduler")
-        if self.prompts is not None:
+        # The name of a dataset may mean a download, which is not for options that are only looked at.
+        if self.prompts is not None and (not isinstance(self.prompts, str) or Path(self.prompts).suffix):
             load_prompts(self.prompts, self.prompt_column)
 
     def prompts_of(self, seeds: Sequence[int]) -> list[str] | None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from models import CHECKOUT, fit_arguments, run_fpq, save_tiny
+from models import CHECKOUT, fit_arguments, run_fpq, save_tiny, tiny_text_to_image
 
 STUDIES = sorted((CHECKOUT / "configs" / "study").glob("*.yaml"))
 CONFIGS = sorted({*(CHECKOUT / "configs").rglob("*.yaml")} - {*STUDIES})
+MODELS = [file for file in CONFIGS if file.parent.name == "models"]
 RECIPES = [file for file in CONFIGS if file.parent.name == "recipes"]
 
 
@@ -42,6 +43,22 @@ def test_a_configuration_parses_to_the_values_it_holds(
     found = _leaves(yaml.safe_load(outcome.out))
     expected = {**_leaves(yaml.safe_load(file.read_text())), ("model",): "X"}
     assert {k: found.get(k) for k in expected} == expected
+
+
+@pytest.mark.parametrize("file", MODELS, ids=lambda f: f.stem)
+def test_the_configuration_of_a_model_runs_with_a_small_stand_in(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = yaml.safe_load(file.read_text())
+    assert values["model"].count("/") == 1  # as users know it
+    takes_prompts = "prompts" in values["sampler"]
+    stand_in = tiny_text_to_image(tmp_path / "tiny") if takes_prompts else save_tiny(tmp_path / "tiny")
+    command, *options = fit_arguments(stand_in, tmp_path / "run", iterations=2, n_images=2)
+    options += ["--sampler.prompts=['a cat','a dog']", "--sampler.scheduler=DDIMScheduler"] if takes_prompts else []
+    outcome = run_fpq(capsys, [command, "--config", file.stem, *options])
+    assert outcome.code == 0, outcome.err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["quantized_share"] > 0.9
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from models import CHECKOUT, fit_arguments, run_fpq, save_tiny
+from models import CHECKOUT, fit_arguments, run_fpq, save_tiny, tiny_text_to_image
 from PIL import Image
 
 README = (CHECKOUT / "README.md").read_text()
@@ -30,8 +30,8 @@ def test_the_commands_of_the_readme_run_one_after_the_other(
     model = save_tiny(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(CHECKOUT / "configs")
-    assert [command.split()[1] for command in COMMANDS] == ["fit", "fit", "test", "predict"]
-    for command in COMMANDS:
+    assert [command.split()[1] for command in COMMANDS] == ["fit", "fit", "test", "predict", "fit"]
+    for command in COMMANDS[:4]:
         words = shlex.split(command.replace("PATH_OR_HUB_ID", model))[1:]
         if words[0] == "fit":
             overrides = fit_arguments(model, "runs/mine", iterations=2, n_images=2)[1:]
@@ -41,6 +41,19 @@ def test_the_commands_of_the_readme_run_one_after_the_other(
         assert outcome.code == 0, outcome.err
     assert len(list((tmp_path / "images").glob("*.png"))) == 16
     assert (tmp_path / "runs" / "mine" / "report.md").is_file()
+
+
+def test_the_text_to_image_command_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (found,) = re.findall(r"^(fpq fit .*captions\.csv \\\n.*)$", README, re.MULTILINE)
+    model = tiny_text_to_image(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(CHECKOUT / "configs")
+    (tmp_path / "captions.csv").write_text("id,caption\n1,a cat\n2,a red bus\n")
+    words = shlex.split(found.replace("\\\n", " ").replace("PATH_OR_HUB_ID", model))[1:]
+    outcome = run_fpq(capsys, [*words, *fit_arguments(model, "runs/text", iterations=2, n_images=2)[1:]])
+    assert outcome.code == 0, outcome.err
 
 
 def test_the_commands_of_the_evaluation_docs_run(

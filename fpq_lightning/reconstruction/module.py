@@ -85,10 +85,11 @@ class BlockReconstruction(pl.LightningModule):
             return
         device = next(self.denoiser.parameters()).device
         first = self.calibration.set.batch(slice(0, 1), device)
+        planned = [name for unit in self._plan for name in unit.layers]
         self.units, splits = trace_units(self.denoiser, self._plan, first)
-        ran = {unit.name for unit in self.units}
-        if skipped := [unit.name for unit in self._plan if unit.name not in ran and unit.layers]:
-            warnings.warn(f"not run by the denoiser, so left in full precision: {', '.join(skipped)}", stacklevel=2)
+        ran = {name for unit in self.units for name in unit.layers}
+        if skipped := [name for name in planned if name not in ran]:
+            warnings.warn(f"not called by the denoiser, so left in full precision: {', '.join(skipped)}", stacklevel=2)
         for unit in self.units:
             for name, layer in unit.layers.items():
                 quantized = make_quantized(
