@@ -150,7 +150,7 @@ class EvaluationConfig:
         count = len(dataset) if self.n_real is None else min(self.n_real, len(dataset))
         rows = range(distributed.rank(), count, distributed.world_size())
         describe = DistributionMetrics(network).describe
-        with full_float32():
+        with using_tf32(False):
             found = [
                 {name: value.cpu() for name, value in describe(batch.to(device)).items()}
                 for batch in read_images(dataset, self.real_column, rows, _BATCH, self.corrupt)
@@ -169,11 +169,11 @@ def _left_out(what: str, error: Exception) -> None:
 
 
 @contextmanager
-def full_float32() -> Iterator[None]:
-    """Products in float32, not TF32, whose error is as large as that of FP8 activations with learned rounding."""
+def using_tf32(allowed: bool) -> Iterator[None]:
+    """Products in TF32 or float32; images are judged without, for its error is like that of FP8 activations."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
@@ -204,7 +204,7 @@ def sample_images(
     """
 
     def make(missing: Sequence[int]) -> Tensor:
-        with full_float32():
+        with using_tf32(False):
             images = sample(pipeline, sampler, missing)
         return torch.where(images.isfinite(), from_bytes(to_bytes(images.nan_to_num())), images)
 
@@ -238,7 +238,7 @@ def compare(
 ) -> dict[str, Any]:
     """Metrics of a set of images against full-precision ones, each process giving its part."""
     metrics.to(device)
-    with full_float32():
+    with using_tf32(False):
         for a, b in zip(images.split(_BATCH), reference.split(_BATCH), strict=True):
             metrics.update(a.to(device), b.to(device), same_seeds)
         n_images = distributed.sum_over_ranks(torch.tensor(len(images), device=device))

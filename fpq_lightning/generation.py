@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fpq_lightning import distributed
-from fpq_lightning.evaluation import SHOWN, EvaluationConfig, full_float32, image_settings, sample_images
+from fpq_lightning.evaluation import SHOWN, EvaluationConfig, image_settings, sample_images, using_tf32
 from fpq_lightning.images import ImageDirectory, save_png
 from fpq_lightning.pipelines import SamplerConfig, batches_of, denoiser_name, load_pipeline, sample, set_sampler
 from fpq_lightning.runs import hash_weights
@@ -116,7 +116,7 @@ class ImageGeneration(pl.LightningModule):
         seeds = batch["seeds"]
         images = self._images(self.pipeline, seeds)
         reference = images if self.reference is None else self._images(self.reference, seeds)
-        with full_float32():
+        with using_tf32(False):
             self.metrics.update(images, reference, same_seeds=True)
 
     def on_test_epoch_end(self) -> None:

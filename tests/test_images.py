@@ -16,10 +16,10 @@ from torch import Tensor
 
 from fpq_lightning.evaluation import (
     EvaluationConfig,
-    full_float32,
     image_settings,
     sample_images,
     sample_variant,
+    using_tf32,
 )
 from fpq_lightning.images import ImageDirectory, from_bytes, load_images, load_png, read_images, save_png, to_bytes
 from fpq_lightning.metrics.features import FeatureNetwork
@@ -141,11 +141,11 @@ def test_sampled_images_have_eight_bits_and_products_in_float32(monkeypatch: pyt
     assert not torch.equal(found, exact)
 
 
-def test_full_float32_is_left_when_the_work_fails() -> None:
+def test_tf32_is_as_before_when_the_work_fails() -> None:
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        with pytest.raises(ZeroDivisionError), full_float32():
+        with pytest.raises(ZeroDivisionError), using_tf32(False):
             1 / torch.backends.cuda.matmul.allow_tf32
         assert torch.backends.cuda.matmul.allow_tf32
     finally:

@@ -73,5 +73,5 @@ def test_more_points_than_a_chunk_make_no_difference(monkeypatch: pytest.MonkeyP
 
 
 def test_too_few_images_are_refused() -> None:
-    with pytest.raises(ValueError, match="more than 3 images"):
+    with pytest.raises(ValueError, match="at least 4 images"):
         _measure(torch.randn(3, 2), torch.randn(9, 2))

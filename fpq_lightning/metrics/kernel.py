@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
+from torch import Tensor
+
+from fpq_lightning.metrics.two_sets import TwoSets
 
 _CHUNK = 4096  # rows of the kernel matrix at a time
 
@@ -25,37 +25,14 @@ def _mean_of_others(x: Tensor) -> Tensor:
     return (_sum(x, x) - diagonal) / (len(x) * (len(x) - 1))
 
 
-class KernelDistance(Metric):
+class KernelDistance(TwoSets):
     """Unbiased estimate of the squared maximum mean discrepancy, with the kernel ``(x . y / d + 1)^3``.
 
     It is over all pairs of images, not over random subsets, so that it has no randomness of its own. For equal
     distributions it is zero in the mean and may be negative.
-
-    Args:
-        features: network that gives features `[n, d]` of images.
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
-    image_features: list[Tensor]
-    reference_features: list[Tensor]
-
-    def __init__(self, features: nn.Module) -> None:
-        super().__init__()
-        self.features = features
-        self.add_state("image_features", [], dist_reduce_fx="cat")
-        self.add_state("reference_features", [], dist_reduce_fx="cat")
-
-    @torch.no_grad()
-    def update(self, images: Tensor, real: bool) -> None:
-        """Adds images.
-
-        Args:
-            images: what the feature network takes, `[n, ...]`.
-            real: whether they are of the reference.
-        """
-        (self.reference_features if real else self.image_features).append(self.features(images).double())
 
     def compute(self) -> Tensor:
         """The squared discrepancy, float64.
@@ -63,7 +40,5 @@ class KernelDistance(Metric):
         Raises:
             ValueError: if there are fewer than two images of either kind.
         """
-        x, y = dim_zero_cat(self.image_features), dim_zero_cat(self.reference_features)
-        if min(len(x), len(y)) < 2:
-            raise ValueError("a kernel distance needs at least 2 images of either kind")
+        x, y = self.both(at_least=2)
         return _mean_of_others(x) + _mean_of_others(y) - 2 * _sum(x, y) / (len(x) * len(y))

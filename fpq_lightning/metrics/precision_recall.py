@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
+
+from fpq_lightning.metrics.two_sets import TwoSets
 
 _CHUNK = 1024  # rows of the distance matrix at a time
 
@@ -28,7 +28,7 @@ def coverage(points: Tensor, manifold: Tensor, radii: Tensor) -> Tensor:
     return torch.cat(covered).double().mean()
 
 
-class PrecisionRecall(Metric):
+class PrecisionRecall(TwoSets):
     """Precision: share of the images on the manifold of the reference. Recall: share of the reference on the images'.
 
     Args:
@@ -36,28 +36,11 @@ class PrecisionRecall(Metric):
         k: neighbours that decide the radius of a point.
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
-    image_features: list[Tensor]
-    reference_features: list[Tensor]
 
     def __init__(self, features: nn.Module, k: int = 3) -> None:
-        super().__init__()
-        self.features = features
+        super().__init__(features)
         self.k = k
-        self.add_state("image_features", [], dist_reduce_fx="cat")
-        self.add_state("reference_features", [], dist_reduce_fx="cat")
-
-    @torch.no_grad()
-    def update(self, images: Tensor, real: bool) -> None:
-        """Adds images.
-
-        Args:
-            images: what the feature network takes, `[n, ...]`.
-            real: whether they are of the reference.
-        """
-        (self.reference_features if real else self.image_features).append(self.features(images).double())
 
     def compute(self) -> dict[str, Tensor]:
         """``precision`` and ``recall`` in [0, 1].
@@ -65,9 +48,7 @@ class PrecisionRecall(Metric):
         Raises:
             ValueError: if there are not more than k images of either kind.
         """
-        images, reference = dim_zero_cat(self.image_features), dim_zero_cat(self.reference_features)
-        if min(len(images), len(reference)) <= self.k:
-            raise ValueError(f"precision and recall need more than {self.k} images of either kind")
+        images, reference = self.both(at_least=self.k + 1)
         return {
             "precision": coverage(images, reference, manifold_radii(reference, self.k)),
             "recall": coverage(reference, images, manifold_radii(images, self.k)),

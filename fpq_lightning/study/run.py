@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from diffusers import DiffusionPipeline
 
 from fpq_lightning.api import quantize
 from fpq_lightning.calibration.datamodule import CalibrationDataModule
-from fpq_lightning.evaluation import compare, image_settings, sample_variant
+from fpq_lightning.evaluation import compare, image_settings, sample_variant, using_tf32
 from fpq_lightning.images import ImageDirectory
 from fpq_lightning.layers import Mode
 from fpq_lightning.pipelines import denoiser_name, load_pipeline
@@ -46,7 +45,8 @@ class Study:
         self.output = Path(config.output)
         self.built = {name: config.build(name) for name in config.rows}
         config.evaluation.check()
-        self._weights = hash_weights(getattr(self._pipeline(), denoiser_name(self._pipeline())))
+        pipeline = load_pipeline(config.model)
+        self._weights = hash_weights(getattr(pipeline, denoiser_name(pipeline)))
         self.scratch = Path(config.scratch) / self._weights[:8]
         self.settings = {key: self._settings(*key) for key in self._keys()}
         for key, settings in self.settings.items():
@@ -167,7 +167,7 @@ class Study:
         data.directory = data.directory or str(self.scratch / f"calibration-{key}")
         run_dir = self.scratch / "runs" / fingerprint(self.settings[name, self.config.rows[name].variants[0]])
         (run_dir / "report.json").unlink(missing_ok=True)  # of a run whose rows were not written: it is opened again
-        with _tf32(self.config.tf32):
+        with using_tf32(self.config.tf32):
             quantize(
                 pipeline,
                 recipe,
@@ -179,13 +179,3 @@ class Study:
                 accelerator="cpu" if self.device.type == "cpu" else "auto",
                 logger=False,
             )
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

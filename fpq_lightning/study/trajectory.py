@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from fpq_lightning.evaluation import full_float32
+from fpq_lightning.evaluation import using_tf32
 from fpq_lightning.layers import Mode, running
 from fpq_lightning.model.leaves import output_leaves
 from fpq_lightning.pipelines import SamplerConfig, denoiser_name, sample, using_sampler
@@ -55,7 +55,7 @@ def trajectory_errors(
     """
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     found: dict[str, list[float]] = {"timesteps": [], "output": [], "state": []}
-    with using_sampler(pipeline, sampler), full_float32():
+    with using_sampler(pipeline, sampler), using_tf32(False):
         with running(denoiser, "full_precision"), _recording(denoiser) as expected:
             sample(pipeline, sampler, seeds)
             timesteps = [float(t) for t in pipeline.scheduler.timesteps]
