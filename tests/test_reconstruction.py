@@ -29,7 +29,10 @@ from fpq_lightning import (
 )
 from fpq_lightning.calibration.replay import sample_energies
 from fpq_lightning.calibration.trajectories import load_calibration_set
-from fpq_lightning.layers import quantized_layers
+from fpq_lightning.layers import make_quantized, quantized_layers
+from fpq_lightning.model.blocks import Unit
+from fpq_lightning.quantizers import Granularity
+from fpq_lightning.reconstruction.initialise import search_unit
 from fpq_lightning.reconstruction.objective import relative_error
 
 
@@ -452,3 +455,33 @@ def test_the_progress_bar_can_be_turned_off(tmp_path: Path, capsys: pytest.Captu
     run(tmp_path / "run", Recipe(include=["conv_in"], rounding=rounding()), enable_progress_bar=False)
     captured = capsys.readouterr()
     assert "calibrating" not in captured.out + captured.err
+
+
+# --- outliers --------------------------------------------------------------------------------------------------
+
+
+def _search_one_layer(x: Tensor, granularity: str = "tensor") -> None:
+    layer = make_quantized(nn.Linear(6, 4).requires_grad_(False), Granularity("channel"))
+    unit = Unit("proj", layer, {"block.proj": layer})
+    recipe = Recipe(activations=ActivationRecipe("e2m3", granularity=granularity))  # type: ignore[arg-type]
+    search_unit(unit, {"block.proj": x}, torch.ones(len(x)), recipe)
+
+
+def test_a_static_scale_that_outliers_stretch_is_warned_of_by_name() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(50, 6)
+    x[:25, 2] = 1e6  # so many and so large that no clip leaves anything of the rest
+    with pytest.warns(UserWarning, match=r"block\.proj: one static scale loses .*granularity token"):
+        _search_one_layer(x)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "token"])
+def test_inputs_without_outliers_or_with_a_scale_for_each_token_are_not_warned_of(
+    granularity: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(50, 6).clamp(min=0)
+    if granularity == "token":
+        x[:25, 2] = 1e6
+    _search_one_layer(x, granularity)
+    assert not [w for w in recwarn if "static scale" in str(w.message)]

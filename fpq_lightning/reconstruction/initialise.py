@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -90,9 +91,7 @@ def _search_input(
         dims = layer.token_dims
         trials = [Quantizer(fmt, None, token_dims=dims) for fmt in formats if fmt.min < 0]
         return min(trials, key=lambda q: (q(x) - x).square().sum().item())
-    values = x.reshape(1, -1)
-    if values.shape[1] > _MAX_VALUES:
-        values = values[:, :: values.shape[1] // _MAX_VALUES]
+    values = _some_values(x)
     # The extremes decide the largest clip tried, wherever the sampling above falls.
     values = torch.cat([values, x.amin().reshape(1, 1), x.amax().reshape(1, 1)], dim=1)
     if activations.objective == "output":
@@ -105,6 +104,28 @@ def _search_input(
         quantizer = search_tensor_error(values, formats, max_only=activations.objective == "max")
     offset = None if quantizer.offset is None else quantizer.offset.reshape(())
     return Quantizer(quantizer.format, cast(Tensor, quantizer.scale).data.reshape(()), offset)
+
+
+def _some_values(x: Tensor) -> Tensor:
+    values = x.reshape(1, -1)
+    return values[:, :: max(1, values.shape[1] // _MAX_VALUES)]
+
+
+def _warn_of_lost_bulk(name: str, quantizer: Quantizer, x: Tensor) -> None:
+    """Says so if one static scale, stretched by outliers, leaves little of most values."""
+    if quantizer.scale is None:
+        return
+    values = _some_values(x)
+    magnitude = values.abs()
+    present = magnitude > 0
+    lost = ((quantizer(values) - values).abs() > magnitude / 2) & present
+    if lost.sum() > present.sum() / 2:
+        ratio = (magnitude.max() / magnitude[present].median()).item()
+        warnings.warn(
+            f"{name}: one static scale loses more than half of its input's values, for outliers reach {ratio:.0f} "
+            "times the median: set recipe.activations.granularity token, or exclude the layer",
+            stacklevel=2,
+        )
 
 
 def _placed_like(trial: Quantizer, x: Tensor) -> Tensor:
@@ -147,6 +168,7 @@ def search_unit(unit: Unit, layer_inputs: dict[str, Tensor], weights: Tensor, re
                 weight = quantizers[-1](layer.granularity.rows(part)).reshape(part.shape)
             if formats := recipe.activation_formats():
                 inputs.append(_search_input(layer, x_part, weight, formats, recipe, passes))
+                _warn_of_lost_bulk(name, inputs[-1], x_part)
         found[name] = LayerQuantization(quantizers, inputs)
     found = _share(found, weights.device)
     for name, module in unit.layers.items():
