@@ -155,8 +155,9 @@ class EvaluationConfig:
                 {name: value.cpu() for name, value in describe(batch.to(device)).items()}
                 for batch in read_images(dataset, self.real_column, rows, _BATCH, self.corrupt)
             ]
-        if sum(len(batch["pooled"]) for batch in found) < 2:
-            raise ValueError(f"{self.real} has fewer than 2 images that can be read")
+        counts = distributed.gather(sum(len(batch["pooled"]) for batch in found))
+        if sum(counts) < 2 or not min(counts):
+            raise ValueError(f"{self.real} has {sum(counts)} images that can be read: too few")
         return {name: torch.cat([batch[name] for batch in found]).to(device) for name in found[0]}
 
 

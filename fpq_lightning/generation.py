@@ -16,7 +16,7 @@ from fpq_lightning import distributed
 from fpq_lightning.evaluation import SHOWN, EvaluationConfig, image_settings, sample_images, using_tf32
 from fpq_lightning.images import ImageDirectory, save_png
 from fpq_lightning.pipelines import SamplerConfig, batches_of, denoiser_name, load_pipeline, sample, set_sampler
-from fpq_lightning.runs import hash_weights
+from fpq_lightning.runs import hash_quantization, hash_weights
 from fpq_lightning.storage.quantized import is_quantized, load_quantized, read_description
 
 
@@ -98,10 +98,10 @@ class ImageGeneration(pl.LightningModule):
     def settings(self) -> dict[str, dict[str, Any]]:
         """What decides the images of each variant."""
         variants = {self.variant: self.pipeline, "full_precision": self.reference}
+        denoisers = {name: getattr(p, denoiser_name(p)) for name, p in variants.items() if p is not None}
         return {
-            name: image_settings(hash_weights(getattr(pipeline, denoiser_name(pipeline))), self.sampler)
-            for name, pipeline in variants.items()
-            if pipeline is not None
+            name: image_settings(hash_weights(denoiser), self.sampler, hash_quantization(denoiser, "learned"))
+            for name, denoiser in denoisers.items()
         }
 
     def _images(self, pipeline: DiffusionPipeline, seeds: Sequence[int]) -> Tensor:

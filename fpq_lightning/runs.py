@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from fpq_lightning.layers import LayerQuantization, quantized_layers
 from fpq_lightning.storage.files import differences, shorten, write_json
 
 PACKAGES = ("fpq-lightning", "torch", "lightning", "diffusers", "torchmetrics", "datasets")
@@ -40,6 +42,18 @@ def hash_weights(model: nn.Module) -> str:
     for name, tensor in model.state_dict().items():
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def hash_quantization(model: nn.Module, mode: str) -> str:
+    """A hash of everything that a variant of a model's layers holds: formats, scales, codes, biases."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, layer in quantized_layers(model).items():
+        if mode in layer.variants:
+            digest.update(name.encode())
+            for leaf in tree_leaves(cast(LayerQuantization, layer.variants[mode]).to_state()):
+                tensor = isinstance(leaf, torch.Tensor)
+                digest.update(leaf.detach().cpu().numpy().tobytes() if tensor else repr(leaf).encode())
     return digest.hexdigest()
 
 

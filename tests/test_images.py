@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import tiny_pipeline
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from fpq_lightning.evaluation import (
     EvaluationConfig,
@@ -21,10 +21,14 @@ from fpq_lightning.evaluation import (
     sample_variant,
     using_tf32,
 )
+from fpq_lightning.formats import parse_format
 from fpq_lightning.images import ImageDirectory, from_bytes, load_images, load_png, read_images, save_png, to_bytes
+from fpq_lightning.layers import LayerQuantization, make_quantized
 from fpq_lightning.metrics.features import FeatureNetwork
 from fpq_lightning.metrics.frechet import FrechetDistance
 from fpq_lightning.pipelines import SamplerConfig, sample, set_sampler
+from fpq_lightning.quantizers import Granularity, Quantizer
+from fpq_lightning.runs import hash_quantization
 from fpq_lightning.shipped import find_features
 
 SETTINGS = {"weights": "abc", "sampler": {"steps": 4}}
@@ -273,3 +277,22 @@ def test_a_dataset_of_other_things_than_images_is_named(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"image": [1, 2, 3]}).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="image 0 of the real ones cannot be read"):
         EvaluationConfig(n_images=8, real=str(tmp_path / "a.parquet")).metrics()
+
+
+def test_a_quantization_that_differs_in_one_code_has_images_of_its_own() -> None:
+    layer = make_quantized(nn.Linear(4, 3).requires_grad_(False), Granularity("channel"))
+    model = nn.Sequential(layer)
+    quantizer = Quantizer(parse_format("e2m1"), torch.ones(3, 1))
+    layer.variants["learned"] = LayerQuantization([quantizer])
+    nearest = hash_quantization(model, "learned")
+    hashes = {nearest}
+    for code in (1, 2):
+        variant = LayerQuantization([quantizer])
+        variant.codes = [torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [0, 0, 0, code]], dtype=torch.uint8)]
+        layer.variants["learned"] = variant
+        hashes.add(hash_quantization(model, "learned"))
+        assert hash_quantization(model, "learned") in hashes
+    layer.variants["learned"] = LayerQuantization([Quantizer(parse_format("e1m2"), torch.ones(3, 1))])
+    hashes.add(hash_quantization(model, "learned"))
+    assert len(hashes) == 4
+    assert hash_quantization(model, "nearest") not in hashes

@@ -163,6 +163,11 @@ def sample_trajectories(
     parts = sorted((part for parts in distributed.gather(recorder.parts) for part in parts), key=lambda part: part[0])
     inputs = {name: torch.cat([part[name] for _, part in parts]) for name in parts[0][1]}
     weight = inputs.pop(_WEIGHT, None)
+    if not inputs:
+        raise ValueError(
+            f"{type(pipeline).__name__} does not call its denoiser before the steps of its scheduler: such pipelines "
+            "cannot be calibrated"
+        )
     if weight is None:
         weight = torch.ones(n)
     for name, value in {**inputs, "sensitivity": weight}.items():
@@ -253,20 +258,22 @@ class _Recorder:
 
     def _collect(self, args: tuple, kwargs: dict[str, Any]) -> None:
         n = len(self._batch)
-        passes = [(call, i) for call in self._calls for i in range(call.passes)]
+        outputs = [output for call in self._calls for output in call.output.chunk(call.passes)]
         kept = [row for row, t in enumerate(self._batch) for _ in range(self.keep[t].count(self._step))]
-        if not passes or not kept:
+        if not outputs or not kept:
             return
-        chosen = [(self._batch[row] + self._step) % len(passes) for row in kept]
-        for path in passes[0][0].arguments:
-            if not all(_is_batched(call.arguments[path], call.passes * n) for call in self._calls):
-                value = passes[0][0].arguments[path]
+        chosen = [(self._batch[row] + self._step) % len(outputs) for row in kept]
+        # The passes of a step lie one after the other, whether in one call or in several.
+        rows = torch.tensor([p * n + row for row, p in zip(kept, chosen, strict=True)])
+        for path, value in self._calls[0].arguments.items():
+            values = [call.arguments[path] for call in self._calls]
+            if all(_is_batched(v, call.passes * n) for v, call in zip(values, self._calls, strict=True)):
+                every = values[0] if len(values) == 1 else torch.cat(values)
+                self._collected.setdefault(path, []).append(every[rows.to(every.device)].cpu())
+            else:
                 self.constants[path] = value.cpu() if isinstance(value, Tensor) else value
-                continue
-            rows = [passes[p][0].arguments[path][passes[p][1] * n + row] for row, p in zip(kept, chosen, strict=True)]
-            self._collected.setdefault(path, []).append(torch.stack(rows).cpu())
         if self.weighting == "sensitivity":
-            shares = guidance_shares([call.output.chunk(call.passes)[i] for call, i in passes], args[0])
+            shares = guidance_shares(outputs, args[0])
             sensitivity = output_sensitivity(self.scheduler, args, kwargs)
             self._collected.setdefault(_WEIGHT, []).append((sensitivity[kept] * shares[chosen]).square())
 

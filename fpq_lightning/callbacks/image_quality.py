@@ -15,7 +15,7 @@ from fpq_lightning.images import ImageDirectory
 from fpq_lightning.layers import Mode
 from fpq_lightning.pipelines import SamplerConfig
 from fpq_lightning.reconstruction.module import BlockReconstruction
-from fpq_lightning.runs import RunDirectory
+from fpq_lightning.runs import RunDirectory, hash_quantization
 
 
 class ImageQuality(pl.Callback):
@@ -41,12 +41,18 @@ class ImageQuality(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Finds what is missing before hours are spent."""
         self.config.check()
+        if self.config.n_images:
+            self._directory("full_precision")
 
-    def _directory(self, mode: Mode) -> ImageDirectory:
+    def _directory(self, mode: Mode, module: BlockReconstruction | None = None) -> ImageDirectory:
         root = self.run.images if self.config.images is None else Path(self.config.images)
-        quantization = None if mode == "full_precision" else f"{self.run.fingerprint}, {mode}"
         weights = self.run.parts["model"]["weights"]
-        return ImageDirectory(root / mode, image_settings(weights, self.sampler, quantization))
+        if module is None:
+            return ImageDirectory(root / mode, image_settings(weights, self.sampler))
+        # A calibration that was begun anew may end elsewhere, so that images of the one before are not its own.
+        quantization = hash_quantization(module.denoiser, mode)
+        settings = image_settings(weights, self.sampler, quantization)
+        return ImageDirectory(root / f"{mode}-{quantization[:8]}", settings)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Samples and compares."""
@@ -61,7 +67,8 @@ class ImageQuality(pl.Callback):
 
             def images(mode: Mode, seeds: range) -> Tensor:
                 bar.set_description(f"sampling {mode.replace('_', ' ')}")
-                return sample_variant(pl_module.pipeline, self.sampler, seeds, mode, bar.update, self._directory(mode))
+                directory = self._directory(mode, None if mode == "full_precision" else pl_module)
+                return sample_variant(pl_module.pipeline, self.sampler, seeds, mode, bar.update, directory)
 
             reference = images("full_precision", self.config.seeds)
             other_seeds = range(self.config.seeds.stop, self.config.seeds.stop + n)
