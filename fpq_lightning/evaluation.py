@@ -19,6 +19,7 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from fpq_lightning import distributed
 from fpq_lightning.images import ImageDirectory, from_bytes, load_images, read_images, to_bytes
 from fpq_lightning.layers import Mode, running
+from fpq_lightning.metrics.clip import PromptScore
 from fpq_lightning.metrics.distribution import DistributionMetrics, Features
 from fpq_lightning.metrics.features import FeatureNetwork
 from fpq_lightning.metrics.inception import InceptionNetwork
@@ -42,6 +43,8 @@ class EvaluationConfig:
         inception: the network of FID, too: ``auto`` for the usual cache, or a file of its weights. Needs the extra
             ``fid``.
         lpips: LPIPS on this network, too. Needs the extra ``fid``.
+        clip: CLIP score on this model, too: a directory or a hub id such as ``openai/clip-vit-base-patch16``. For
+            pipelines that take prompts.
         real: a statistics file of real images, or real images: the name or directory of a `datasets` dataset, or a
             parquet file.
         real_column: of the images of that dataset.
@@ -57,6 +60,7 @@ class EvaluationConfig:
     features: str | None = FEATURES
     inception: str | None = None
     lpips: Literal["alex", "vgg", "squeeze"] | None = None
+    clip: str | None = None
     real: str | None = None
     real_column: str = "image"
     n_real: int | None = None
@@ -71,6 +75,8 @@ class EvaluationConfig:
             FeatureNetwork.load(find_features(self.features))
         if self.inception not in (None, "auto") and not Path(str(self.inception)).is_file():
             raise ValueError(f"there are no Inception weights {self.inception}: correct evaluation.inception")
+        if self.clip is not None and self.clip.count("/") != 1 and not Path(self.clip).is_dir():
+            raise ValueError(f"there is no CLIP model {self.clip}: correct evaluation.clip")
         if self.real is None:
             return
         if self.features is None and self.inception is None:
@@ -116,7 +122,7 @@ class EvaluationConfig:
             try:
                 networks.append(InceptionNetwork(None if self.inception == "auto" else self.inception))
             except (ModuleNotFoundError, FileNotFoundError) as error:
-                _left_out("metrics on Inception features", error)
+                _left_out("metrics on Inception features are", error)
         return networks
 
     @cached_property
@@ -142,8 +148,14 @@ class EvaluationConfig:
             try:
                 paired["lpips"] = LearnedPerceptualImagePatchSimilarity(self.lpips)
             except (ModuleNotFoundError, OSError) as error:
-                _left_out("lpips", error)
-        return QualityMetrics(distributions, paired).to(device)
+                _left_out("LPIPS is", error)
+        prompted: dict[str, Metric] = {}
+        if self.clip is not None:
+            try:
+                prompted["clip_score"] = PromptScore(self.clip)
+            except OSError as error:
+                _left_out("the CLIP score is", error)
+        return QualityMetrics(distributions, paired, prompted).to(device)
 
     def _describe_real(self, network: nn.Module, device: torch.device) -> Features:
         dataset = load_images(str(self.real), self.real_column)
@@ -163,7 +175,7 @@ class EvaluationConfig:
 
 def _left_out(what: str, error: Exception) -> None:
     if distributed.rank() == 0:
-        warnings.warn(f"{what} are left out: {' '.join(str(error).split())[:200]}", stacklevel=2)
+        warnings.warn(f"{what} left out: {' '.join(str(error).split())[:200]}", stacklevel=2)
 
 
 # --- images ----------------------------------------------------------------------------------------------------
@@ -212,6 +224,17 @@ def sample_images(
     return make(seeds) if directory is None else directory.complete(seeds, make)
 
 
+def share(seeds: range, sampler: SamplerConfig) -> list[range]:
+    """This process's batches of seeds. Batches go round the processes."""
+    world_size = distributed.world_size()
+    return list(batches_of(seeds, sampler.batch_size, world_size))[distributed.rank() :: world_size]
+
+
+def prompts_of_share(seeds: range, sampler: SamplerConfig) -> list[str] | None:
+    """Prompts of this process's images, None without any."""
+    return sampler.prompts_of([seed for batch in share(seeds, sampler) for seed in batch])
+
+
 def sample_variant(
     pipeline: DiffusionPipeline,
     sampler: SamplerConfig,
@@ -225,22 +248,26 @@ def sample_variant(
     The first images are the first process's.
     """
     images = []
-    world_size = distributed.world_size()
-    batches = list(batches_of(seeds, sampler.batch_size, world_size))
     with using_sampler(pipeline, sampler), running(getattr(pipeline, denoiser_name(pipeline)), mode):
-        for batch in batches[distributed.rank() :: world_size]:
+        for batch in share(seeds, sampler):
             images.append(sample_images(pipeline, sampler, batch, directory))
             on_batch(len(batch))
     return torch.cat(images)
 
 
 def compare(
-    metrics: QualityMetrics, images: Tensor, reference: Tensor, device: torch.device, same_seeds: bool = True
+    metrics: QualityMetrics,
+    images: Tensor,
+    reference: Tensor,
+    device: torch.device,
+    same_seeds: bool = True,
+    prompts: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Metrics of a set of images against full-precision ones, each process giving its part."""
+    """Metrics of a set of images, and their prompts, against full-precision ones, each process giving its part."""
     metrics.to(device)
     with using_tf32(False):
-        for a, b in zip(images.split(_BATCH), reference.split(_BATCH), strict=True):
-            metrics.update(a.to(device), b.to(device), same_seeds)
+        for start in range(0, len(images), _BATCH):
+            a, b = (x[start : start + _BATCH].to(device) for x in (images, reference))
+            metrics.update(a, b, same_seeds, None if prompts is None else prompts[start : start + _BATCH])
         n_images = distributed.sum_over_ranks(torch.tensor(len(images), device=device))
         return {**metrics.compute(same_seeds), "n_images": int(n_images)}

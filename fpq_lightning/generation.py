@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from fpq_lightning import distributed
 from fpq_lightning.evaluation import SHOWN, EvaluationConfig, image_settings, sample_images, using_tf32
 from fpq_lightning.images import ImageDirectory, save_png
+from fpq_lightning.metrics.quality import ALONE
 from fpq_lightning.pipelines import SamplerConfig, batches_of, denoiser_name, load_pipeline, sample, set_sampler
 from fpq_lightning.runs import hash_quantization, hash_weights
 from fpq_lightning.storage.quantized import is_quantized, load_quantized, read_description
@@ -117,13 +118,13 @@ class ImageGeneration(pl.LightningModule):
         images = self._images(self.pipeline, seeds)
         reference = images if self.reference is None else self._images(self.reference, seeds)
         with using_tf32(False):
-            self.metrics.update(images, reference, same_seeds=True)
+            self.metrics.update(images, reference, prompts=self.sampler.prompts_of(seeds))
 
     def on_test_epoch_end(self) -> None:
         """Logs the metrics; those that need a reference are left out without one."""
         values = self.metrics.compute()
         if self.reference is None:
-            values = {name: value for name, value in values.items() if name.endswith("_real") or name == "is"}
+            values = {name: value for name, value in values.items() if name.endswith("_real") or name.startswith(ALONE)}
         n_images = len(cast(EvaluationConfig, self.evaluation).seeds)
         self.values = {**dict.fromkeys(("fd", "fd_real", "psnr", "ssim")), **values, "n_images": n_images}
         # They are those of all processes already.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from torch import nn
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub: tests need no network, nor its retries
 
 settings.register_profile("fpq", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fpq")

@@ -280,22 +280,28 @@ def quantized_files(run: Path) -> dict[str, bytes]:
     return {str(f.relative_to(run / "quantized")): f.read_bytes() for f in files}
 
 
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+LETTERS = [*_ALPHABET, *(f"{letter}</w>" for letter in _ALPHABET), "<|startoftext|>", "<|endoftext|>"]
+
+
+def save_letters(directory: Path) -> CLIPTokenizer:
+    """A tokenizer that knows letters and takes 16 of them."""
+    words = directory / "words"
+    words.mkdir()
+    (words / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(LETTERS)}))
+    (words / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=16)
+
+
 def tiny_text_to_image(directory: Path, seed: int = 0) -> str:
     """Writes a tiny Stable Diffusion pipeline; its tokenizer knows letters."""
     directory.mkdir(parents=True)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    words = directory / "words"
-    words.mkdir()
-    (words / "vocab.json").write_text(json.dumps(vocabulary))
-    (words / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=16)
+    tokenizer = save_letters(directory)
     torch.manual_seed(seed)
     text = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokens), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=16, bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1, projection_dim=16,
+            vocab_size=len(LETTERS), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=16, bos_token_id=len(LETTERS) - 2, eos_token_id=len(LETTERS) - 1, projection_dim=16,
         )
     )  # fmt: skip
     unet = UNet2DConditionModel(

@@ -76,14 +76,14 @@ def test_the_commands_of_the_evaluation_docs_run(
             small = {"n_samples": 8, "n_search": 4}, {"rounding": {"iterations": 2, "batch_size": 4}}
             words += [f"--model={model}", "--output=study", "--evaluation.real=null", "--evaluation.n_images=2"]
             words += [*SMALL[:2], "--trajectories=2", f"--data={small[0]}", f"--recipe={small[1]}"]
-            words += [] if "--only" in words else ["--only=[other_seeds]"]
+            words += [] if "--only" in words else ["--only=[fp32]"]
         outcome = run_fpq(capsys, words)
         assert outcome.code == 0, outcome.err
     for directory in ("mine-5000", "mine-real"):
         assert (tmp_path / "runs" / directory / "report.html").is_file()
     rows = {file.name for file in (tmp_path / "study" / "rows").iterdir()}
     names = {f"{name}.{rounding}.json" for name in ("fp8_fp8", "fp4_fp8") for rounding in ("nearest", "learned")}
-    assert rows == {"other_seeds.seed_noise.json", *names}
+    assert rows == {"fp32.full_precision.json", "fp32.other_seeds.json", *names}
 
 
 def test_the_notebook_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

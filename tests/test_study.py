@@ -51,7 +51,7 @@ def grid(model: str, root: Path, **rows: Any) -> dict[str, Any]:
 
 
 ROWS = {
-    "other_seeds": {"variants": []},
+    "fp32": {"variants": ["full_precision", "other_seeds"]},
     "fp8": {"config": "fp8_fp8"},
     "fp4": {"config": "fp4_fp8", "data": {"seed": 7}, "variants": ["learned"], "group": "second seed"},
 }
@@ -75,7 +75,9 @@ def study(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_each_row_is_a_file_with_what_made_it(study: Path) -> None:
     files = {file.name: json.loads(file.read_text()) for file in (study / "study" / "rows").iterdir()}
-    assert files.keys() == {"other_seeds.seed_noise.json", "fp8.nearest.json", "fp8.learned.json", "fp4.learned.json"}
+    assert files.keys() == {
+        "fp32.full_precision.json", "fp32.other_seeds.json", "fp8.nearest.json", "fp8.learned.json", "fp4.learned.json"
+    }  # fmt: skip
     learned = files["fp8.learned.json"]
     assert learned["settings"]["recipe"]["rounding"]["iterations"] == 5
     assert learned["settings"]["recipe"]["include"] == ["conv_in", "mid_block.resnets.0.*"]
@@ -83,8 +85,8 @@ def test_each_row_is_a_file_with_what_made_it(study: Path) -> None:
     assert learned["weight_bits"] > 8
     assert 4 < files["fp4.learned.json"]["weight_bits"] < learned["weight_bits"]
     assert learned["metrics"]["psnr"] > files["fp4.learned.json"]["metrics"]["psnr"]
-    assert files["other_seeds.seed_noise.json"]["metrics"]["psnr"] is None
-    assert files["other_seeds.seed_noise.json"]["metrics"]["fd"] > 0
+    assert files["fp32.other_seeds.json"]["metrics"]["psnr"] is None
+    assert files["fp32.other_seeds.json"]["metrics"]["fd"] > 0
 
 
 def test_what_rows_share_is_made_once(study: Path) -> None:
@@ -164,14 +166,15 @@ def test_the_table_holds_the_rows_in_the_order_of_the_study(study: Path) -> None
     text = (study / "study" / "table.md").read_text()
     lines = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| ") and "---" not in line]
     names = [(name.removeprefix("| "), rounding) for name, rounding in lines if name != "| row"]
-    assert names == [("other_seeds", "-"), ("fp8", "nearest"), ("fp8", "learned"), ("fp4", "learned")]
+    of_fp32, of_fp8 = [("fp32", "full precision"), ("fp32", "other seeds")], [("fp8", "nearest"), ("fp8", "learned")]
+    assert names == [*of_fp32, *of_fp8, ("fp4", "learned")]
     assert "### second seed" in text
     assert "4 images" in text
 
 
 def test_the_csv_holds_the_figures_unrounded(study: Path) -> None:
     rows = list(csv.DictReader((study / "study" / "table.csv").open()))
-    assert len(rows) == 4
+    assert len(rows) == 5
     for row in rows:
         file = study / "study" / "rows" / f"{row['name']}.{row['variant']}.json"
         assert float(row["fd"]) == json.loads(file.read_text())["metrics"]["fd"]
@@ -190,7 +193,7 @@ def _row(name: str, variant: str, group: str = "recipes", **metrics: Any) -> dic
 
 def test_columns_without_a_value_are_left_out() -> None:
     text = markdown_table([_row("a", "nearest"), _row("b", "learned", "more", psnr=20.123)])
-    assert text.splitlines()[2] == "| row | rounding | FD |"
+    assert text.splitlines()[2] == "| row | variant | FD |"
     assert "| b | learned | 1.000 | 20.12 |" in text
     assert csv_table([_row("a", "nearest")]).splitlines()[1].startswith("a,nearest,recipes,")
 
@@ -212,11 +215,10 @@ def test_every_row_of_a_shipped_study_can_be_built(file: Path, monkeypatch: pyte
     rows = {name: RowConfig(**row) for name, row in values["rows"].items()}
     study = StudyConfig(values["model"], values["output"], rows, recipe=values["recipe"], data=values["data"])
     built = {name: study.build(name) for name in rows}
-    assert len(rows) >= 10
-    recipes = [json.dumps([recipe.to_dict(), data.identity()], sort_keys=True) for recipe, data in built.values()]
-    noise = [name for name, row in rows.items() if not row.variants]
-    assert len(noise) == 1
-    assert len(set(recipes)) >= len(recipes) - 1  # no row twice, the noise aside
+    assert rows.pop("fp32").variants == ["full_precision", "other_seeds"]
+    assert len(rows) >= 3
+    recipes = [json.dumps([built[n][0].to_dict(), built[n][1].identity()], sort_keys=True) for n in rows]
+    assert len(set(recipes)) == len(recipes)  # no row twice
     for recipe, data in built.values():
         assert recipe.rounding.iterations == values["recipe"]["rounding"]["iterations"]
         assert data.n_samples == values["data"]["n_samples"]
@@ -256,7 +258,7 @@ def test_an_unknown_row_is_named(model: str, tmp_path: Path, capsys: pytest.Capt
     file.write_text(yaml.safe_dump(grid(model, tmp_path, **ROWS), sort_keys=False))
     outcome = run_fpq(capsys, ["study", "--config", str(file), "--only=[fp9]"])
     assert outcome.code != 0
-    assert "no row 'fp9'; it has other_seeds, fp8, fp4" in outcome.err
+    assert "no row 'fp9'; it has fp32, fp8, fp4" in outcome.err
 
 
 # --- trajectories ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fpq_lightning.evaluation import SHOWN, EvaluationConfig, compare, image_settings, sample_variant
+from fpq_lightning.evaluation import SHOWN, EvaluationConfig, compare, image_settings, prompts_of_share, sample_variant
 from fpq_lightning.images import ImageDirectory
 from fpq_lightning.layers import Mode
 from fpq_lightning.pipelines import SamplerConfig
@@ -73,13 +73,15 @@ class ImageQuality(pl.Callback):
             reference = images("full_precision", self.config.seeds)
             other_seeds = range(self.config.seeds.stop, self.config.seeds.stop + n)
             others = images("full_precision", other_seeds)
+            prompts = prompts_of_share(self.config.seeds, self.sampler)
             # The noise floor: what two full-precision sets differ by.
-            metrics = compare(self.config.metrics(device), reference, others, device, same_seeds=False)
+            metrics = compare(self.config.metrics(device), reference, others, device, False, prompts)
             self._keep("full_precision", reference, metrics)
             modes: tuple[Mode, ...] = ("nearest", "learned")
             for mode in modes:
                 found = images(mode, self.config.seeds)
-                self._keep(mode, found, compare(self.config.metrics(device), found, reference, device))
+                metrics = compare(self.config.metrics(device), found, reference, device, True, prompts)
+                self._keep(mode, found, metrics)
         if device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torchmetrics.image.inception import InceptionScore
 from fpq_lightning.metrics.frechet import FrechetDistance
 from fpq_lightning.metrics.kernel import KernelDistance
 from fpq_lightning.metrics.precision_recall import PrecisionRecall
+from fpq_lightning.metrics.prompted_class import PromptedClassAccuracy
 
 warnings.filterwarnings("ignore", message="Metric `InceptionScore` will save all extracted features")
 warnings.filterwarnings("ignore", message=r"std\(\): degrees of freedom")  # of the one split
@@ -31,12 +32,12 @@ class _Given(nn.Identity):
 
 
 class DistributionMetrics(nn.Module):
-    """Fréchet and kernel distance, precision, recall and Inception Score on one feature network.
+    """Fréchet and kernel distance, precision, recall, Inception Score and class accuracy on one feature network.
 
     Args:
         network: gives features of images in [-1, 1]; one with `describe` gives a mapping of ``pooled`` features and,
             if it has them, ``logits`` and ``spatial`` ones. Must have `num_features`, and `num_spatial_features` for
-            the latter.
+            the latter; and `classes`, their names in the order of the logits, for the accuracy of prompted classes.
         real_statistics: file of `FrechetDistance.save_statistics` of real images.
         real: features of this process's part of real images, instead.
     """
@@ -57,6 +58,7 @@ class DistributionMetrics(nn.Module):
             self.distances[f"kid{suffix}"] = KernelDistance(given)
             self.distances[f"pr{suffix}"] = PrecisionRecall(given)
         self.score: InceptionScore | None = None  # made when the network turns out to have logits
+        self.accuracy: PromptedClassAccuracy | None = None  # made when there are prompts
         if real is not None:
             self._update(real, "_real", is_reference=True)
         elif real_statistics is not None:
@@ -74,8 +76,8 @@ class DistributionMetrics(nn.Module):
             if f"{kind}{suffix}" in self.distances:
                 self.distances[f"{kind}{suffix}"].update(features[source], real=is_reference)  # type: ignore[operator]
 
-    def update(self, images: Tensor, reference: Tensor) -> None:
-        """Adds images of both sets, `[n, 3, height, width]` in [-1, 1]."""
+    def update(self, images: Tensor, reference: Tensor, prompts: Sequence[str] | None = None) -> None:
+        """Adds images of both sets, `[n, 3, height, width]` in [-1, 1], and the prompts of `images`."""
         found = self.describe(images)
         self._update(found, "", is_reference=False)
         self._update(self.describe(reference), "", is_reference=True)
@@ -85,9 +87,15 @@ class DistributionMetrics(nn.Module):
                 # One split: the result does not depend on the order of images.
                 self.score = InceptionScore(feature=_Given(found["logits"].shape[1]), splits=1).to(images.device)
             self.score.update(found["logits"].double())
+            if prompts is not None and hasattr(self.network, "classes"):
+                if self.accuracy is None:
+                    self.accuracy = PromptedClassAccuracy(self.network.classes).to(images.device)  # type: ignore[arg-type]
+                self.accuracy.update(found["logits"], prompts)
 
     def compute(self) -> dict[str, float | None]:
         """``fd``, ``sfd``, ``kid``, ``precision``, ``recall`` and ``is``; to real images with the suffix ``_real``.
+
+        With prompts ``class_accuracy`` and its interval, too.
 
         None for what is not finite or needs more images.
         """
@@ -103,6 +111,8 @@ class DistributionMetrics(nn.Module):
                 values[key] = None if isinstance(found, dict) else found
         if self.score is not None:
             values["is"] = self.score.compute()[0].item()
+        if self.accuracy is not None and isinstance(found := _computed(self.accuracy), dict):
+            values |= found
         return {name: v if v is not None and math.isfinite(v) else None for name, v in values.items()}
 
 

@@ -24,6 +24,7 @@ class FeatureNetwork(nn.Module):
     name = "cifar10-features"
     num_features = 256
     image_size = 32
+    classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
     def __init__(self) -> None:
         super().__init__()

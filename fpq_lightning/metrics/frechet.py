@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from fpq_lightning import distributed
@@ -19,6 +19,10 @@ class FrechetDistance(FrechetInceptionDistance):
 
     def __init__(self, features: nn.Module) -> None:
         super().__init__(feature=features, reset_real_features=False)
+
+    def compute(self) -> Tensor:
+        """The distance; rounding may have made that of two equal sets negative."""
+        return super().compute().clamp(min=0)
 
     def save_statistics(self, file: str | Path, network: str = "") -> None:
         """Writes the sums that describe the reference images.

@@ -16,6 +16,8 @@ from fpq_lightning.metrics.distribution import DistributionMetrics
 
 _ALWAYS = ("fd", "fd_real", "psnr", "ssim")  # what reports may rely on
 
+ALONE = ("is", "clip_score", "class_accuracy")  # beginnings of what needs no reference
+
 
 class QualityMetrics(nn.Module):
     """All metrics of one set of images.
@@ -24,12 +26,16 @@ class QualityMetrics(nn.Module):
         distributions: metrics on feature networks.
         paired: further metrics that take images and their references, both `[n, 3, height, width]` in [-1, 1], by
             name.
+        prompted: metrics that take images and their prompts, by name.
     """
 
     not_finite: Tensor
 
     def __init__(
-        self, distributions: Iterable[DistributionMetrics] = (), paired: Mapping[str, Metric] | None = None
+        self,
+        distributions: Iterable[DistributionMetrics] = (),
+        paired: Mapping[str, Metric] | None = None,
+        prompted: Mapping[str, Metric] | None = None,
     ) -> None:
         super().__init__()
         self.distributions = nn.ModuleList(distributions)
@@ -37,15 +43,19 @@ class QualityMetrics(nn.Module):
         psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0), dim=(1, 2, 3), reduction="elementwise_mean")
         ssim = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))
         self.paired = nn.ModuleDict({"psnr": psnr, "ssim": ssim, **(paired or {})})
+        self.prompted = nn.ModuleDict(dict(prompted or {}))
         self.register_buffer("not_finite", torch.zeros(()))
 
-    def update(self, images: Tensor, reference: Tensor, same_seeds: bool = True) -> None:
+    def update(
+        self, images: Tensor, reference: Tensor, same_seeds: bool = True, prompts: Sequence[str] | None = None
+    ) -> None:
         """Adds images.
 
         Args:
             images: `[n, 3, height, width]` in [-1, 1].
             reference: full-precision images.
             same_seeds: whether `reference` holds the same seeds, so that images can be compared one by one.
+            prompts: of `images`.
 
         Raises:
             ValueError: if the images are of different sizes.
@@ -60,9 +70,11 @@ class QualityMetrics(nn.Module):
             self.not_finite += broken.sum()
             return
         for distribution in cast(Sequence[DistributionMetrics], self.distributions):
-            distribution.update(images, reference)
+            distribution.update(images, reference, prompts)
         for metric in self.paired.values() if same_seeds else ():
             cast(Metric, metric).update(images, reference)
+        for metric in self.prompted.values() if prompts is not None else ():
+            cast(Metric, metric).update(images, prompts)
 
     def compute(self, same_seeds: bool = True) -> dict[str, float | None]:
         """``fd``, ``fd_real``, ``psnr``, ``ssim`` and so on; None for what does not apply or is infinite.
@@ -77,6 +89,9 @@ class QualityMetrics(nn.Module):
         for name, metric in self.paired.items():
             value = cast(Metric, metric).compute().item() if same_seeds else None
             values[name] = value if value is not None and math.isfinite(value) else None
+        for name, metric in self.prompted.items():
+            if cast(Metric, metric).update_called:
+                values[name] = cast(Metric, metric).compute().item()
         return values
 
 

@@ -25,14 +25,17 @@ class RowConfig:
         config: a recipe to start from: a shipped one by name, or a file; null starts from the defaults.
         recipe: what differs from it.
         data: what differs from its calibration data.
-        variants: which ones to judge. Without any, the row is the noise of other seeds in full precision.
+        variants: which ones to judge. ``full_precision`` and ``other_seeds`` are the model itself, the latter the
+            noise that a set of images has.
         group: heading under which the table shows the row.
     """
 
     config: str | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
-    variants: list[Literal["nearest", "learned"]] = field(default_factory=lambda: ["nearest", "learned"])
+    variants: list[Literal["full_precision", "other_seeds", "nearest", "learned"]] = field(
+        default_factory=lambda: ["nearest", "learned"]
+    )
     group: str = "recipes"
 
 

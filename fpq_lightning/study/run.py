@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 
 from fpq_lightning.api import quantize
 from fpq_lightning.calibration.datamodule import CalibrationDataModule
-from fpq_lightning.evaluation import compare, image_settings, sample_variant, using_tf32
+from fpq_lightning.evaluation import compare, image_settings, prompts_of_share, sample_variant, using_tf32
 from fpq_lightning.images import ImageDirectory
 from fpq_lightning.layers import Mode
 from fpq_lightning.pipelines import denoiser_name, load_pipeline
@@ -25,7 +25,7 @@ from fpq_lightning.storage.files import differences, shorten, write_json
 from fpq_lightning.study.config import StudyConfig
 from fpq_lightning.study.trajectory import trajectory_errors
 
-SEED_NOISE = "seed_noise"
+_QUANTIZED = ("nearest", "learned")
 
 
 class Study:
@@ -57,7 +57,7 @@ class Study:
 
     def _keys(self) -> Iterator[tuple[str, str]]:
         for name, row in self.config.rows.items():
-            for variant in row.variants or (SEED_NOISE,):
+            for variant in row.variants:
                 yield name, str(variant)
 
     def file(self, name: str, variant: str) -> Path:
@@ -70,7 +70,7 @@ class Study:
         judged = {"n_images": evaluation.n_images, "seed": evaluation.seed, "real": evaluation.real}
         images = image_settings(self._weights, self.config.sampler)
         settings: dict[str, Any] = {"variant": variant, "images": images, "evaluation": judged}
-        if variant != SEED_NOISE:
+        if variant in _QUANTIZED:
             recipe, data = self.built[name]
             settings |= {"recipe": recipe.to_dict(), "data": data.identity(), "tf32": self.config.tf32}
         return json.loads(json.dumps(settings))
@@ -96,10 +96,10 @@ class Study:
     def run(self, only: Sequence[str] = ()) -> None:
         """Computes what is missing, a file for each row as soon as it is known."""
         for name, variants in self.missing(only).items():
-            if variants == [SEED_NOISE]:
-                self._seed_noise(name)
-            else:
-                self._recipe(name, variants)
+            if full_precision := [variant for variant in variants if variant not in _QUANTIZED]:
+                self._full_precision(name, full_precision)
+            if quantized := [variant for variant in variants if variant in _QUANTIZED]:
+                self._recipe(name, quantized)
 
     # --- rows --------------------------------------------------------------------------------------------------
 
@@ -126,12 +126,19 @@ class Study:
         shown = {k: round(v, 3) for k, v in values["metrics"].items() if isinstance(v, float)}
         print(f"{name} ({variant}): {shown}", flush=True)
 
-    def _seed_noise(self, name: str) -> None:
+    def _compare(self, images: torch.Tensor, seeds: range, reference: torch.Tensor, same_seeds: bool) -> dict[str, Any]:
+        metrics = self.config.evaluation.metrics(self.device)
+        prompts = prompts_of_share(seeds, self.config.sampler)
+        return compare(metrics, images, reference, self.device, same_seeds, prompts)
+
+    def _full_precision(self, name: str, variants: list[str]) -> None:
         pipeline, seeds = self._pipeline(), self.config.evaluation.seeds
         reference = self._images(pipeline, "full_precision", seeds)
-        others = self._images(pipeline, "full_precision", range(seeds.stop, seeds.stop + len(seeds)))
-        metrics = compare(self.config.evaluation.metrics(self.device), others, reference, self.device, same_seeds=False)
-        self._write(name, SEED_NOISE, {"metrics": metrics})
+        for variant in variants:
+            same = variant == "full_precision"
+            judged = seeds if same else range(seeds.stop, seeds.stop + len(seeds))
+            images = reference if same else self._images(pipeline, "full_precision", judged)
+            self._write(name, variant, {"metrics": self._compare(images, judged, reference, same)})
 
     def _recipe(self, name: str, variants: list[str]) -> None:
         recipe, data = self.built[name]
@@ -152,8 +159,7 @@ class Study:
         modes: dict[str, Mode] = {"nearest": "nearest", "learned": "learned"}
         for variant in variants:
             images = self._images(pipeline, modes[variant], seeds)
-            metrics = compare(self.config.evaluation.metrics(self.device), images, reference, self.device)
-            values = {**shared, "metrics": metrics}
+            values = {**shared, "metrics": self._compare(images, seeds, reference, same_seeds=True)}
             if n := self.config.trajectories:
                 first = range(seeds.start, seeds.start + n)
                 values["trajectory"] = trajectory_errors(pipeline, self.config.sampler, first, modes[variant])
@@ -165,7 +171,7 @@ class Study:
         }
         key = fingerprint({**made_from, "sampler": self.config.sampler.identity(), "weights": self._weights})
         data.directory = data.directory or str(self.scratch / f"calibration-{key}")
-        run_dir = self.scratch / "runs" / fingerprint(self.settings[name, self.config.rows[name].variants[0]])
+        run_dir = self.scratch / "runs" / fingerprint(self._settings(name, "learned"))
         (run_dir / "report.json").unlink(missing_ok=True)  # of a run whose rows were not written: it is opened again
         with using_tf32(self.config.tf32):
             quantize(

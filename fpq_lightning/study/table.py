@@ -23,6 +23,10 @@ _COLUMNS = (  # key, title, digits
     ("fd_real", "FD to real", 2),
     ("fid", "FID", 2),
     ("kid", "KID x1000", 2),
+    ("class_accuracy", "class accuracy", 4),
+    ("class_accuracy_low", "2.5 %", 4),
+    ("class_accuracy_high", "97.5 %", 4),
+    ("clip_score", "CLIP score", 2),
     ("precision", "precision", 3),
     ("recall", "recall", 3),
     ("psnr", "PSNR dB", 2),
@@ -47,8 +51,8 @@ def read_rows(output: Path, order: Sequence[str] = ()) -> list[dict[str, Any]]:
             raise ValueError(f"the row {file} cannot be read ({error}): delete it") from error
         rows.append(row)
     places = {name: i for i, name in enumerate(order)}
-    variants = {"nearest": 0, "learned": 1}
-    rows.sort(key=lambda row: (places.get(row["name"], len(places)), row["name"], variants.get(row["variant"], 2)))
+    variants = ("full_precision", "other_seeds", "nearest", "learned")
+    rows.sort(key=lambda row: (places.get(row["name"], len(places)), row["name"], variants.index(row["variant"])))
     return rows
 
 
@@ -60,7 +64,7 @@ def _value(row: dict[str, Any], key: str) -> Any:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    cells = [row["name"], {"seed_noise": "-"}.get(row["variant"], row["variant"])]
+    cells = [row["name"], row["variant"].replace("_", " ")]
     for key, _, digits in _COLUMNS:
         value = _value(row, key)
         cells.append("-" if value is None else str(value) if digits is None else f"{value:.{digits}f}")
@@ -75,7 +79,7 @@ def _used(rows: Sequence[dict[str, Any]]) -> list[int]:
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table for each group of rows, and where they were computed."""
-    header = ["row", "rounding", *(title for _, title, _ in _COLUMNS)]
+    header = ["row", "variant", *(title for _, title, _ in _COLUMNS)]
     parts = []
     for group in dict.fromkeys(row["group"] for row in rows):
         members = [row for row in rows if row["group"] == group]
@@ -124,7 +128,7 @@ def quality_figure(rows: Sequence[dict[str, Any]], metric: str, label: str) -> F
     for color, name in ((_FLOAT, "floating point"), (_INTEGER, "integer")):
         axis.scatter([], [], color=color, label=f"{name}, learned")
         axis.scatter([], [], color="none", edgecolors=color, label=f"{name}, nearest")
-    noise = next((row["metrics"].get(metric) for row in rows if row["variant"] == "seed_noise"), None)
+    noise = next((row["metrics"].get(metric) for row in rows if row["variant"] == "other_seeds"), None)
     if noise is not None:
         axis.axhline(noise, color="#888", lw=1, ls="--", label="other seeds")
     if metric == "fd":
@@ -167,7 +171,7 @@ def write_table(output: Path, order: Sequence[str] = ()) -> list[Path]:
     for name, text in texts.items():
         with whole_file(output / name) as temporary:
             temporary.write_text(text)
-    first = [row for row in rows if row["group"] == rows[0]["group"] or row["variant"] == "seed_noise"]
+    first = [row for row in rows if row["group"] == rows[0]["group"] or row["variant"] == "other_seeds"]
     figures = {"quality_fd.png": quality_figure(first, "fd", "FD to full precision")}
     figures["quality_psnr.png"] = quality_figure(first, "psnr", "PSNR, dB")
     if traced := [row for row in first if "trajectory" in row]:
