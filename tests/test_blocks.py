@@ -131,14 +131,15 @@ def test_units_of_a_unet_are_its_resnets_and_attentions(make_network: MakeNetwor
     assert kinds == expected
 
 
-def test_units_of_a_conditional_unet_are_resnets_transformer_blocks_and_projections(make_network: MakeNetwork) -> None:
+def test_units_of_a_conditional_unet_are_resnets_and_whole_transformers(
+    make_network: MakeNetwork,
+) -> None:
     unet, _ = make_network("conditional_unet")
     kinds = {unit.name: type(unit.module).__name__ for unit in discover_units(unet)}
     transformers = ["down_blocks.1.attentions.0", "mid_block.attentions.0", "up_blocks.0.attentions.0"]
     transformers += ["up_blocks.0.attentions.1"]
     for name in transformers:
-        assert kinds.pop(f"{name}.transformer_blocks.0") == "BasicTransformerBlock"
-        assert kinds.pop(f"{name}.proj_in") == kinds.pop(f"{name}.proj_out") == "Conv2d"
+        assert kinds.pop(name) == "Transformer2DModel"
     assert not any("attentions" in name for name in kinds)
     resnets = [name for name, kind in kinds.items() if kind == "ResnetBlock2D"]
     assert len(resnets) == 8
@@ -149,6 +150,21 @@ def test_units_of_a_conditional_unet_are_resnets_transformer_blocks_and_projecti
         "time_embedding",
         "up_blocks.0.upsamplers.0",
     ]
+
+
+def test_a_list_of_one_block_between_layers_is_no_stage_and_one_of_two_is() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, depth: int, projected: bool) -> None:
+            super().__init__()
+            self.enter = nn.Linear(4, 4) if projected else nn.Identity()
+            self.blocks = nn.ModuleList([ResBlock(4, 4) for _ in range(depth)])
+
+    def names(depth: int, projected: bool) -> list[str]:
+        return [unit.name for unit in discover_units(nn.Sequential(Wrapped(depth, projected)))]
+
+    assert names(1, projected=True) == ["0"]
+    assert names(2, projected=True) == ["0.enter", "0.blocks.0", "0.blocks.1"]
+    assert names(1, projected=False) == ["0.blocks.0"]  # where a skip may be read between the blocks of two stages
 
 
 def test_units_of_transformers_are_their_blocks(make_network: MakeNetwork) -> None:
@@ -288,7 +304,8 @@ def actual_calls(model: nn.Module, modules: dict[str, nn.Module], inputs: dict[s
 def test_units_and_their_layers_come_in_the_order_of_calls(network: tuple[nn.Module, dict]) -> None:
     model, inputs = network
     units, _ = trace_units(model, discover_units(model), inputs)
-    assert [u.name for u in units] == actual_calls(model, {u.name: u.module for u in units}, inputs)
+    names = [name for unit in units for name in unit.name.split("+")]
+    assert names == actual_calls(model, {name: model.get_submodule(name) for name in names}, inputs)
     for unit in units:
         first_calls = list(dict.fromkeys(actual_calls(model, unit.layers, inputs)))
         assert list(unit.layers) == first_calls
@@ -329,12 +346,9 @@ def test_sources_of_a_diffusers_unet_are_its_predecessors_and_skips(make_network
     units, _ = trace_units(unet, discover_units(unet), inputs)
     names = [unit.name for unit in units]
     sources = {unit.name: {names[i] for i in unit.sources} for unit in units}
+    resampled = "down_blocks.0.resnets.0+down_blocks.0.downsamplers.0"
     assert sources["up_blocks.0.resnets.0"] == {"time_embedding", "mid_block.resnets.1", "down_blocks.1.attentions.0"}
-    assert sources["up_blocks.0.resnets.1"] == {
-        "time_embedding",
-        "up_blocks.0.attentions.0",
-        "down_blocks.0.downsamplers.0",
-    }
+    assert sources["up_blocks.0.resnets.1"] == {"time_embedding", "up_blocks.0.attentions.0", resampled}
     assert sources["up_blocks.1.resnets.1"] == {"time_embedding", "up_blocks.1.resnets.0", "conv_in"}
     assert sources["mid_block.attentions.0"] >= {"mid_block.resnets.0"}
     assert sources["conv_out"] == {"up_blocks.1.resnets.1"}
@@ -421,7 +435,7 @@ def test_units_and_layers_that_do_not_run_are_left_out() -> None:
 
     network.u0 = Block()
     units, _ = trace_units(network, discover_units(network), {"x": torch.randn(2, 4)})
-    assert list(units[0].layers) == ["u0.used"]
+    assert list(units[0].layers) == ["u0.used", "u2"]  # which u2 follows
 
 
 def test_unit_that_runs_twice_is_refused_by_name() -> None:
@@ -438,6 +452,99 @@ def test_hooks_are_removed_when_tracing_fails() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         trace_units(network, units, {"input": torch.zeros(1, 4)})
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+# --- chains --------------------------------------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """A block of two layers with two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"first": self.a(x).relu(), "second": self.b(x)}
+
+
+class Scaled(nn.Module):
+    """A lone layer that takes more than a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, size: int | None, *, x: Tensor, factor: float = 1.0) -> Tensor:
+        return self.layer(x) * factor
+
+
+def chained_network(forward: Callable[[Any, Tensor], Tensor]) -> tuple[nn.Module, list[Unit]]:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair, self.scaled, self.last = Pair(), Scaled(), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(self, x)
+
+    network = Network()
+    return network, trace_units(network, discover_units(network), {"x": torch.randn(1, 4)})[0]
+
+
+def test_a_lone_layer_joins_the_block_whose_output_it_reads() -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        out = net.pair(x)
+        return net.last(net.scaled(None, x=out["second"], factor=2.0) + out["first"])
+
+    network, units = chained_network(forward)
+    assert [unit.name for unit in units] == ["pair+scaled", "last"]
+    assert list(units[0].layers) == ["pair.a", "pair.b", "scaled.layer"]
+    assert units[1].sources == [0]
+    x = torch.randn(3, 4)
+    block, lone = units[0].module(x)
+    expected = network.pair(x)
+    assert torch.equal(block["first"], expected["first"])
+    assert torch.equal(lone, network.scaled.layer(expected["second"]) * 2)
+
+
+def another_tensor_too(net: Any, x: Tensor) -> Tensor:
+    net.pair(x)
+    return net.last(net.scaled(None, x=x))
+
+
+def changed_in_between(net: Any, x: Tensor) -> Tensor:
+    return net.last(net.scaled(None, x=net.pair(x)["second"].add_(1)))
+
+
+def computed_in_between(net: Any, x: Tensor) -> Tensor:
+    return net.last(net.scaled(None, x=net.pair(x)["second"] * 2))
+
+
+def not_only_it(net: Any, x: Tensor) -> Tensor:
+    return net.last(net.scaled(x, x=net.pair(x)["second"]))
+
+
+def after_another_layer(net: Any, x: Tensor) -> Tensor:
+    out = net.pair(x)
+    return net.scaled(None, x=net.last(x) + out["first"]) + net.pair.a.weight.sum()
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [another_tensor_too, changed_in_between, computed_in_between, not_only_it, after_another_layer],
+    ids=lambda f: f.__name__,
+)
+def test_a_layer_that_reads_anything_else_stays_alone(forward: Callable) -> None:
+    assert all("+" not in unit.name for unit in chained_network(forward)[1])
+
+
+def test_only_one_layer_joins_a_block_and_none_where_every_layer_is_a_unit() -> None:
+    network = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 4), nn.Linear(4, 4))
+    inputs = {"input": torch.randn(1, 4)}
+    assert [u.name for u in trace_units(network, discover_units(network), inputs)[0]] == ["0+1", "2"]
+    alone = trace_units(network, discover_units(network, by_layer=True), inputs)[0]
+    assert [u.name for u in alone] == ["0.0", "0.1", "1", "2"]
 
 
 # --- splits --------------------------------------------------------------------------------------------------------

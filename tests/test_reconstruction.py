@@ -101,7 +101,7 @@ def _nearest(values: Tensor, points: Tensor) -> Tensor:
 
 
 def test_no_unit_is_worse_than_with_nearest_rounding(learned: Run) -> None:
-    assert len(learned.blocks) == 14
+    assert len(learned.blocks) == 12  # two resamplers belong to the block before them
     for block in learned.blocks:
         assert 0 < block["error_learned"] <= block["error_nearest"] < 1
     kept = [block["kept"] for block in learned.blocks]

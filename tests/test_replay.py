@@ -17,6 +17,7 @@ from fpq_lightning.calibration.trajectories import CalibrationSet
 from fpq_lightning.formats import parse_format
 from fpq_lightning.layers import LayerQuantization, Mode, QuantizedLayer, make_quantized, running
 from fpq_lightning.model.blocks import Unit, discover_units
+from fpq_lightning.model.chain import Chain
 from fpq_lightning.model.trace import trace_units
 from fpq_lightning.quantizers import Granularity, Quantizer
 
@@ -67,12 +68,15 @@ def quantize(unit: Unit) -> None:
 def look_into(
     model: nn.Module, module: nn.Module, inputs: dict[str, Any], n: int, micro_batch: int, mode: Mode
 ) -> tuple[list[Any], list[Tensor]]:
-    """What one module of the network gets and gives, batches put together. Copies, as networks work in place."""
-    seen: list[list[Any]] = []
+    """What one unit of the network gets and gives, batches put together. Copies, as networks work in place."""
+    if isinstance(module, Chain):
+        (seen, first), (_, second) = (look_into(model, part, inputs, n, micro_batch, mode) for part in module.parts)
+        return seen, [*first, *second]
+    batches: list[list[Any]] = []
     given: list[list[Tensor]] = []
 
     def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen.append(tree_leaves(tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))))
+        batches.append(tree_leaves(tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))))
 
     def after(_: nn.Module, args: tuple, output: Any) -> None:
         given.append([x.clone() for x in output_leaves(output)])
@@ -84,17 +88,17 @@ def look_into(
     for hook in hooks:
         hook.remove()
 
-    def together(batches: list[list[Any]]) -> list[Any]:
+    def together(found: list[list[Any]]) -> list[Any]:
         sizes = [min(micro_batch, n - start) for start in range(0, n, micro_batch)]
         joined = []
-        for leaf in zip(*batches, strict=True):
+        for leaf in zip(*found, strict=True):
             batched = isinstance(leaf[0], Tensor) and all(
                 x.ndim and len(x) == s for x, s in zip(leaf, sizes, strict=True)
             )
             joined.append(torch.cat(leaf) if batched else leaf[0])
         return joined
 
-    return together(seen), together(given)
+    return together(batches), together(given)
 
 
 def assert_same(actual: list[Any], expected: list[Any], tolerance: float = 0.0) -> None:

@@ -21,6 +21,7 @@ from fpq_lightning.calibration.trajectories import CalibrationSet
 from fpq_lightning.distributed import gather_rows
 from fpq_lightning.layers import Mode, running
 from fpq_lightning.model.blocks import Unit
+from fpq_lightning.model.chain import Chain, parts_of
 from fpq_lightning.model.leaves import flatten, output_leaves
 
 Path = str  # "full_precision" or "quantized"
@@ -34,14 +35,16 @@ class _Stop(Exception):  # noqa: N818
 
 @contextmanager
 def _stubs(units: list[Unit], stub: Any) -> Iterator[None]:
-    for index, unit in enumerate(units):
+    """Calls ``stub(index, part, args, kwargs)`` instead of the modules of units."""
+    modules = [(i, k, part) for i, unit in enumerate(units) for k, part in enumerate(parts_of(unit.module))]
+    for index, part, module in modules:
         # An instance attribute hides the class's forward, and only for this module.
-        unit.module.forward = lambda *args, _index=index, **kwargs: stub(_index, args, kwargs)
+        module.forward = lambda *args, _place=(index, part), **kwargs: stub(*_place, args, kwargs)
     try:
         yield
     finally:
-        for unit in units:
-            del unit.module.forward
+        for _, _, module in modules:
+            del module.forward
 
 
 class _Tree:
@@ -174,12 +177,14 @@ class NetworkReplay:
         seen: dict[int, list[tuple[Any, Any]]] = {2: [], 3: []}
         batches: list[dict[str, Any]] = []
         for size, found in seen.items():
+            calls: dict[nn.Module, tuple[Any, Any]] = {}
+            parts = [part for unit in self.units for part in parts_of(unit.module)]
             hooks = [
-                unit.module.register_forward_hook(
-                    lambda module, args, kwargs, output, found=found: found.append(((args, kwargs), output)),
+                part.register_forward_hook(
+                    lambda module, args, kwargs, output, calls=calls: calls.update({module: ((args, kwargs), output)}),
                     with_kwargs=True,
                 )
-                for unit in self.units
+                for part in parts
             ]
             batches.append(self._calibration.batch(torch.arange(size) % self.n, self.store.device))
             try:
@@ -187,14 +192,17 @@ class NetworkReplay:
             finally:
                 for hook in hooks:
                     hook.remove()
+            for unit in self.units:
+                inputs, outputs = zip(*(calls[part] for part in parts_of(unit.module)), strict=True)
+                found.append((inputs[0], outputs if len(outputs) > 1 else outputs[0]))
         leaves = (leaf for name, value in batches[0].items() for leaf in flatten(name, value))
         # An input that the network changes in place is no longer what it was.
         given = {id(x): path for path, x in leaves if path in self._calibration.inputs and not x._version}
         pairs = list(zip(seen[2], seen[3], strict=True))
         names = [unit.name for unit in self.units]
-        inputs = [_Tree("inputs", name, a[0], b[0], given) for name, (a, b) in zip(names, pairs, strict=True)]
-        outputs = [_Tree("outputs", name, a[1], b[1]) for name, (a, b) in zip(names, pairs, strict=True)]
-        return inputs, outputs
+        input_trees = [_Tree("inputs", name, a[0], b[0], given) for name, (a, b) in zip(names, pairs, strict=True)]
+        output_trees = [_Tree("outputs", name, a[1], b[1]) for name, (a, b) in zip(names, pairs, strict=True)]
+        return input_trees, output_trees
 
     def _output_tree(self, path: Path, index: int) -> _Tree:
         tree = self._output_trees[index]
@@ -207,16 +215,24 @@ class NetworkReplay:
     def _unit_inputs(self, path: Path, rows: slice) -> Any:
         """What the current unit is called with, on one path."""
         captured = None
+        outputs: dict[int, Any] = {}  # of units of several parts, the first of which has run
 
-        def stub(index: int, args: tuple, kwargs: dict) -> Any:
+        def stub(index: int, part: int, args: tuple, kwargs: dict) -> Any:
             nonlocal captured
             if index == self.position:
                 captured = (args, kwargs)
                 raise _Stop
+            if part:
+                return outputs.pop(index)[part]
             tree = self._output_tree(path, index)
             if index in self.unit.sources:
-                return tree.read(self.store, rows)
-            return tree.placeholder(rows.stop - rows.start, self._placeholders_in_memory)
+                output = tree.read(self.store, rows)
+            else:
+                output = tree.placeholder(rows.stop - rows.start, self._placeholders_in_memory)
+            if not isinstance(self.units[index].module, Chain):
+                return output
+            outputs[index] = output
+            return output[0]
 
         try:
             # Layers may also run between the units: DiT embeds the timestep once more with its first block's layers.

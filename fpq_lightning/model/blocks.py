@@ -2,8 +2,9 @@
 
 BRECQ (Li et al. 2021) and Q-Diffusion (Li et al. 2023) reconstruct a residual block at a time. Which modules those
 are follows from the structure: a *stage* holds a list of composite modules (UNet down blocks hold ResNets, a
-transformer holds its blocks), a *block* is a composite below the stages, and a layer that stands alone is a unit of
-its own.
+transformer holds its blocks; a list of one between projections makes no stage), a *block* is a composite below the
+stages, and a layer that stands alone is a unit of its own, unless a forward pass shows that it reads a block's output
+(`trace_units`).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class Unit:
     """A part of the network that is reconstructed as a whole.
 
     Attributes:
-        name: of the module in the network.
-        module: it.
+        name: of the module in the network; two of them joined by ``+``.
+        module: it, or a `Chain` of the two.
         layers: its layers that are to be quantized, by full name, in the order in which they first run.
         sources: earlier units whose outputs its inputs are made from, without another unit between.
     """
@@ -39,17 +40,21 @@ class Unit:
         return sum(p.numel() for layer in self.layers.values() for p in layer.parameters(recurse=False))
 
 
-def _layer_count(module: nn.Module) -> int:
+def layer_count(module: nn.Module) -> int:
+    """Number of quantizable layers in a module."""
     return sum(is_quantizable(m) for m in module.modules())
 
 
 def _is_stage(module: nn.Module) -> bool:
-    lists = (m for m in module.modules() if isinstance(m, nn.ModuleList))
-    return any(_layer_count(element) > 1 for elements in lists for element in elements)
+    """Whether a module holds a list of blocks; one around a single block, with layers of its own, is a block itself."""
+    blocks = [e for m in module.modules() if isinstance(m, nn.ModuleList) for e in m if layer_count(e) > 1]
+    listed = {layer for m in module.modules() if isinstance(m, nn.ModuleList) for layer in m.modules()}
+    has_own_layers = any(is_quantizable(layer) and layer not in listed for layer in module.modules())
+    return len(blocks) > 1 or (len(blocks) == 1 and not has_own_layers)
 
 
 def _walk(module: nn.Module, name: str, is_root: bool) -> Iterator[tuple[str, nn.Module]]:
-    if not _layer_count(module):
+    if not layer_count(module):
         return
     is_container = isinstance(module, (nn.ModuleList, nn.ModuleDict))
     if is_root or is_container or (not is_quantizable(module) and _is_stage(module)):

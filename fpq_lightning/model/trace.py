@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fpq_lightning.layers import is_quantizable
-from fpq_lightning.model.blocks import Unit
+from fpq_lightning.model.blocks import Unit, layer_count
+from fpq_lightning.model.chain import Chain, chained
 
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 # Operations after which a channel no longer holds what it held before.
@@ -78,7 +79,7 @@ class _Tracer(TorchFunctionMode):
 
 @torch.no_grad()
 def trace_units(model: nn.Module, units: list[Unit], inputs: Mapping[str, Any]) -> tuple[list[Unit], dict[str, tuple]]:
-    """Runs the network once and orders its units.
+    """Runs the network once, orders its units, and joins lone layers to the blocks whose outputs they read.
 
     Args:
         model: the network, in full precision.
@@ -97,21 +98,42 @@ def trace_units(model: nn.Module, units: list[Unit], inputs: Mapping[str, Any]) 
     layer_order: dict[int, int] = {}
     splits: dict[str, tuple] = {}
     handles = []
+    ran: set[str] = set()
+    last: tuple[Any, list[int]] = (None, [])  # output of the last unit, and the versions of its tensors
+
+    def joins(unit: Unit, args: Any, kwargs: Any) -> bool:
+        before = order[-1] if order else None
+        if before is None or layer_count(unit.module) > 1 or layer_count(before.module) == 1:
+            return False
+        if isinstance(before.module, Chain):
+            return False
+        chain = chained(before.module, *last, unit.module, args, kwargs)
+        if chain is None:
+            return False
+        before.name, before.module = f"{before.name}+{unit.name}", chain
+        before.layers |= unit.layers
+        return True
 
     def enter(unit: Unit) -> Callable:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if unit in order:
-                raise ValueError(f"{unit.name} runs more than once in a forward pass; exclude it from quantization")
+            if name in ran:
+                raise ValueError(f"{name} runs more than once in a forward pass; exclude it from quantization")
+            ran.add(name)
+            tracer.inside_unit = True
+            if joins(unit, args, kwargs):
+                return
             unit.sources = sorted(tracer.origin((args, kwargs)))
             order.append(unit)
-            tracer.inside_unit = True
 
+        name = unit.name
         return hook
 
     def leave(unit: Unit) -> Callable:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
+            nonlocal last
             tracer.inside_unit = False
             tracer.tag(output, frozenset([len(order) - 1]))
+            last = output, [x._version for x in tree_leaves(output) if isinstance(x, Tensor)]
 
         return hook
 
@@ -138,6 +160,6 @@ def trace_units(model: nn.Module, units: list[Unit], inputs: Mapping[str, Any]) 
         for handle in handles:
             handle.remove()
     for unit in order:
-        ran = {name: layer for name, layer in unit.layers.items() if id(layer) in layer_order}
-        unit.layers = dict(sorted(ran.items(), key=lambda item: layer_order[id(item[1])]))
+        called = {name: layer for name, layer in unit.layers.items() if id(layer) in layer_order}
+        unit.layers = dict(sorted(called.items(), key=lambda item: layer_order[id(item[1])]))
     return order, splits

@@ -14,6 +14,7 @@ from fpq_lightning import distributed
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.shards import Samples
 from fpq_lightning.layers import LayerQuantization, QuantizedLayer, running
+from fpq_lightning.model.chain import parts_of
 from fpq_lightning.model.leaves import output_leaves
 from fpq_lightning.recipes import Recipe
 from fpq_lightning.reconstruction.backward import Backward
@@ -189,14 +190,14 @@ class UnitReconstruction:
         if layer.bias is None:
             return
         total = torch.zeros(len(layer.weight) + 1, dtype=torch.float64, device=layer.weight.device)
-        fits = True
+        fits, n_outputs = True, len(parts_of(self.unit.module))
         with torch.no_grad(), running(self.unit.module, "learned"):
             for r in self.samples.local(self.samples.train).split(replay.micro_batch):
                 outputs, targets = output_leaves(replay.call(replay.inputs(r))), replay.targets(r)
-                if len(outputs) != 1 or outputs[0].shape[layer.channel_dim] != len(layer.weight):
+                if len(outputs) != n_outputs or outputs[-1].shape[layer.channel_dim] != len(layer.weight):
                     fits = False
                     break
-                difference = (targets[0] - outputs[0]).transpose(1, layer.channel_dim).double()
+                difference = (targets[-1] - outputs[-1]).transpose(1, layer.channel_dim).double()
                 shift = difference.flatten(2).mean(2) if difference.ndim > 2 else difference
                 weights = replay.weights(r)
                 spread = weights.repeat_interleave(len(shift) // len(r)) * (len(r) / len(shift))
