@@ -24,7 +24,7 @@ from fpq_lightning.pipelines import SamplerConfig
 from fpq_lightning.quantizers import Granularity, Quantizer
 from fpq_lightning.search import search_tensor_error
 from fpq_lightning.study.config import RowConfig, StudyConfig, merge
-from fpq_lightning.study.table import csv_table, markdown_table, read_rows
+from fpq_lightning.study.table import csv_table, markdown_table, read_rows, spreads
 from fpq_lightning.study.trajectory import trajectory_errors
 
 STUDIES = sorted((CHECKOUT / "configs" / "study").glob("*.yaml"))
@@ -189,6 +189,19 @@ def _row(name: str, variant: str, group: str = "recipes", **metrics: Any) -> dic
     metrics = {"fd": 1.0, "psnr": None, "n_images": 5, **metrics}
     where = {"hardware": "H", "versions": {"torch": "2"}, "date": "2026-01-02"}
     return {"name": name, "variant": variant, "group": group, "metrics": metrics, **where}
+
+
+def test_recipes_that_differ_in_their_seed_alone_show_how_much_it_matters() -> None:
+    def row(name: str, seed: int, fd: float, variant: str = "learned", iterations: int = 5) -> dict[str, Any]:
+        settings = {"variant": variant, "data": {"seed": seed, "n": 4}, "recipe": {"iterations": iterations}}
+        return {**_row(name, variant, fd=fd, psnr=None), "settings": settings}
+
+    rows = [row("a", 1, 2.0), row("b", 2, 2.5), row("c", 3, 1.75), row("d", 1, 9.0, iterations=6)]
+    rows.append(row("e", 1, 7.0, "nearest"))
+    found = spreads(rows)
+    assert [(r["name"], r["variant"], r["metrics"]) for r in found] == [("a, 3 seeds", "learned", {"fd": 0.75})]
+    assert "### largest difference between seeds" in markdown_table(rows)
+    assert "difference" not in markdown_table(rows[3:])
 
 
 def test_columns_without_a_value_are_left_out() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from fpq_lightning.storage.files import whole_file
@@ -56,6 +57,25 @@ def read_rows(output: Path, order: Sequence[str] = ()) -> list[dict[str, Any]]:
     return rows
 
 
+def spreads(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each recipe that was calibrated with several seeds: by how much every metric differs between them."""
+    repeats: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        settings = row.get("settings", {})
+        if "seed" in settings.get("data", {}):
+            same = {**settings, "data": {**settings["data"], "seed": None}}
+            repeats.setdefault(json.dumps(same, sort_keys=True), []).append(row)
+    found: list[dict[str, Any]] = []
+    for members in (members for members in repeats.values() if len(members) > 1):
+        measured = {k for row in members for k, v in row["metrics"].items() if v is not None and k != "n_images"}
+        values = {k: [row["metrics"].get(k) for row in members] for k in measured}
+        metrics = {k: max(v) - min(v) for k, v in values.items() if None not in v}
+        shown: dict[str, Any] = {k: members[0][k] for k in ("weights", "activations", "iterations", "samples") if k in members[0]}
+        name = f"{members[0]['name']}, {len(members)} seeds"
+        found.append({"name": name, "variant": members[0]["variant"], **shown, "metrics": metrics})
+    return found
+
+
 def _value(row: dict[str, Any], key: str) -> Any:
     value = row.get(key, row["metrics"].get(key))
     if isinstance(value, list):
@@ -67,7 +87,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     cells = [row["name"], row["variant"].replace("_", " ")]
     for key, _, digits in _COLUMNS:
         value = _value(row, key)
-        cells.append("-" if value is None else str(value) if digits is None else f"{value:.{digits}f}")
+        cells.append("-" if value is None else str(value) if digits is None else f"{value:z.{digits}f}")
     return cells
 
 
@@ -78,11 +98,15 @@ def _used(rows: Sequence[dict[str, Any]]) -> list[int]:
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table for each group of rows, and where they were computed."""
+    """A Markdown table for each group of rows, one of the differences between seeds, and where they were computed."""
     header = ["row", "variant", *(title for _, title, _ in _COLUMNS)]
     parts = []
-    for group in dict.fromkeys(row["group"] for row in rows):
-        members = [row for row in rows if row["group"] == group]
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        tables.setdefault(row["group"], []).append(row)
+    if found := spreads(rows):
+        tables["largest difference between seeds"] = found
+    for group, members in tables.items():
         columns = _used(members)
         lines = [[header[i] for i in columns], ["---"] * len(columns)]
         lines += [[_cells(row)[i] for i in columns] for row in members]
@@ -114,43 +138,47 @@ def _is_integer(row: dict[str, Any]) -> bool:
 
 
 def quality_figure(rows: Sequence[dict[str, Any]], metric: str, label: str) -> Figure:
-    """Quality against bits a weight; floating point and integers, nearest and learned rounding apart."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    """Quality of each recipe, ordered by bits a weight: floating point and integers, nearest and learned rounding."""
+    shown = [row for row in rows if row["metrics"].get(metric) is not None and row.get("weight_bits") is not None]
+    bits = {row["name"]: row["weight_bits"] for row in shown}
+    places = {name: i for i, name in enumerate(sorted(bits, key=lambda name: -bits[name]))}
+    figure = Figure(figsize=(7, 1.2 + 0.3 * len(places)), layout="constrained")
     axis = figure.subplots()
-    for row in rows:
-        value = row["metrics"].get(metric)
-        if value is None or row.get("weight_bits") is None:
-            continue
+    for row in shown:
         color = _INTEGER if _is_integer(row) else _FLOAT
         filled = row["variant"] == "learned"
-        axis.scatter(row["weight_bits"], value, color=color if filled else "none", edgecolors=color, s=36)
-        axis.annotate(row["name"], (row["weight_bits"], value), xytext=(5, 3), textcoords="offset points", fontsize=7)
+        axis.scatter(row["metrics"][metric], places[row["name"]], c=color if filled else "none", edgecolors=color, s=40)
     for color, name in ((_FLOAT, "floating point"), (_INTEGER, "integer")):
         axis.scatter([], [], color=color, label=f"{name}, learned")
         axis.scatter([], [], color="none", edgecolors=color, label=f"{name}, nearest")
     noise = next((row["metrics"].get(metric) for row in rows if row["variant"] == "other_seeds"), None)
     if noise is not None:
-        axis.axhline(noise, color="#888", lw=1, ls="--", label="other seeds")
+        axis.axvline(noise, color="#888", lw=1, ls="--", label="full precision, other seeds")
     if metric == "fd":
-        axis.set_yscale("log")
-    axis.set_xlabel("bits a weight, scales included")
-    axis.set_ylabel(label)
-    axis.legend(frameon=False, fontsize=8)
+        axis.set_xscale("log")
+    axis.set_yticks(list(places.values()), [f"{name} ({bits[name]:.2f} bits)" for name in places], fontsize=8)
+    axis.set_xlabel(label)
+    axis.grid(axis="y", color="#eee")
+    axis.set_axisbelow(True)
+    figure.legend(*axis.get_legend_handles_labels(), frameon=False, fontsize=7, loc="outside upper center", ncols=3)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def trajectory_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     """Error along the trajectory: of the denoiser's output on right states, and of the states reached."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True)
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    colors = {name: colormaps["tab20"](i % 20) for i, name in enumerate([*names[::2], *names[1::2]])}
     for row in rows:
-        style = "-" if row["variant"] == "learned" else ":"
-        found = row["trajectory"]
+        learned = row["variant"] == "learned"
         for axis, key in zip(axes, ("output", "state"), strict=True):
             # The first state is noise, the same for all.
+            found = row["trajectory"]
             points = [(t, e) for t, e in zip(found["timesteps"], found[key], strict=True) if e > 0]
-            axis.plot(*zip(*points, strict=True), style, lw=1.2, label=f"{row['name']}, {row['variant']}")
+            label = row["name"] if learned else None
+            axis.plot(*zip(*points, strict=True), "-" if learned else ":", c=colors[row["name"]], lw=1.3, label=label)
     for axis, title in zip(axes, ("error of the output on full-precision states", "error of the states"), strict=True):
         axis.set_yscale("log")
         axis.set_title(title, fontsize=10)
@@ -158,6 +186,7 @@ def trajectory_figure(rows: Sequence[dict[str, Any]]) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_xaxis()
     axes[0].set_ylabel("relative mean square")
+    axes[0].plot([], [], ":", c="#444", lw=1.3, label="nearest rounding of the same")
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=7, loc="outside right upper")
     return figure
 
