@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from fpq_lightning.formats import FAMILIES, Format, parse_formats
@@ -37,12 +38,14 @@ class ActivationRecipe:
         unsigned: also try the unsigned formats of the same width, whose range starts at the smallest value
             (MSFP, arXiv 2505.21591).
         granularity: one static scale for each ``tensor``, or one for each ``token`` at run time.
+        token_layers: glob pattern or patterns of layers whose inputs have a scale for each token in any case.
         objective: as for weights; run-time scales have nothing to search.
     """
 
     formats: str | list[str] | None = "fp8"
     unsigned: bool = False
     granularity: Literal["tensor", "token"] = "tensor"
+    token_layers: list[str] | str = field(default_factory=list)
     objective: Literal["output", "tensor", "max"] = "tensor"
 
 
@@ -111,14 +114,18 @@ class Recipe:
     def __post_init__(self) -> None:
         self.include = [self.include] if isinstance(self.include, str) else self.include
         self.exclude = [self.exclude] if isinstance(self.exclude, str) else self.exclude
+        tokens = self.activations.token_layers
+        self.activations.token_layers = [tokens] if isinstance(tokens, str) else tokens
         self.weight_formats()
         self.activation_formats()
         self.granularity()
         if self.weights.formats is None and self.activations.formats is None:
             raise ValueError("the recipe quantizes neither weights nor activations: set a format for one of them")
-        has_unsigned = any(f.min == 0 for f in self.activation_formats())
-        if self.activations.granularity == "token" and has_unsigned:
+        formats = self.activation_formats()
+        if self.activations.granularity == "token" and any(f.min == 0 for f in formats):
             raise ValueError("activations.granularity token needs signed formats, without activations.unsigned")
+        if self.activations.token_layers and not any(f.min < 0 for f in formats):
+            raise ValueError("activations.token_layers needs a signed format among activations.formats")
         r = self.rounding
         if r.learned and (r.iterations < 1 or r.batch_size < 1 or not 0 <= r.warmup < 1):
             raise ValueError(
@@ -145,6 +152,11 @@ class Recipe:
                 f"there are no unsigned {'hardware ' * self.hardware_types}formats of {formats[0].bits} bits"
             )
         return formats + parse_formats(family)
+
+    def has_token_scales(self, layer: str) -> bool:
+        """Whether the input of a layer has a scale for each token."""
+        patterns = self.activations.token_layers
+        return self.activations.granularity == "token" or any(fnmatchcase(layer, p) for p in patterns)
 
     def _formats(self, names: str | list[str] | None) -> tuple[Format, ...]:
         if names is None:

@@ -31,7 +31,7 @@ from fpq_lightning.calibration.replay import sample_energies
 from fpq_lightning.calibration.trajectories import load_calibration_set
 from fpq_lightning.layers import make_quantized, quantized_layers
 from fpq_lightning.model.blocks import Unit
-from fpq_lightning.quantizers import Granularity
+from fpq_lightning.quantizers import Granularity, Quantizer
 from fpq_lightning.reconstruction.initialise import search_unit
 from fpq_lightning.reconstruction.objective import relative_error
 
@@ -312,6 +312,9 @@ RECIPES = {
     ),
     "signed integers": _weights(formats="int4"),
     "per token": Recipe(activations=ActivationRecipe(granularity="token"), rounding=rounding()),
+    "some layers per token": Recipe(
+        activations=ActivationRecipe(unsigned=True, token_layers=["mid_block.*", "conv_in"]), rounding=rounding()
+    ),
     "per tensor": _weights(granularity="tensor"),
     "tensor error": _weights(objective="tensor"),
     "max": _weights(objective="max"),
@@ -409,8 +412,9 @@ def test_a_non_finite_weight_is_refused_by_the_name_of_its_layer(tmp_path: Path,
         (Recipe(include=["decoder.*"]), r"pattern 'decoder\.\*' matches none"),
         (Recipe(exclude=["nothing"]), "pattern 'nothing' matches none"),
         (Recipe(include=["conv_in"], exclude=["conv_*"]), "leave no layer"),
+        (Recipe(activations=ActivationRecipe(token_layers="attn.*")), r"pattern 'attn\.\*' matches none"),
     ],
-    ids=["group size", "include", "exclude", "nothing left"],
+    ids=["group size", "include", "exclude", "nothing left", "layers with a scale a token"],
 )
 def test_a_recipe_that_does_not_fit_the_model_is_refused_before_anything_is_sampled(
     tmp_path: Path, recipe: Recipe, message: str
@@ -436,6 +440,7 @@ def test_a_recipe_that_does_not_fit_the_model_is_refused_before_anything_is_samp
         (lambda: _weights(granularity="group", group_size=0), "group_size"),
         (lambda: Recipe(WeightRecipe(formats=None), ActivationRecipe(formats=None)), "neither"),
         (lambda: Recipe(rounding=RoundingRecipe(iterations=0)), "iterations"),
+        (lambda: Recipe(activations=ActivationRecipe("uint8", token_layers="*")), "token_layers needs a signed"),
         (lambda: Recipe(hardware_types=True, activations=ActivationRecipe(unsigned=True)), "unsigned"),
     ],
 )
@@ -460,28 +465,31 @@ def test_the_progress_bar_can_be_turned_off(tmp_path: Path, capsys: pytest.Captu
 # --- outliers --------------------------------------------------------------------------------------------------
 
 
-def _search_one_layer(x: Tensor, granularity: str = "tensor") -> None:
+def _search_one_layer(x: Tensor, **activations: Any) -> Quantizer:
     layer = make_quantized(nn.Linear(6, 4).requires_grad_(False), Granularity("channel"))
     unit = Unit("proj", layer, {"block.proj": layer})
-    recipe = Recipe(activations=ActivationRecipe("e2m3", granularity=granularity))  # type: ignore[arg-type]
+    recipe = Recipe(activations=ActivationRecipe("e2m3", **activations))
     search_unit(unit, {"block.proj": x}, torch.ones(len(x)), recipe)
+    return layer.variants["nearest"].inputs[0]
 
 
 def test_a_static_scale_that_outliers_stretch_is_warned_of_by_name() -> None:
     torch.manual_seed(0)
     x = torch.randn(50, 6)
     x[:25, 2] = 1e6  # so many and so large that no clip leaves anything of the rest
-    with pytest.warns(UserWarning, match=r"block\.proj: one static scale loses .*granularity token"):
+    with pytest.warns(UserWarning, match=r"block\.proj: one static scale loses .*recipe\.activations\.token_layers"):
         _search_one_layer(x)
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "token"])
+@pytest.mark.parametrize("activations", [{}, {"granularity": "token"}, {"token_layers": ["*.proj"]}])
 def test_inputs_without_outliers_or_with_a_scale_for_each_token_are_not_warned_of(
-    granularity: str, recwarn: pytest.WarningsRecorder
+    activations: dict[str, Any], recwarn: pytest.WarningsRecorder
 ) -> None:
     torch.manual_seed(0)
     x = torch.randn(50, 6).clamp(min=0)
-    if granularity == "token":
+    if activations:
         x[:25, 2] = 1e6
-    _search_one_layer(x, granularity)
+    quantizer = _search_one_layer(x, **activations)
+    calm = quantizer(x)[25:]
+    assert ((calm - x[25:]).square().sum() / x[25:].square().sum()).item() < 0.01  # whatever the other tokens are
     assert not [w for w in recwarn if "static scale" in str(w.message)]

@@ -83,14 +83,15 @@ def _search_weight(
     return search_output_error(rows, formats, output_error)
 
 
+def _search_tokens(layer: QuantizedLayer, x: Tensor, formats: tuple[Format, ...]) -> Quantizer:
+    trials = [Quantizer(fmt, None, token_dims=layer.token_dims) for fmt in formats if fmt.min < 0]
+    return min(trials, key=lambda q: (q(x) - x).square().sum().item())
+
+
 def _search_input(
     layer: QuantizedLayer, x: Tensor, weight: Tensor, formats: tuple[Format, ...], recipe: Recipe, passes: int
 ) -> Quantizer:
     activations = recipe.activations
-    if activations.granularity == "token":
-        dims = layer.token_dims
-        trials = [Quantizer(fmt, None, token_dims=dims) for fmt in formats if fmt.min < 0]
-        return min(trials, key=lambda q: (q(x) - x).square().sum().item())
     values = _some_values(x)
     # The extremes decide the largest clip tried, wherever the sampling above falls.
     values = torch.cat([values, x.amin().reshape(1, 1), x.amax().reshape(1, 1)], dim=1)
@@ -123,7 +124,7 @@ def _warn_of_lost_bulk(name: str, quantizer: Quantizer, x: Tensor) -> None:
         ratio = (magnitude.max() / magnitude[present].median()).item()
         warnings.warn(
             f"{name}: one static scale loses more than half of its input's values, for outliers reach {ratio:.0f} "
-            "times the median: set recipe.activations.granularity token, or exclude the layer",
+            "times the median: name it in recipe.activations.token_layers, or exclude it",
             stacklevel=2,
         )
 
@@ -167,7 +168,10 @@ def search_unit(unit: Unit, layer_inputs: dict[str, Tensor], weights: Tensor, re
                 quantizers.append(_search_weight(layer, scaled, part, formats, recipe, passes))
                 weight = quantizers[-1](layer.granularity.rows(part)).reshape(part.shape)
             if formats := recipe.activation_formats():
-                inputs.append(_search_input(layer, x_part, weight, formats, recipe, passes))
+                if recipe.has_token_scales(name):
+                    inputs.append(_search_tokens(layer, x_part, formats))
+                else:
+                    inputs.append(_search_input(layer, x_part, weight, formats, recipe, passes))
                 _warn_of_lost_bulk(name, inputs[-1], x_part)
         found[name] = LayerQuantization(quantizers, inputs)
     found = _share(found, weights.device)

@@ -19,7 +19,7 @@ from fpq_lightning import distributed
 from fpq_lightning.calibration.datamodule import CalibrationDataModule
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.layers import LayerQuantization, QuantizedLayer, make_quantized
-from fpq_lightning.model.blocks import Unit, discover_units
+from fpq_lightning.model.blocks import Unit, discover_units, select_layers
 from fpq_lightning.model.trace import trace_units
 from fpq_lightning.pipelines import denoiser_name
 from fpq_lightning.recipes import Recipe
@@ -105,6 +105,8 @@ class BlockReconstruction(pl.LightningModule):
     def _check_weights(self) -> None:
         """Finds what cannot be quantized before minutes are spent on calibration data."""
         granularity = self.recipe.granularity()
+        if patterns := list(self.recipe.activations.token_layers):
+            select_layers([name for unit in self._plan for name in unit.layers], patterns, [])
         for unit in self._plan:
             for name, layer in unit.layers.items():
                 weight = cast(Tensor, layer.weight).detach()

@@ -70,7 +70,9 @@ def spreads(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         measured = {k for row in members for k, v in row["metrics"].items() if v is not None and k != "n_images"}
         values = {k: [row["metrics"].get(k) for row in members] for k in measured}
         metrics = {k: max(v) - min(v) for k, v in values.items() if None not in v}
-        shown: dict[str, Any] = {k: members[0][k] for k in ("weights", "activations", "iterations", "samples") if k in members[0]}
+        shown: dict[str, Any] = {
+            k: members[0][k] for k in ("weights", "activations", "iterations", "samples") if k in members[0]
+        }
         name = f"{members[0]['name']}, {len(members)} seeds"
         found.append({"name": name, "variant": members[0]["variant"], **shown, "metrics": metrics})
     return found
