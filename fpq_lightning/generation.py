@@ -16,7 +16,15 @@ from fpq_lightning import distributed
 from fpq_lightning.evaluation import SHOWN, EvaluationConfig, image_settings, sample_images, using_tf32
 from fpq_lightning.images import ImageDirectory, save_png
 from fpq_lightning.metrics.quality import ALONE
-from fpq_lightning.pipelines import SamplerConfig, batches_of, denoiser_name, load_pipeline, sample, set_sampler
+from fpq_lightning.pipelines import (
+    SamplerConfig,
+    batches_of,
+    denoiser_name,
+    load_pipeline,
+    sample,
+    set_sampler,
+    warn_of_long_prompts,
+)
 from fpq_lightning.runs import hash_quantization, hash_weights
 from fpq_lightning.storage.quantized import is_quantized, load_quantized, read_description
 
@@ -90,6 +98,10 @@ class ImageGeneration(pl.LightningModule):
             if pipeline is not None:
                 pipeline.to(self.trainer.strategy.root_device)
                 set_sampler(pipeline, self.sampler)
+        if self.trainer.is_global_zero:
+            module = cast(SeedDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+            prompts = self.sampler.prompts_of(module.seeds) if module.prompts is None else module.prompts
+            warn_of_long_prompts(self.pipeline, prompts or ())
         if self.evaluation is not None:
             self.evaluation.check()
             self.metrics = self.evaluation.metrics(self.trainer.strategy.root_device)

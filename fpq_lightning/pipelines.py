@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers import schedulers as diffusers_schedulers
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from fpq_lightning.prompts import load_prompts
 
@@ -117,6 +119,27 @@ def set_sampler(pipeline: DiffusionPipeline, sampler: SamplerConfig) -> None:
         scheduler_class: type[SchedulerMixin] = getattr(diffusers_schedulers, sampler.scheduler)
         if type(pipeline.scheduler) is not scheduler_class:
             pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
+
+
+def warn_of_long_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> None:
+    """Says how many prompts none of the pipeline's tokenizers takes whole; the text encoders do not see their ends."""
+    tokenizers = [c for c in pipeline.components.values() if isinstance(c, PreTrainedTokenizerBase)]
+    if not tokenizers or not prompts:
+        return
+    different = list(dict.fromkeys(prompts))
+    lengths = [[len(ids) for ids in t(different, verbose=False)["input_ids"]] for t in tokenizers]
+    limits = [t.model_max_length for t in tokenizers]
+    too_long = [
+        prompt
+        for prompt, counts in zip(different, zip(*lengths, strict=True), strict=True)
+        if all(count > limit for count, limit in zip(counts, limits, strict=True))
+    ]
+    if too_long:
+        warnings.warn(
+            f"{len(too_long)} of {len(different)} prompts have more than the {max(limits)} tokens that the text "
+            f"encoder takes and are cut off, the first one {too_long[0][:40]!r}...",
+            stacklevel=2,
+        )
 
 
 def batches_of(seeds: range, size: int, world_size: int = 1) -> Iterator[range]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from fpq_lightning.layers import make_quantized
 from fpq_lightning.model.blocks import discover_units
 from fpq_lightning.model.leaves import flatten, nest
 from fpq_lightning.model.trace import trace_units
-from fpq_lightning.pipelines import SamplerConfig, load_pipeline, sample, set_sampler
+from fpq_lightning.pipelines import SamplerConfig, load_pipeline, sample, set_sampler, warn_of_long_prompts
 from fpq_lightning.prompts import load_prompts
 from fpq_lightning.quantizers import Granularity
 
@@ -265,6 +267,28 @@ def test_a_text_to_image_model_is_quantized_judged_and_used(
     assert again.code == 0, again.err
     found = json.loads((tmp_path / "test" / "report.json").read_text())["variants"]["quantized"]
     assert found["psnr"] == pytest.approx(report["variants"]["learned"]["psnr"], abs=0.3)
+
+
+def test_prompts_that_no_tokenizer_takes_whole_are_counted(model: str) -> None:
+    pipeline = load_pipeline(model)  # 16 tokens, two of them for start and end
+    exact, long = "abcdefghijklmn", "abcdefghijklmno"
+    with pytest.warns(UserWarning, match=f"1 of 2 prompts have more than the 16 tokens .* first one '{long}'"):
+        warn_of_long_prompts(pipeline, [exact, long, long])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_long_prompts(pipeline, [exact])
+        pipeline.register_modules(tokenizer_2=copy.deepcopy(pipeline.tokenizer))
+        pipeline.tokenizer_2.model_max_length = 20  # of a second encoder, which sees it whole
+        warn_of_long_prompts(pipeline, [long])
+
+
+def test_a_calibration_says_that_prompts_are_cut(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"--sampler.prompts=['{'a' * 20}']", "--recipe.include=['conv_in']"]
+    with pytest.warns(UserWarning, match="1 of 1 prompts have more than the 16 tokens"):
+        outcome = run_fpq(capsys, [*fit_arguments(model, tmp_path / "run", iterations=1), *options])
+    assert outcome.code == 0, outcome.err
 
 
 def test_fit_without_prompts_ends_in_one_line(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

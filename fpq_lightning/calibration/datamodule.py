@@ -25,7 +25,7 @@ from fpq_lightning.calibration.trajectories import (
     sample_trajectories,
     save_calibration_set,
 )
-from fpq_lightning.pipelines import SamplerConfig
+from fpq_lightning.pipelines import SamplerConfig, warn_of_long_prompts
 from fpq_lightning.storage.files import differences, shorten
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -204,6 +204,10 @@ class CalibrationDataModule(pl.LightningDataModule):
         pipeline = trainer.lightning_module.pipeline.to(trainer.strategy.root_device)
         if self.source == "trajectories":
             hidden = distributed.rank() > 0
+            trajectories = -(-self.n_samples // self.sampler.steps)
+            if not hidden:
+                prompts = self.sampler.prompts_of(range(self.seed, self.seed + trajectories))
+                warn_of_long_prompts(pipeline, prompts or ())
             with tqdm(desc="sampling calibration set", unit="trajectory", dynamic_ncols=True, disable=hidden) as bar:
 
                 def show(done: int, total: int) -> None:
