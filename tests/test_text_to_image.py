@@ -6,6 +6,7 @@ import copy
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -277,9 +278,10 @@ def test_prompts_that_no_tokenizer_takes_whole_are_counted(model: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_long_prompts(pipeline, [exact])
-        pipeline.register_modules(tokenizer_2=copy.deepcopy(pipeline.tokenizer))
-        pipeline.tokenizer_2.model_max_length = 20  # of a second encoder, which sees it whole
-        warn_of_long_prompts(pipeline, [long])
+        second = copy.deepcopy(pipeline.tokenizer)
+        second.model_max_length = 20  # of a second encoder, which sees it whole
+        both = SimpleNamespace(components={"tokenizer": pipeline.tokenizer, "tokenizer_2": second})
+        warn_of_long_prompts(both, [long])  # type: ignore[arg-type]
 
 
 def test_a_calibration_says_that_prompts_are_cut(
