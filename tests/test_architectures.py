@@ -13,9 +13,11 @@ import pytest
 import torch
 from diffusers import ConfigMixin, DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from peft import LoraConfig
 from torch import Tensor, nn
 
 import fpq_lightning as fpq
+from fpq_lightning.calibration.trajectories import load_calibration_set
 from fpq_lightning.layers import is_quantizable
 from fpq_lightning.model.blocks import discover_units
 from fpq_lightning.model.chain import parts_of
@@ -315,14 +317,17 @@ class ConditionedPipeline(DiffusionPipeline):
         with torch.random.fork_rng():
             torch.manual_seed(1)
             inputs = conditions(batch_size)
-        x = torch.stack([torch.randn(shape, generator=g) for g in generator])
+        dtype = self.transformer.dtype
+        inputs = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+        x = torch.stack([torch.randn(shape, generator=g) for g in generator]).to(dtype)
         self.scheduler.set_timesteps(num_inference_steps)
         scale = 1000 if "guidance" in inputs else 1
         for t in self.scheduler.timesteps:
-            out = self.transformer(x, timestep=t.expand(len(x)) / scale, **inputs, return_dict=False)[0]
+            timestep = t.expand(len(x)) / scale
+            out = self.transformer(x, timestep=timestep.to(dtype), **inputs, return_dict=False)[0]
             out = out if out.shape == x.shape else out[:, : x.shape[1]]  # the rest predicts a variance
             x = self.scheduler.step(out, t, x).prev_sample
-        image = x.reshape(batch_size, -1).repeat(1, 3)[:, :192].reshape(batch_size, 8, 8, 3)
+        image = x.float().reshape(batch_size, -1).repeat(1, 3)[:, :192].reshape(batch_size, 8, 8, 3)
         return ImagePipelineOutput(images=image.sigmoid().numpy())
 
 
@@ -381,3 +386,63 @@ def test_a_small_model_is_quantized_saved_opened_and_sampled(
     expected, found = (sample(opened, SAMPLER, range(4)) for opened in (quantized, again))
     assert torch.equal(found, expected)
     assert expected.std() > 0.01
+
+
+@pytest.mark.parametrize("name", ["SD 2.1", "FLUX", "Wan"])
+def test_a_model_in_bfloat16_is_quantized_and_keeps_its_types(name: str, tmp_path: Path) -> None:
+    kind, configuration, *_ = SMALL[name]
+    torch.manual_seed(0)
+    kind(**configuration).save_pretrained(tmp_path / "model")
+    model = kind.from_pretrained(tmp_path / "model", torch_dtype=torch.bfloat16).eval()
+    types = {parameter: value.dtype for parameter, value in model.named_parameters()}
+    kept = [parameter for parameter, dtype in types.items() if dtype == torch.float32]
+    assert bool(kept) == bool(kind._keep_in_fp32_modules)
+    pipeline = ConditionedPipeline(model, DDIMScheduler(clip_sample=False))
+    quantized = fpq.quantize(
+        pipeline,
+        fpq.Recipe(rounding=fpq.RoundingRecipe(iterations=4, batch_size=4)),
+        tmp_path / "run",
+        fpq.CalibrationDataModule(n_samples=16, n_search=8, micro_batch=8),
+        SAMPLER,
+        fpq.EvaluationConfig(n_images=4, features=None),
+        accelerator="cpu",
+        enable_progress_bar=False,
+        logger=False,
+    )
+    assert {parameter: value.dtype for parameter, value in model.named_parameters() if parameter in types} == types
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert all(0 < block["error_learned"] <= block["error_nearest"] < 0.5 for block in report["blocks"])
+    assert report["variants"]["learned"]["psnr"] > 15
+    calibration = load_calibration_set(tmp_path / "run" / "calibration")
+    assert {value.dtype for value in calibration.inputs.values()} >= {torch.bfloat16}
+    assert sample(quantized, SAMPLER, range(2)).isfinite().all()
+
+
+def test_a_model_with_fused_adapters_is_quantized_once_they_are_unloaded(tmp_path: Path) -> None:
+    kind, configuration, *_ = SMALL["SD 2.1"]
+    torch.manual_seed(0)
+    model = kind(**configuration).eval()
+    plain = model.state_dict()["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"].clone()
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    pipeline = ConditionedPipeline(model, DDIMScheduler(clip_sample=False))
+    options: dict[str, Any] = {
+        "recipe": fpq.Recipe(rounding=fpq.RoundingRecipe(iterations=2, batch_size=4)),
+        "data": fpq.CalibrationDataModule(n_samples=16, n_search=8, micro_batch=8),
+        "sampler": SAMPLER,
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "logger": False,
+    }
+    set_sampler(pipeline, SAMPLER)
+    adapted = sample(pipeline, SAMPLER, range(2))
+    with pytest.raises(ValueError, match=r"attn1\.to_q is a LoRA layer: .*fuse_lora.*unload"):
+        fpq.quantize(pipeline, run_dir=tmp_path / "refused", **options)
+    model.fuse_lora()
+    model.unload_lora()
+    fused = model.state_dict()["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
+    assert not torch.equal(fused, plain)
+    assert torch.allclose(sample(pipeline, SAMPLER, range(2)), adapted, atol=1e-4)
+    quantized = fpq.quantize(pipeline, run_dir=tmp_path / "run", **options)
+    again = fpq.load_quantized(tmp_path / "run" / "quantized")
+    set_sampler(again, SAMPLER)
+    assert torch.equal(sample(again, SAMPLER, range(2)), sample(quantized, SAMPLER, range(2)))

@@ -85,7 +85,7 @@ def test_what_was_written_is_read_back_by_slice_and_by_index(tmp_path: Path, bud
 
 @pytest.mark.parametrize("budget", [10**6, 0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_floats_are_stored_in_the_stores_type_and_read_as_float32(
+def test_floats_are_kept_in_the_stores_type_and_read_in_their_own(
     tmp_path: Path, budget: int, dtype: torch.dtype
 ) -> None:
     store = make_store(tmp_path, budget, dtype=dtype)
@@ -95,6 +95,21 @@ def test_floats_are_stored_in_the_stores_type_and_read_as_float32(
     result = store.read("a", slice(0, 6))
     assert result.dtype == torch.float32
     assert torch.equal(result, values.to(dtype).float())
+    assert store.used("device") + store.used("disk") == 60
+
+
+@pytest.mark.parametrize("budget", [10**6, 0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_half_precision_is_never_kept_in_more_nor_in_another_half(
+    tmp_path: Path, budget: int, dtype: torch.dtype
+) -> None:
+    store = make_store(tmp_path, budget, dtype=dtype)
+    values = torch.randn(6, 5).mul(1e6).bfloat16()
+    store.allocate("a", (6, 5), values.dtype, next_use=1)
+    store.write("a", 0, values)
+    result = store.read("a", slice(0, 6))
+    assert result.dtype == torch.bfloat16
+    assert torch.equal(result, values)
     assert store.used("device") + store.used("disk") == 60
 
 

@@ -21,6 +21,7 @@ from fpq_lightning.calibration.trajectories import (
     CalibrationSet,
     load_calibration_set,
     noise_real_images,
+    output_sensitivity,
     sample_trajectories,
     save_calibration_set,
     steps_to_keep,
@@ -132,6 +133,19 @@ def test_sensitivity_weights_are_the_squared_ddim_coefficient_of_the_noise_predi
     assert expected.max() > 2 * expected.min()  # the claim would say nothing of equal weights
 
 
+def test_the_sensitivity_of_half_precision_is_that_of_float32(pipeline: DDPMPipeline) -> None:
+    output, sample = (torch.randn(3, 3, 8, 8, dtype=torch.bfloat16) for _ in range(2))
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(SAMPLER.steps)
+    for t in scheduler.timesteps:
+        half, whole = (
+            output_sensitivity(scheduler, (x, t, y), {})
+            for x, y in ((output, sample), (output.float(), sample.float()))
+        )
+        assert torch.allclose(half, whole, rtol=1e-3)
+        assert (half > 0).all()
+
+
 def test_uniform_weights_are_one(pipeline: DDPMPipeline) -> None:
     assert torch.equal(sample_trajectories(pipeline, SAMPLER, 6, weighting="uniform").weights, torch.ones(6))
 
@@ -210,6 +224,16 @@ def test_a_set_survives_the_disk_bit_for_bit_as_a_datasets_dataset(weighted: Cal
         assert found.inputs[name].numpy().tobytes() == value.contiguous().numpy().tobytes()
     assert found.constants == original.constants
     assert torch.equal(found.weights, original.weights)
+
+
+def test_a_set_in_bfloat16_survives_the_disk(tmp_path: Path) -> None:
+    inputs = {"sample": torch.randn(5, 2, 3).bfloat16(), "timestep": torch.arange(5)}
+    save_calibration_set(CalibrationSet(inputs, torch.ones(5), {"flag": True}), tmp_path / "set")
+    found = load_calibration_set(tmp_path / "set")
+    assert found.constants == {"flag": True}
+    for name, value in inputs.items():
+        assert found.inputs[name].dtype == value.dtype
+        assert torch.equal(found.inputs[name], value)
 
 
 def test_a_set_with_a_tensor_that_all_samples_share_survives_the_disk(tmp_path: Path) -> None:

@@ -399,4 +399,4 @@ def sample_energies(leaves: Sequence[Tensor], weights: Tensor) -> Tensor:
     Returns:
         `[n, leaves]`.
     """
-    return torch.stack([x.reshape(len(weights), -1).square().mean(1) * weights for x in leaves], dim=1)
+    return torch.stack([x.float().reshape(len(weights), -1).square().mean(1) * weights for x in leaves], dim=1)

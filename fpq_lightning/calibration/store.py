@@ -31,6 +31,7 @@ class _Entry:
     tensor: Tensor
     next_use: int
     tier: str  # device, host or disk
+    dtype: torch.dtype  # of what is written and read
     file: Path | None = None
 
     @property
@@ -46,7 +47,7 @@ class ActivationStore:
 
     Args:
         device: the compute device.
-        dtype: of stored floating-point values.
+        dtype: the widest type in which floating-point values are kept; they are read in their own.
         budget: bytes of the compute device's memory.
         host_budget: bytes of host memory beyond it, when the device is not the host.
         directory: where files go; the system's temporary directory by default.
@@ -78,14 +79,14 @@ class ActivationStore:
         Args:
             key: its name.
             shape: `[n_samples, ...]`.
-            dtype: of what will be written; floating types are stored as the store's own.
+            dtype: of what will be written.
             next_use: when it will be read next, in any unit that orders the arrays.
         """
         self.free(key)  # of an attempt that ran out of memory
-        dtype = self.dtype if dtype.is_floating_point else dtype
-        size = torch.Size(shape).numel() * dtype.itemsize
+        kept = self.dtype if dtype.is_floating_point and self.dtype.itemsize < dtype.itemsize else dtype
+        size = torch.Size(shape).numel() * kept.itemsize
         tier = self._make_room("device", size, next_use)
-        self._entries[key] = self._new(tier, shape, dtype, next_use)
+        self._entries[key] = self._new(tier, shape, kept, next_use, dtype)
         self.peak = max(self.peak, self.used("device"))
 
     def _make_room(self, tier: str, size: int, next_use: int) -> str:
@@ -105,10 +106,10 @@ class ActivationStore:
     def _below(self, tier: str) -> str:
         return "host" if tier == "device" and self.budgets["host"] else "disk"
 
-    def _new(self, tier: str, shape: tuple[int, ...], dtype: torch.dtype, next_use: int) -> _Entry:
+    def _new(self, tier: str, shape: tuple[int, ...], kept: torch.dtype, next_use: int, dtype: torch.dtype) -> _Entry:
         if tier != "disk":
             device = self.device if tier == "device" else torch.device("cpu")
-            return _Entry(torch.empty(shape, dtype=dtype, device=device), next_use, tier)
+            return _Entry(torch.empty(shape, dtype=kept, device=device), next_use, tier, dtype)
         if self._scratch is None:
             if self._directory is not None:
                 Path(self._directory).mkdir(parents=True, exist_ok=True)
@@ -116,22 +117,21 @@ class ActivationStore:
         with tempfile.NamedTemporaryFile(dir=self._scratch.name, delete=False) as handle:
             file = Path(handle.name)
         numel = torch.Size(shape).numel()
-        tensor = torch.from_file(str(file), shared=True, size=numel, dtype=dtype).reshape(shape)
-        return _Entry(tensor, next_use, tier, file)
+        tensor = torch.from_file(str(file), shared=True, size=numel, dtype=kept).reshape(shape)
+        return _Entry(tensor, next_use, tier, dtype, file)
 
     def write(self, key: str, start: int, values: Tensor) -> None:
         """Writes rows from `start` on."""
         self._entries[key].tensor[start : start + len(values)].copy_(values)
 
     def read(self, key: str, rows: slice | Tensor) -> Tensor:
-        """Rows on the compute device, float32 if floating."""
+        """Rows on the compute device, in the type that was written."""
         entry = self._entries[key]
         if isinstance(rows, Tensor):
             found = entry.tensor.index_select(0, rows.to(entry.tensor.device))
         else:
             found = entry.tensor[rows].clone()  # the network may change it in place
-        found = found.to(self.device)
-        return found.float() if found.is_floating_point() else found
+        return found.to(self.device).to(entry.dtype)
 
     def promote(self, key: str) -> None:
         """Moves an array to the compute device if the budget has room for it now."""
@@ -143,7 +143,7 @@ class ActivationStore:
 
     def _moved(self, key: str, tier: str) -> _Entry:
         entry = self._entries[key]
-        moved = self._new(tier, tuple(entry.tensor.shape), entry.tensor.dtype, entry.next_use)
+        moved = self._new(tier, tuple(entry.tensor.shape), entry.tensor.dtype, entry.next_use, entry.dtype)
         moved.tensor.copy_(entry.tensor)
         self.free(key)
         return moved

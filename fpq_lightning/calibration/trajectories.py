@@ -28,6 +28,7 @@ from fpq_lightning.storage.files import whole_directory, write_json
 
 _WEIGHT = "sample_weight"
 _CONSTANTS = "constants.safetensors"
+_BFLOAT16 = "_bfloat16"  # names of columns, among the constants
 MADE_FROM = "made_from.json"  # the model, sampler and options of a set
 
 
@@ -107,6 +108,7 @@ def output_sensitivity(scheduler: Any, arguments: tuple, options: dict[str, Any]
     noise is so small that even a large relative error of its prediction changes the image little.
     """
     output, timestep, sample = arguments
+    output, sample = output.float(), sample.float()  # half precision loses the difference
     options = dict(options)
     takes_generator = "generator" in inspect.signature(type(scheduler).step).parameters
     probe = output.std() * 1e-2
@@ -344,6 +346,8 @@ def save_calibration_set(
     tensors = {k: v.contiguous() for k, v in calibration.constants.items() if isinstance(v, Tensor)}
     constants = {k: v for k, v in calibration.constants.items() if k not in tensors}
     columns = {**calibration.inputs, _WEIGHT: calibration.weights}
+    constants[_BFLOAT16] = [name for name, value in columns.items() if value.dtype == torch.bfloat16]
+    columns |= {name: columns[name].view(torch.int16) for name in constants[_BFLOAT16]}  # which numpy lacks
     features = datasets.Features({name: _feature(value) for name, value in columns.items()})
     info = datasets.DatasetInfo(description=json.dumps(constants), features=features)
     dataset = datasets.Dataset.from_dict({k: v.numpy() for k, v in columns.items()}, features=features, info=info)
@@ -378,6 +382,7 @@ def load_calibration_set(directory: str | Path) -> CalibrationSet:
         table = dataset.with_format("numpy")
         columns = {name: torch.from_numpy(np.array(table[name][:])) for name in dataset.column_names}
         constants = json.loads(dataset.info.description or "{}")
+        columns |= {name: columns[name].short().view(torch.bfloat16) for name in constants.pop(_BFLOAT16, ())}
         constants |= load_file(Path(directory) / _CONSTANTS)
         weights = columns.pop(_WEIGHT)
     except Exception as error:  # whatever a damaged Arrow file raises

@@ -105,6 +105,11 @@ class BlockReconstruction(pl.LightningModule):
     def _check_weights(self) -> None:
         """Finds what cannot be quantized before minutes are spent on calibration data."""
         granularity = self.recipe.granularity()
+        if adapted := next((name for name, m in self.denoiser.named_modules() if hasattr(m, "base_layer")), None):
+            raise ValueError(
+                f"{adapted} is a LoRA layer: make it part of the weights with pipeline.fuse_lora() and "
+                "pipeline.unload_lora_weights() first"
+            )
         if patterns := list(self.recipe.activations.token_layers):
             select_layers([name for unit in self._plan for name in unit.layers], patterns, [])
         for unit in self._plan:

@@ -21,7 +21,7 @@ from fpq_lightning.rounding import LearnedRounding
 def error_energies(replay: NetworkReplay, rows: Tensor) -> Tensor:
     """Weighted mean square of the current unit's error on samples of this process, `[n, outputs]`."""
     outputs = output_leaves(replay.call(replay.inputs(rows)))
-    differences = [o - t for o, t in zip(outputs, replay.targets(rows), strict=True)]
+    differences = [o.float() - t.float() for o, t in zip(outputs, replay.targets(rows), strict=True)]
     return sample_energies(differences, replay.weights(rows))
 
 

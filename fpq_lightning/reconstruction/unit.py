@@ -197,7 +197,7 @@ class UnitReconstruction:
                 if len(outputs) != n_outputs or outputs[-1].shape[layer.channel_dim] != len(layer.weight):
                     fits = False
                     break
-                difference = (targets[-1] - outputs[-1]).transpose(1, layer.channel_dim).double()
+                difference = (targets[-1].double() - outputs[-1].double()).transpose(1, layer.channel_dim)
                 shift = difference.flatten(2).mean(2) if difference.ndim > 2 else difference
                 weights = replay.weights(r)
                 spread = weights.repeat_interleave(len(shift) // len(r)) * (len(r) / len(shift))
