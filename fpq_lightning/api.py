@@ -78,6 +78,7 @@ def quantize(
     evaluation: EvaluationConfig | None = None,
     base_model: str | None = None,
     ckpt_path: str | None = None,
+    offload: bool = False,
     **trainer_options: Any,
 ) -> DiffusionPipeline:
     """Quantizes the denoiser of a pipeline in place.
@@ -91,6 +92,7 @@ def quantize(
         evaluation: what image quality is measured on; left out by default.
         base_model: name of the model in the reports.
         ckpt_path: ``"last"`` goes on with an interrupted run.
+        offload: keep the blocks of the denoiser in host memory, and only the one that runs on the device.
         trainer_options: for `lightning.pytorch.Trainer`.
 
     Returns:
@@ -114,9 +116,9 @@ def quantize(
     if options.get("enable_progress_bar", True):
         callbacks.insert(0, CalibrationProgress())  # its bar ends before the next one begins
     options["callbacks"] = [*options.get("callbacks", []), *callbacks]
-    module, trainer = BlockReconstruction(pipeline, recipe), pl.Trainer(**options)
+    module, trainer = BlockReconstruction(pipeline, recipe, offload), pl.Trainer(**options)
     check_processes(trainer, recipe, data, evaluation)
-    print_estimate(trainer, pipeline, recipe, data, sampler, evaluation)
+    print_estimate(trainer, module, data, sampler, evaluation)
     fit(trainer, module, data, run, sampler, ckpt_path)
     return pipeline
 
@@ -146,8 +148,7 @@ def check_images(n: int, world_size: int, option: str) -> None:
 
 def print_estimate(
     trainer: pl.Trainer,
-    pipeline: DiffusionPipeline,
-    recipe: Recipe,
+    module: BlockReconstruction,
     data: CalibrationDataModule,
     sampler: SamplerConfig,
     evaluation: EvaluationConfig,
@@ -156,7 +157,10 @@ def print_estimate(
     if trainer.is_global_zero:
         device = trainer.strategy.root_device
         try:
-            estimate = estimate_run(pipeline, recipe, data, sampler, evaluation, device, trainer.world_size)
+            module.place(device)
+            estimate = estimate_run(
+                module.pipeline, module.recipe, data, sampler, evaluation, device, trainer.world_size
+            )
             print("\n".join(estimate.lines()), flush=True)
         except Exception as error:  # whatever the model or its scheduler may raise
             print(f"no estimate ({' '.join(str(error).split())[:150]})", flush=True)

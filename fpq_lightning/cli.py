@@ -15,7 +15,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import datasets
 import lightning.pytorch as pl
@@ -40,6 +40,8 @@ from fpq_lightning.storage.quantized import is_quantized
 from fpq_lightning.study.config import StudyConfig
 from fpq_lightning.study.run import Study
 from fpq_lightning.study.table import write_table
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -85,6 +87,12 @@ class FPQCommandLine(LightningCLI):
             parser.add_argument("--run_dir", type=str | None, default=None, help="Default: runs/<model>-<formats>.")
             parser.add_argument("--recipe", type=Recipe, default=Recipe(), help="What to quantize to.")
             parser.add_argument("--dry_run", type=bool, default=False, help="Only say what the run would take.")
+            parser.add_argument(
+                "--torch_dtype", type=Literal["float32", "bfloat16"], default="float32", help="Of the model."
+            )
+            parser.add_argument(
+                "--offload", type=bool, default=False, help="Keep blocks in host memory until they run."
+            )
             parser.add_argument("--checkpoint_steps", type=int, default=2500, help="Steps between checkpoints.")
             parser.add_lightning_class_args(CalibrationDataModule, "data")
         if self._preparing == "test":
@@ -120,7 +128,7 @@ class FPQCommandLine(LightningCLI):
     def _prepare_fit(self, options: Namespace) -> list[pl.Callback]:
         if is_quantized(options.model):
             raise ValueError(f"{options.model} is quantized already: give the full-precision model")
-        pipeline = load_pipeline(options.model)
+        pipeline = load_pipeline(options.model, _DTYPES[options.torch_dtype])
         self.datamodule = options.data
         run_dir = options.run_dir or default_run_dir(options.model, options.recipe)
         options.run_dir = self.config[self.subcommand].run_dir = run_dir
@@ -131,7 +139,7 @@ class FPQCommandLine(LightningCLI):
             raise SystemExit(0)
         if state is RunState.UNFINISHED and options.ckpt_path is None:
             raise ValueError(f"{self.run.path} holds this run, unfinished: add --ckpt_path last to go on with it")
-        self.model = BlockReconstruction(pipeline, options.recipe)
+        self.model = BlockReconstruction(pipeline, options.recipe, options.offload)
         save = _SaveConfig(self._parser(self.subcommand), self.config[self.subcommand], save_to_log_dir=False)
         callbacks = api.run_callbacks(
             self.run, options.model, options.evaluation, options.sampler, options.checkpoint_steps
@@ -165,9 +173,7 @@ class FPQCommandLine(LightningCLI):
         """Runs the calibration in its run directory."""
         chosen = self.config_init[self.subcommand]
         api.check_processes(self.trainer, chosen.recipe, self.datamodule, chosen.evaluation)
-        api.print_estimate(
-            self.trainer, self.model.pipeline, chosen.recipe, self.datamodule, chosen.sampler, chosen.evaluation
-        )
+        api.print_estimate(self.trainer, self.model, self.datamodule, chosen.sampler, chosen.evaluation)
         if chosen.dry_run:
             return
         api.fit(self.trainer, self.model, self.datamodule, self.run,

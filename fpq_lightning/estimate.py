@@ -107,7 +107,7 @@ def estimate_run(
     """Samples two trajectories of two steps, traces the model and times one pass.
 
     Args:
-        pipeline: in full precision.
+        pipeline: in full precision, ready to run on the device.
         recipe: of the run.
         data: of the run.
         sampler: of the run.
@@ -115,7 +115,6 @@ def estimate_run(
         device: the compute device.
         world_size: processes.
     """
-    pipeline.to(device)
     denoiser = getattr(pipeline, denoiser_name(pipeline)).eval()
     probe = sample_trajectories(pipeline, replace(sampler, steps=2, batch_size=2), n=4)
     micro_batch = min(data.micro_batch, 32)

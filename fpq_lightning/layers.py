@@ -8,7 +8,7 @@ so that a layer can run in any of its modes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, cast
 
@@ -51,6 +51,12 @@ class LayerQuantization(nn.Module):
         self.roundings = _modules([])
         self.codes: list[Tensor] | None = None
         self.register_parameter("bias", None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerQuantization:
+        super()._apply(fn, recurse)
+        if self.codes is not None:
+            self.codes = [fn(codes) for codes in self.codes]
+        return self
 
     def set_bias(self, bias: Tensor) -> None:
         """Replaces the layer's bias."""
@@ -118,6 +124,10 @@ class QuantizedLayer(nn.Module):
     variants: nn.ModuleDict
     mode: Mode
     _effective_weight: Tensor | None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
+        self._effective_weight = None
+        return super()._apply(fn, recurse)
 
     @property
     def channel_dim(self) -> int:
@@ -192,9 +202,10 @@ class QuantizedLayer(nn.Module):
         if quantization.roundings:
             weight = self.quantized_weight(quantization)
         else:
-            if self._effective_weight is None or self._effective_weight.device != x.device:
-                self._effective_weight = self.quantized_weight(quantization).detach().to(x.device)
-            weight = self._effective_weight
+            kept = self._effective_weight
+            if kept is None or kept.device != x.device or kept.dtype != x.dtype:
+                kept = self._effective_weight = self.quantized_weight(quantization).detach().to(x.device, x.dtype)
+            weight = kept
         bias = self.bias if quantization.bias is None else quantization.bias
         return self.operate(self.quantize_input(x, quantization), weight, bias)
 

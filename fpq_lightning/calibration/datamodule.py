@@ -201,7 +201,9 @@ class CalibrationDataModule(pl.LightningDataModule):
     def make_set(self) -> CalibrationSet:
         """Samples or noises the calibration set with the trainer's pipeline."""
         trainer = cast(Any, self.trainer)
-        pipeline = trainer.lightning_module.pipeline.to(trainer.strategy.root_device)
+        module = trainer.lightning_module
+        module.place(trainer.strategy.root_device)
+        pipeline = module.pipeline
         if self.source == "trajectories":
             hidden = distributed.rank() > 0
             trajectories = -(-self.n_samples // self.sampler.steps)

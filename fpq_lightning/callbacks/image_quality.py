@@ -61,6 +61,7 @@ class ImageQuality(pl.Callback):
             return
         n = self.config.n_images
         device = pl_module.device
+        pl_module.place(device)
         hidden = not trainer.is_global_zero
         share = 4 * n // trainer.world_size  # of one process, which is what the bar sees
         with tqdm(total=share, desc="sampling", unit="image", dynamic_ncols=True, disable=hidden) as bar:

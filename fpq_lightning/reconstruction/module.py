@@ -20,6 +20,8 @@ from fpq_lightning.calibration.datamodule import CalibrationDataModule
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.layers import LayerQuantization, QuantizedLayer, make_quantized
 from fpq_lightning.model.blocks import Unit, discover_units, select_layers
+from fpq_lightning.model.chain import parts_of
+from fpq_lightning.model.offload import Offload
 from fpq_lightning.model.trace import trace_units
 from fpq_lightning.pipelines import denoiser_name
 from fpq_lightning.recipes import Recipe
@@ -43,17 +45,20 @@ class BlockReconstruction(pl.LightningModule):
     Args:
         pipeline: a diffusers pipeline in full precision.
         recipe: what to quantize to.
+        offload: keep the blocks of the denoiser in host memory, and only the one that runs on the device.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, recipe: Recipe) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, recipe: Recipe, offload: bool = False) -> None:
         super().__init__()
         self.automatic_optimization = False  # many steps a batch: a step is shorter than Lightning's way around it
         self.pipeline = pipeline
         self.recipe = recipe
-        self.denoiser: nn.Module = getattr(pipeline, denoiser_name(pipeline)).eval().requires_grad_(False)
+        # No submodule, which Lightning would move to the device as a whole.
+        self._denoiser = (getattr(pipeline, denoiser_name(pipeline)).eval().requires_grad_(False),)
         self.strict_loading = False
         self._plan = discover_units(self.denoiser, recipe.include, recipe.exclude, recipe.units == "layer")
         self._check_weights()
+        self._offload = Offload(self.denoiser, [unit.module for unit in self._plan]) if offload else None
         self.units: list[Unit] = []
         self.reports: list[UnitReport] = []
         self.made_from: dict[str, Any] = {}  # what decides the result, kept in checkpoints
@@ -66,6 +71,24 @@ class BlockReconstruction(pl.LightningModule):
         self._clock = time.perf_counter()
 
     # --- structure ---------------------------------------------------------------------------------------------
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that is quantized."""
+        return self._denoiser[0]
+
+    def place(self, device: torch.device) -> None:
+        """Makes the pipeline ready to run on a device."""
+        if self._offload is None:
+            self.pipeline.to(device)
+            return
+        self._offload.place(device)
+        self._move_other_components(device)
+
+    def _move_other_components(self, device: torch.device) -> None:
+        for component in self.pipeline.components.values():
+            if isinstance(component, nn.Module) and component is not self.denoiser:
+                component.to(device)
 
     @property
     def calibration(self) -> CalibrationDataModule:
@@ -81,9 +104,10 @@ class BlockReconstruction(pl.LightningModule):
         """Finds the units and makes their layers quantized classes."""
         if str(self.trainer.precision) not in ("32-true", "bf16-mixed"):
             raise ValueError(f"trainer.precision {self.trainer.precision} is not supported: use 32-true or bf16-mixed")
+        device = self.trainer.strategy.root_device
+        self.place(device)
         if self.units:
             return
-        device = next(self.denoiser.parameters()).device
         first = self.calibration.set.batch(slice(0, 1), device)
         planned = [name for unit in self._plan for name in unit.layers]
         self.units, splits = trace_units(self.denoiser, self._plan, first)
@@ -136,6 +160,8 @@ class BlockReconstruction(pl.LightningModule):
         data = self.calibration
         if self._replay is None:
             self._check_start()
+            if self._offload is not None:
+                self._move_other_components(torch.device("cpu"))
             self._replay = NetworkReplay(
                 self.denoiser,
                 self.units,
@@ -146,9 +172,11 @@ class BlockReconstruction(pl.LightningModule):
             )
         replay = self._replay
         while replay.position < self.position:
+            self._hold(replay.unit)
             self._within_memory(replay.capture, alone=True)
             self._within_memory(replay.advance, alone=True)
         self._clock = time.perf_counter()
+        self._hold(replay.unit)
         self._within_memory(replay.capture, alone=True)
         self._entered = self.position
         if not self.units[self.position].layers:
@@ -161,6 +189,11 @@ class BlockReconstruction(pl.LightningModule):
             self._within_memory(lambda: unit.start_learning(self._learning_state), alone=True)
             self._learning_state = None
             self._within_memory(lambda: unit.make_backward(self.device), alone=True)
+
+    def _hold(self, unit: Unit | None) -> None:
+        """Keeps one unit on the device, if they are offloaded."""
+        if self._offload is not None:
+            self._offload.hold([] if unit is None else parts_of(unit.module))
 
     def _check_start(self) -> None:
         """Finds processes that start from different files.
@@ -198,6 +231,7 @@ class BlockReconstruction(pl.LightningModule):
         if self.finished:
             replay.store.close()
             self._replay = None
+            self._hold(None)
 
     def _within_memory(self, work: Callable[[], T], alone: bool = False) -> T:
         """Does work that can be done again, with less memory each time the device runs out of it.
@@ -365,10 +399,9 @@ class BlockReconstruction(pl.LightningModule):
         self.position, self.iteration = state["position"], state["iteration"]
         self.reports = [UnitReport(**r) for r in state["reports"]]
         self._learning_state = state["learning"]
-        device = next(self.denoiser.parameters()).device
         for name, layer in self._known_layers():
             for mode, variant in state["layers"].get(name, {}).items():
-                layer.variants[mode] = LayerQuantization.from_state(variant, device)
+                layer.variants[mode] = LayerQuantization.from_state(variant, layer.weight.device)
 
 
 def learning_rate_factor(progress: float) -> float:
