@@ -18,13 +18,13 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from fpq_lightning import distributed
 from fpq_lightning.images import ImageDirectory, from_bytes, load_images, read_images, to_bytes
-from fpq_lightning.layers import Mode, running
+from fpq_lightning.layers import Mode
 from fpq_lightning.metrics.clip import PromptScore
 from fpq_lightning.metrics.distribution import DistributionMetrics, Features
 from fpq_lightning.metrics.features import FeatureNetwork
 from fpq_lightning.metrics.inception import InceptionNetwork
 from fpq_lightning.metrics.quality import QualityMetrics
-from fpq_lightning.pipelines import SamplerConfig, batches_of, denoiser_name, sample, using_sampler
+from fpq_lightning.pipelines import SamplerConfig, batches_of, running_pipeline, sample, using_sampler
 from fpq_lightning.shipped import FEATURES, find_features
 
 _BATCH = 250
@@ -248,7 +248,7 @@ def sample_variant(
     The first images are the first process's.
     """
     images = []
-    with using_sampler(pipeline, sampler), running(getattr(pipeline, denoiser_name(pipeline)), mode):
+    with using_sampler(pipeline, sampler), running_pipeline(pipeline, mode):
         for batch in share(seeds, sampler):
             images.append(sample_images(pipeline, sampler, batch, directory))
             on_batch(len(batch))

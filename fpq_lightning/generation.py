@@ -9,7 +9,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 from diffusers import DiffusionPipeline
 from lightning.pytorch.callbacks import BasePredictionWriter
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fpq_lightning import distributed
@@ -25,7 +25,7 @@ from fpq_lightning.pipelines import (
     set_sampler,
     warn_of_long_prompts,
 )
-from fpq_lightning.runs import hash_quantization, hash_weights
+from fpq_lightning.runs import fingerprint, hash_quantization, hash_weights
 from fpq_lightning.storage.quantized import is_quantized, load_quantized, read_description
 
 
@@ -111,11 +111,13 @@ class ImageGeneration(pl.LightningModule):
     def settings(self) -> dict[str, dict[str, Any]]:
         """What decides the images of each variant."""
         variants = {self.variant: self.pipeline, "full_precision": self.reference}
-        denoisers = {name: getattr(p, denoiser_name(p)) for name, p in variants.items() if p is not None}
-        return {
-            name: image_settings(hash_weights(denoiser), self.sampler, hash_quantization(denoiser, "learned"))
-            for name, denoiser in denoisers.items()
-        }
+        found = {}
+        for name, pipeline in ((name, p) for name, p in variants.items() if p is not None):
+            modules = {k: v for k, v in pipeline.components.items() if isinstance(v, nn.Module)}
+            weights = fingerprint({key: hash_weights(module) for key, module in modules.items()})
+            quantization = hash_quantization(modules[denoiser_name(pipeline)], "learned")
+            found[name] = image_settings(weights, self.sampler, quantization)
+        return found
 
     def _images(self, pipeline: DiffusionPipeline, seeds: Sequence[int]) -> Tensor:
         variant = "full_precision" if pipeline is self.reference else self.variant

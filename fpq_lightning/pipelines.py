@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from diffusers import schedulers as diffusers_schedulers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from fpq_lightning.layers import Mode, running
 from fpq_lightning.prompts import load_prompts
 
 DENOISERS = ("transformer", "unet")
@@ -157,6 +158,16 @@ def using_sampler(pipeline: DiffusionPipeline, sampler: SamplerConfig) -> Iterat
         yield
     finally:
         pipeline.scheduler = own
+
+
+@contextmanager
+def running_pipeline(pipeline: DiffusionPipeline, mode: Mode) -> Iterator[None]:
+    """`running` for all components of a pipeline."""
+    with ExitStack() as stack:
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                stack.enter_context(running(component, mode))
+        yield
 
 
 @torch.no_grad()

@@ -92,6 +92,8 @@ class Recipe:
         rounding: of the weights.
         include: glob pattern or patterns of layer names; a layer must match one.
         exclude: glob pattern or patterns of layer names that stay in full precision.
+        components: format or family of the weights of other components by name, such as ``text_encoder: fp8``; rounded
+            to nearest by output channel.
         hardware_types: take families (``fp4``, ``fp6``, ``fp8``) as the types that tensor cores know.
         units: what is reconstructed at once: a ``block``, or each ``layer`` alone.
         split_skips: one quantizer for each piece of a concatenation that a layer reads.
@@ -105,6 +107,7 @@ class Recipe:
     rounding: RoundingRecipe = field(default_factory=RoundingRecipe)
     include: list[str] | str = field(default_factory=lambda: ["*"])
     exclude: list[str] | str = field(default_factory=list)
+    components: dict[str, str] = field(default_factory=dict)
     hardware_types: bool = False
     units: Literal["block", "layer"] = "block"
     split_skips: bool = True
@@ -117,6 +120,8 @@ class Recipe:
         tokens = self.activations.token_layers
         self.activations.token_layers = [tokens] if isinstance(tokens, str) else tokens
         self.weight_formats()
+        for name in self.components:
+            self.component_formats(name)
         self.activation_formats()
         self.granularity()
         if self.weights.formats is None and self.activations.formats is None:
@@ -140,6 +145,10 @@ class Recipe:
     def weight_formats(self) -> tuple[Format, ...]:
         """Candidate formats of weights, empty for full precision."""
         return self._formats(self.weights.formats)
+
+    def component_formats(self, name: str) -> tuple[Format, ...]:
+        """Candidate formats of the weights of another component."""
+        return self._formats(self.components[name])
 
     def activation_formats(self) -> tuple[Format, ...]:
         """Candidate formats of activations, empty for full precision."""

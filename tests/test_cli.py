@@ -103,7 +103,7 @@ def test_the_report_counts_bits_and_zeros_of_the_saved_weights(finished: Path, r
 
 def test_the_readable_report_mentions_every_unit_and_variant(finished: Path, report: dict[str, Any]) -> None:
     text = (finished / "report.md").read_text()
-    assert len(report["blocks"]) == 14
+    assert len(report["blocks"]) == 12
     for block in report["blocks"]:
         assert f"| {block['name']} |" in text
     assert "noise floor" in text
@@ -132,7 +132,7 @@ def test_a_run_writes_one_line_a_unit(model: str, tmp_path: Path, capsys: pytest
     outcome = run_fpq(capsys, fit_arguments(model, tmp_path / "run"))
     assert outcome.code == 0, outcome.err
     lines = [line for line in (outcome.out + outcome.err).replace("\r", "\n").splitlines() if "->" in line]
-    assert len(lines) == 14
+    assert len(lines) == 12
     assert all("error" in line and ("(learned)" in line or "(nearest" in line) for line in lines)
     assert str(tmp_path / "run" / "quantized") in outcome.out
 

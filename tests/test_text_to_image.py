@@ -26,7 +26,7 @@ from fpq_lightning.calibration.trajectories import (
     sample_trajectories,
     save_calibration_set,
 )
-from fpq_lightning.layers import make_quantized
+from fpq_lightning.layers import is_quantizable, make_quantized
 from fpq_lightning.model.blocks import discover_units
 from fpq_lightning.model.leaves import flatten, nest
 from fpq_lightning.model.trace import trace_units
@@ -298,3 +298,65 @@ def test_fit_without_prompts_ends_in_one_line(model: str, tmp_path: Path, capsys
     assert outcome.code != 0
     assert len(outcome.errors) == 1
     assert "--sampler.prompts" in outcome.errors[0]
+
+
+# --- other components ------------------------------------------------------------------------------------------
+
+
+def _fit_with_components(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], components: dict[str, str]
+) -> tuple[Path, dict[str, Any]]:
+    options = [f"--sampler.prompts={PROMPTS}", f"--recipe.components={json.dumps(components)}"]
+    options += ["--recipe.include=['conv_in']", "--sampler.guidance_scale=3"]
+    run = tmp_path / f"run{len(components)}"
+    outcome = run_fpq(capsys, [*fit_arguments(model, run, iterations=2, n_images=4), *options])
+    assert outcome.code == 0, outcome.err
+    return run, json.loads((run / "report.json").read_text())
+
+
+def test_text_encoder_and_vae_are_rounded_to_the_best_grid_of_each_channel(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, report = _fit_with_components(model, tmp_path, capsys, {"text_encoder": "e2m1", "vae": "fp8"})
+    saved, base = load_pipeline(run / "quantized"), load_pipeline(model)
+    for name, values in (("text_encoder", 15), ("vae", 255)):
+        before, after = (dict(getattr(p, name).named_modules()) for p in (base, saved))
+        layers = [key for key, module in before.items() if is_quantizable(module)]
+        assert len(layers) >= 6
+        for key in layers:
+            w, q = before[key].weight.flatten(1), after[key].weight.flatten(1)
+            assert not torch.equal(w, q)
+            assert all(len(row.unique()) <= values for row in q)
+            largest = w.abs().amax(1, keepdim=True)
+            if name == "text_encoder":  # no clip of a brute-force search is better than the one that was found
+                grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+                grid = torch.cat([-grid, grid])
+                for share in torch.linspace(0.3, 1.2, 91):
+                    scale = largest * share / 6
+                    tried = grid[(w[..., None] / scale[..., None] - grid).abs().argmin(-1)] * scale
+                    assert ((q - w).square().sum(1) <= (tried - w).square().sum(1) * 1.02 + 1e-12).all()
+    # What else is there stays as it was.
+    for key, value in base.text_encoder.state_dict().items():
+        if "embedding" in key or "norm" in key:
+            assert torch.equal(saved.text_encoder.state_dict()[key], value)
+    without = _fit_with_components(model, tmp_path, capsys, {})[1]
+    assert report["variants"]["nearest"]["psnr"] < without["variants"]["nearest"]["psnr"]
+    assert report["variants"]["full_precision"] == without["variants"]["full_precision"]
+
+
+@pytest.mark.parametrize(
+    ("components", "message"),
+    [
+        ({"text_encoder_2": "fp8"}, "text_encoder_2, which the pipeline lacks: it has vae, text_encoder"),
+        ({"unet": "fp8"}, "unet, which the pipeline lacks"),
+        ({"vae": "fp9"}, "unknown format 'fp9'"),
+    ],
+)
+def test_components_that_cannot_be_quantized_end_in_one_line(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], components: dict[str, str], message: str
+) -> None:
+    options = [f"--sampler.prompts={PROMPTS}", f"--recipe.components={json.dumps(components)}"]
+    outcome = run_fpq(capsys, [*fit_arguments(model, tmp_path / "run"), *options])
+    assert outcome.code != 0
+    assert message in outcome.err
+    assert not (tmp_path / "run" / "calibration").exists()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fpq_lightning import distributed
 from fpq_lightning.calibration.datamodule import CalibrationDataModule
 from fpq_lightning.calibration.replay import NetworkReplay
-from fpq_lightning.layers import LayerQuantization, QuantizedLayer, make_quantized
+from fpq_lightning.layers import LayerQuantization, QuantizedLayer, make_quantized, quantized_layers
 from fpq_lightning.model.blocks import Unit, discover_units, select_layers
 from fpq_lightning.model.chain import parts_of
 from fpq_lightning.model.offload import Offload
@@ -26,6 +26,7 @@ from fpq_lightning.model.trace import trace_units
 from fpq_lightning.pipelines import denoiser_name
 from fpq_lightning.recipes import Recipe
 from fpq_lightning.reconstruction.backward import Backward
+from fpq_lightning.reconstruction.components import check_components, quantize_components
 from fpq_lightning.reconstruction.graphed_adam import GraphedAdam
 from fpq_lightning.reconstruction.unit import UnitReconstruction, UnitReport
 from fpq_lightning.rounding import beta_schedule
@@ -58,6 +59,7 @@ class BlockReconstruction(pl.LightningModule):
         self.strict_loading = False
         self._plan = discover_units(self.denoiser, recipe.include, recipe.exclude, recipe.units == "layer")
         self._check_weights()
+        check_components(pipeline, recipe)
         self._offload = Offload(self.denoiser, [unit.module for unit in self._plan]) if offload else None
         self.units: list[Unit] = []
         self.reports: list[UnitReport] = []
@@ -122,6 +124,7 @@ class BlockReconstruction(pl.LightningModule):
                 for part in quantized.weight_parts():
                     quantized.granularity.rows(part, name)  # an unfit group size is better found now
             self.reports.append(UnitReport(unit.name, unit.parameters))
+        quantize_components(self.pipeline, self.recipe)
 
     def _layers(self, unit: Unit) -> dict[str, QuantizedLayer]:
         return cast(dict[str, QuantizedLayer], unit.layers)
@@ -271,9 +274,9 @@ class BlockReconstruction(pl.LightningModule):
         return True
 
     def use_learned(self) -> None:
-        """Leaves the denoiser running its learned quantization."""
-        for unit in self.units:
-            for layer in self._layers(unit).values():
+        """Leaves the pipeline running its learned quantization."""
+        for component in self.pipeline.components.values():
+            for layer in quantized_layers(component).values() if isinstance(component, nn.Module) else ():
                 layer.set_mode("learned")
 
     # --- Lightning ---------------------------------------------------------------------------------------------

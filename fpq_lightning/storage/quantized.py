@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -102,7 +102,10 @@ def save_quantized(pipeline: DiffusionPipeline, directory: Path, details: Mappin
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     layers = describe_layers(denoiser)
     with whole_directory(directory) as temporary:
-        with as_plain(denoiser):
+        with ExitStack() as stack:
+            for component in pipeline.components.values():
+                if isinstance(component, nn.Module):
+                    stack.enter_context(as_plain(component))
             for name in layers:
                 if not denoiser.get_submodule(name).weight.isfinite().all():
                     raise ValueError(f"{name}: its quantized weight holds NaN or Inf; nothing was written")
