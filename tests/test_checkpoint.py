@@ -29,10 +29,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 ITERATIONS = 30
-LAYERS = "['conv_in','mid_block.resnets.0.*']"  # units 2 and 6 of 14
-# Checkpoints: 1 after unit 1, 2 and 3 within unit 2, 4 to 7 after units 2 to 5, 8 and 9 within unit 6.
-MID_UNIT = 9
-LAST = 14 + 2 * 2
+LAYERS = "['conv_in','mid_block.resnets.0.*']"  # units 2 and 5 of 12
+# Checkpoints: 1 after unit 1, 2 and 3 within unit 2, 4 to 6 after units 2 to 4, 7 and 8 within unit 5.
+MID_UNIT = 8
+LAST = 12 + 2 * 2
 
 SLURM = {"SLURM_NTASKS": "1", "SLURM_NNODES": "1", "SLURM_JOB_NAME": "fit", "SLURM_JOB_ID": "4711"}
 SLURM |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
@@ -247,7 +247,7 @@ def test_a_damaged_checkpoint_asked_for_by_name_ends_in_one_line(runs: Runs, tmp
 
 
 # Units done, steps done in the next one.
-KINDS = {"within a unit": (5, 20), "earlier within it": (5, 10), "after a unit": (6, 0), "finished": (14, 0)}
+KINDS = {"within a unit": (4, 20), "earlier within it": (4, 10), "after a unit": (5, 0), "finished": (12, 0)}
 
 
 @pytest.fixture(scope="module")
@@ -395,7 +395,7 @@ def test_a_run_told_to_terminate_saves_the_steps_it_has_done(runs: Runs) -> None
     harm = disturbance("module", "_step", ITERATIONS + 3, number=signal.SIGTERM)
     assert_stopped(runs.fit("third-step", "--checkpoint_steps=1000", harm=harm))
     state = torch.load(runs.checkpoint("third-step"), weights_only=True)["fpq"]
-    assert (state["position"], state["iteration"]) == (5, 10)
+    assert (state["position"], state["iteration"]) == (4, 10)
 
 
 EVALUATION = ["--evaluation.n_images=3", f"--evaluation.features={CHECKOUT / 'data' / 'cifar10-features'}"]
@@ -403,7 +403,7 @@ EVALUATION = ["--evaluation.n_images=3", f"--evaluation.features={CHECKOUT / 'da
 
 LATE = {
     "while-images-are-sampled": disturbance("image_quality", "sample_variant", 1, number=signal.SIGTERM),
-    "at-the-end-of-the-last-unit": disturbance("module", "finish_unit", 14, number=signal.SIGTERM),
+    "at-the-end-of-the-last-unit": disturbance("module", "finish_unit", 12, number=signal.SIGTERM),
 }
 
 
@@ -520,7 +520,7 @@ def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint_and_the_run_resume
     assert_one_line(outcome, "File too large", "free space", str(runs.root / "full"))
     assert list(elsewhere.iterdir()) == []
     assert sorted(f.name for f in runs.checkpoint("full").parent.iterdir()) == ["last.ckpt", "previous.ckpt"]
-    assert torch.load(runs.checkpoint("full"), weights_only=True)["fpq"]["position"] == 5
+    assert torch.load(runs.checkpoint("full"), weights_only=True)["fpq"]["position"] == 4
     assert_resumes(runs, "full")
 
 

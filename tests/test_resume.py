@@ -21,7 +21,7 @@ KILLS = {
     "mid-unit-before-its-first-checkpoint": ("module", "_step", 3 * 20 + 6),
     "first-step-after-the-end-of-a-unit": ("module", "_step", 4 * 20 + 1),
     "between-the-last-step-and-the-end-of-a-unit": ("module", "finish_unit", 6),
-    "in-the-last-unit": ("module", "_step", 13 * 20 + 15),
+    "in-the-last-unit": ("module", "_step", 11 * 20 + 15),
     "before-quantized-is-written": ("finalize", "save_quantized", 1),
     "before-any-checkpoint": ("module", "_step", 4),
 }
