@@ -47,8 +47,9 @@ def layer_count(module: nn.Module) -> int:
 
 def _is_stage(module: nn.Module) -> bool:
     """Whether a module holds a list of blocks; one around a single block, with layers of its own, is a block itself."""
-    blocks = [e for m in module.modules() if isinstance(m, nn.ModuleList) for e in m if layer_count(e) > 1]
-    listed = {layer for m in module.modules() if isinstance(m, nn.ModuleList) for layer in m.modules()}
+    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
+    blocks = [e for m in lists for e in m if e is not None and layer_count(e) > 1]
+    listed = {layer for m in lists for layer in m.modules()}
     has_own_layers = any(is_quantizable(layer) and layer not in listed for layer in module.modules())
     return len(blocks) > 1 or (len(blocks) == 1 and not has_own_layers)
 
