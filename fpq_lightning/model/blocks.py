@@ -27,12 +27,14 @@ class Unit:
         module: it, or a `Chain` of the two.
         layers: its layers that are to be quantized, by full name, in the order in which they first run.
         sources: earlier units whose outputs its inputs are made from, without another unit between.
+        attention: its modules whose attention is to be quantized, by full name.
     """
 
     name: str
     module: nn.Module
     layers: dict[str, nn.Module]
     sources: list[int] = field(default_factory=list)
+    attention: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -65,6 +67,11 @@ def _walk(module: nn.Module, name: str, is_root: bool) -> Iterator[tuple[str, nn
         yield name, module
 
 
+def is_selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether a name matches a pattern of `include` and none of `exclude`."""
+    return any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
+
+
 def select_layers(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> set[str]:
     """The layers that glob patterns choose.
 
@@ -79,11 +86,7 @@ def select_layers(names: Sequence[str], include: Sequence[str], exclude: Sequenc
     for pattern in [*include, *exclude]:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"pattern {pattern!r} matches none of the {len(names)} layers, such as {names[0]!r}")
-    chosen = {
-        name
-        for name in names
-        if any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
-    }
+    chosen = {name for name in names if is_selected(name, include, exclude)}
     if not chosen:
         raise ValueError(f"include {list(include)} and exclude {list(exclude)} leave no layer to quantize")
     return chosen

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from fpq_lightning import distributed
 from fpq_lightning.calibration.datamodule import CalibrationDataModule
 from fpq_lightning.calibration.replay import NetworkReplay
-from fpq_lightning.layers import LayerQuantization, QuantizedLayer, make_quantized
+from fpq_lightning.layers import LayerQuantization, QuantizedModule, make_quantized, quantized_modules
+from fpq_lightning.model.attention import quantize_attention
 from fpq_lightning.model.blocks import Unit, discover_units
 from fpq_lightning.model.trace import trace_units
 from fpq_lightning.pipelines import denoiser_name
@@ -98,9 +99,10 @@ class BlockReconstruction(pl.LightningModule):
                 for part in quantized.weight_parts():
                     quantized.granularity.rows(part, name)  # an unfit group size is better found now
             self.reports.append(UnitReport(unit.name, unit.parameters))
-
-    def _layers(self, unit: Unit) -> dict[str, QuantizedLayer]:
-        return cast(dict[str, QuantizedLayer], unit.layers)
+        if self.recipe.attention.formats is not None:
+            left = quantize_attention(self.denoiser, self.units, first, self.recipe.include, self.recipe.exclude)
+            if left:
+                warnings.warn(f"attention that is left in full precision: {', '.join(left)}", stacklevel=2)
 
     def _check_weights(self) -> None:
         """Finds what cannot be quantized before minutes are spent on calibration data."""
@@ -231,9 +233,8 @@ class BlockReconstruction(pl.LightningModule):
 
     def use_learned(self) -> None:
         """Leaves the denoiser running its learned quantization."""
-        for unit in self.units:
-            for layer in self._layers(unit).values():
-                layer.set_mode("learned")
+        for module in quantized_modules(self.denoiser).values():
+            module.set_mode("learned")
 
     # --- Lightning ---------------------------------------------------------------------------------------------
 
@@ -326,15 +327,16 @@ class BlockReconstruction(pl.LightningModule):
         """Nothing to load."""
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
-    def _known_layers(self) -> Iterator[tuple[str, QuantizedLayer]]:
+    def _known_modules(self) -> Iterator[tuple[str, QuantizedModule]]:
+        """Layers and attention of the units that are finished or in work."""
         for unit in self.units[: self.position + 1]:
-            yield from self._layers(unit).items()
+            yield from cast(dict[str, QuantizedModule], {**unit.layers, **unit.attention}).items()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the quantization of finished units and the variables of the one in work."""
         layers = {}
-        for name, layer in self._known_layers():
-            variants = cast(dict[str, LayerQuantization], layer.variants)
+        for name, module in self._known_modules():
+            variants = cast(dict[str, LayerQuantization], module.variants)
             layers[name] = {mode: q.to_state() for mode, q in variants.items() if mode == "nearest" or not q.roundings}
         learning = None if self._unit is None else self._unit.learning_state()
         if learning is None:
@@ -359,9 +361,9 @@ class BlockReconstruction(pl.LightningModule):
         self.reports = [UnitReport(**r) for r in state["reports"]]
         self._learning_state = state["learning"]
         device = next(self.denoiser.parameters()).device
-        for name, layer in self._known_layers():
+        for name, module in self._known_modules():
             for mode, variant in state["layers"].get(name, {}).items():
-                layer.variants[mode] = LayerQuantization.from_state(variant, device)
+                module.variants[mode] = LayerQuantization.from_state(variant, device)
 
 
 def learning_rate_factor(progress: float) -> float:
