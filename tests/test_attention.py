@@ -14,13 +14,24 @@ import torch
 from conftest import MakeNetwork
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention, AttnProcessor
-from models import fit_arguments, quantized_files, run_fpq, run_scenarios, save_tiny, scenario
+from models import fit_arguments, quantized_files, run_fpq, run_scenarios, save_tiny, scenario, tiny_pipeline
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
-from fpq_lightning import ActivationRecipe, AttentionRecipe, Recipe, WeightRecipe, load_quantized, parse_format
+from fpq_lightning import (
+    ActivationRecipe,
+    AttentionRecipe,
+    CalibrationDataModule,
+    Recipe,
+    RoundingRecipe,
+    SamplerConfig,
+    WeightRecipe,
+    load_quantized,
+    parse_format,
+    quantize,
+)
 from fpq_lightning import attention as attention_module
 from fpq_lightning.attention import OperandSample, attention, make_attention_quantized, observing, quantized_attention
 from fpq_lightning.formats import Format
@@ -549,6 +560,30 @@ def test_without_formats_nothing_of_attention_is_quantized_and_units_before_it_d
     for a, b in same:
         assert a.pop("seconds") != b.pop("seconds")
         assert a == b
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention": AttentionRecipe("int8")},
+        {"attention": AttentionRecipe("fp8"), "hardware_types": True},
+        {"attention": AttentionRecipe("fp8"), "weights": WeightRecipe(None), "activations": ActivationRecipe(None)},
+    ],
+    ids=["integers", "hardware types", "attention alone"],
+)
+def test_every_kind_of_attention_recipe_runs_end_to_end(options: dict, tmp_path: Path) -> None:
+    recipe = Recipe(rounding=RoundingRecipe(iterations=4, batch_size=4), **options)
+    data = CalibrationDataModule(n_samples=16, n_search=8, micro_batch=8)
+    pipeline = quantize(tiny_pipeline(), recipe, tmp_path / "run", data, SamplerConfig(steps=4), accelerator="cpu")
+    (block,) = [b for b in _blocks(tmp_path / "run") if b["name"] == ATTENTION]
+    *operands, softmax = block["activation_formats"][ATTENTION]
+    assert set(operands) <= {f.name for f in recipe.attention_formats()}
+    assert softmax in {f.name for f in recipe.softmax_formats()}
+    x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 500])
+    found = pipeline.unet(x, t).sample
+    assert torch.equal(load_quantized(tmp_path / "run" / "quantized").unet(x, t).sample, found)
+    expected = tiny_pipeline().unet(x, t).sample
+    assert 0 < (found - expected).square().mean() / expected.square().mean() < 0.3
 
 
 def test_a_network_without_attention_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
