@@ -5,11 +5,12 @@ from fpq_lightning.calibration.datamodule import CalibrationDataModule
 from fpq_lightning.evaluation import EvaluationConfig
 from fpq_lightning.formats import FloatFormat, Format, IntFormat, parse_format
 from fpq_lightning.pipelines import SamplerConfig
-from fpq_lightning.recipes import ActivationRecipe, Recipe, RoundingRecipe, WeightRecipe
+from fpq_lightning.recipes import ActivationRecipe, AttentionRecipe, Recipe, RoundingRecipe, WeightRecipe
 from fpq_lightning.storage.quantized import load_quantized
 
 __all__ = [
     "ActivationRecipe",
+    "AttentionRecipe",
     "CalibrationDataModule",
     "EvaluationConfig",
     "FloatFormat",

@@ -31,9 +31,11 @@ def _modules(modules: Sequence[M]) -> Sequence[M]:
 class LayerQuantization(nn.Module):
     """How one layer is quantized: a weight and an input quantizer for each part of its input channels.
 
+    Attention is a layer without a weight whose inputs are the operands of its products.
+
     Attributes:
         weights: one quantizer a part; empty leaves the weight as it is.
-        inputs: one quantizer a part; empty leaves the input as it is.
+        inputs: one quantizer a part, or an operand; empty leaves the input as it is.
         roundings: the rounding variables of each part while they are learned.
         codes: chosen codes of each part (uint8 rows); None rounds the weight to nearest.
         bias: replaces the layer's bias (learned or corrected), float32 `[out]`, or None.
@@ -106,23 +108,40 @@ class LayerQuantization(nn.Module):
         return quantization.to(device)
 
 
-class QuantizedLayer(nn.Module):
+class QuantizedModule(nn.Module):
+    """What runs quantized in one mode and in full precision in another.
+
+    Attributes:
+        variants: its quantizations by mode.
+        mode: the one in force.
+    """
+
+    variants: nn.ModuleDict
+    mode: Mode
+
+    @property
+    def quantization(self) -> LayerQuantization | None:
+        """The quantization in force, None in full precision."""
+        return None if self.mode == "full_precision" else cast(LayerQuantization, self.variants[self.mode])
+
+    def set_mode(self, mode: Mode) -> None:
+        """Chooses the variant that `forward` runs."""
+        self.mode = mode
+
+
+class QuantizedLayer(QuantizedModule):
     """Mixin of the quantized layer classes; use `make_quantized` to turn a layer into one.
 
     Attributes:
         splits: input channels of each part; a layer that reads a concatenation has a part for each piece, since
             their ranges differ (Q-Diffusion, Li et al. 2023, section 3.3).
         granularity: how many scales each weight part has.
-        variants: the quantizations of the layer by mode.
-        mode: the one in force.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     splits: tuple[int, ...]
     granularity: Granularity
-    variants: nn.ModuleDict
-    mode: Mode
     _effective_weight: Tensor | None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
@@ -139,14 +158,8 @@ class QuantizedLayer(nn.Module):
         """Dimensions of the input that share one scale when it is dynamic: a token, or an image of a convolution."""
         return (-1,) if isinstance(self, nn.Linear) else tuple(range(1, self.weight.ndim))
 
-    @property
-    def quantization(self) -> LayerQuantization | None:
-        """The quantization in force, None in full precision."""
-        return None if self.mode == "full_precision" else cast(LayerQuantization, self.variants[self.mode])
-
     def set_mode(self, mode: Mode) -> None:
-        """Chooses the variant that `forward` runs."""
-        self.mode = mode
+        super().set_mode(mode)
         self._effective_weight = None
 
     def weight_parts(self) -> tuple[Tensor, ...]:
@@ -272,15 +285,20 @@ def quantized_layers(module: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: m for name, m in module.named_modules() if isinstance(m, QuantizedLayer)}
 
 
+def quantized_modules(module: nn.Module) -> dict[str, QuantizedModule]:
+    """The quantized layers and attention modules below a module by name."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, QuantizedModule)}
+
+
 @contextmanager
 def running(module: nn.Module, mode: Mode) -> Iterator[None]:
-    """Runs the quantized layers below a module in a mode; layers without that variant stay in full precision."""
-    layers = quantized_layers(module).values()
-    before = [(layer, layer.mode) for layer in layers]
-    for layer in layers:
-        layer.set_mode(mode if mode in layer.variants else "full_precision")
+    """Runs what is quantized below a module in a mode; what lacks that variant stays in full precision."""
+    found = quantized_modules(module).values()
+    before = [(m, m.mode) for m in found]
+    for m in found:
+        m.set_mode(mode if mode in m.variants else "full_precision")
     try:
         yield
     finally:
-        for layer, previous in before:
-            layer.set_mode(previous)
+        for m, previous in before:
+            m.set_mode(previous)

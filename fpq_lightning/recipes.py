@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from fpq_lightning.formats import FAMILIES, Format, parse_formats
+from fpq_lightning.formats import FAMILIES, HARDWARE_FORMATS, Format, IntFormat, parse_formats
 from fpq_lightning.quantizers import Granularity
 
 
@@ -50,6 +50,18 @@ class ActivationRecipe:
 
 
 @dataclass
+class AttentionRecipe:
+    """How the products of scaled dot-product attention are quantized: one static scale for each operand.
+
+    Attributes:
+        formats: of queries, keys and values, as for weights, but signed. The softmax output takes the unsigned formats
+            of the same width (hardware types have none, so the same). None leaves attention in full precision.
+    """
+
+    formats: str | list[str] | None = None
+
+
+@dataclass
 class RoundingRecipe:
     """How the rounding of the weights is learned, a unit at a time.
 
@@ -89,9 +101,11 @@ class Recipe:
     Attributes:
         weights: of the layers' weights.
         activations: of the layers' inputs.
+        attention: of the products of attention.
         rounding: of the weights.
-        include: glob pattern or patterns of layer names; a layer must match one.
-        exclude: glob pattern or patterns of layer names that stay in full precision.
+        include: glob pattern or patterns of layer names; a layer must match one, and so must a module that computes
+            attention.
+        exclude: glob pattern or patterns of the names of those that stay in full precision.
         components: format or family of the weights of other components by name, such as ``text_encoder: fp8``; rounded
             to nearest by output channel.
         hardware_types: take families (``fp4``, ``fp6``, ``fp8``) as the types that tensor cores know.
@@ -104,6 +118,7 @@ class Recipe:
 
     weights: WeightRecipe = field(default_factory=WeightRecipe)
     activations: ActivationRecipe = field(default_factory=ActivationRecipe)
+    attention: AttentionRecipe = field(default_factory=AttentionRecipe)
     rounding: RoundingRecipe = field(default_factory=RoundingRecipe)
     include: list[str] | str = field(default_factory=lambda: ["*"])
     exclude: list[str] | str = field(default_factory=list)
@@ -124,8 +139,11 @@ class Recipe:
             self.component_formats(name)
         self.activation_formats()
         self.granularity()
-        if self.weights.formats is None and self.activations.formats is None:
+        if not (self.weight_formats() or self.activation_formats() or self.attention_formats()):
             raise ValueError("the recipe quantizes neither weights nor activations: set a format for one of them")
+        self.softmax_formats()
+        if self.attention.formats is not None and self.units == "layer":
+            raise ValueError("recipe.attention is calibrated with its block: leave recipe.units at block")
         formats = self.activation_formats()
         if self.activations.granularity == "token" and any(f.min == 0 for f in formats):
             raise ValueError("activations.granularity token needs signed formats, without activations.unsigned")
@@ -155,12 +173,30 @@ class Recipe:
         formats = self._formats(self.activations.formats)
         if not (self.activations.unsigned and formats):
             return formats
-        family = f"ufp{formats[0].bits}"
+        return formats + self._unsigned(formats[0].bits, "activations.unsigned")
+
+    def attention_formats(self) -> tuple[Format, ...]:
+        """Candidate formats of queries, keys and values, empty for full precision."""
+        formats = self._formats(self.attention.formats)
+        if unsigned := [f.name for f in formats if f.min == 0]:
+            raise ValueError(f"recipe.attention.formats must be signed, got {', '.join(unsigned)}")
+        return formats
+
+    def softmax_formats(self) -> tuple[Format, ...]:
+        """Candidate formats of the softmax output of attention, which is in [0, 1]; empty for full precision."""
+        formats = self.attention_formats()
+        if not formats or formats[0].name in HARDWARE_FORMATS:
+            return formats
+        if isinstance(formats[0], IntFormat):
+            return parse_formats(f"u{formats[0]}")
+        return self._unsigned(formats[0].bits, "attention.formats")
+
+    def _unsigned(self, bits: int, option: str) -> tuple[Format, ...]:
+        family = f"ufp{bits}"
         if self.hardware_types or family not in FAMILIES:
-            raise ValueError(
-                f"there are no unsigned {'hardware ' * self.hardware_types}formats of {formats[0].bits} bits"
-            )
-        return formats + parse_formats(family)
+            kind = "hardware formats" if self.hardware_types else "formats"
+            raise ValueError(f"there are no unsigned {kind} of {bits} bits, which recipe.{option} needs")
+        return parse_formats(family)
 
     def has_token_scales(self, layer: str) -> bool:
         """Whether the input of a layer has a scale for each token."""

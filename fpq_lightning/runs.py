@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from fpq_lightning.layers import LayerQuantization, quantized_layers
+from fpq_lightning.layers import LayerQuantization, quantized_modules
 from fpq_lightning.storage.files import differences, shorten, write_json
 
 PACKAGES = ("fpq-lightning", "torch", "lightning", "diffusers", "torchmetrics", "datasets")
@@ -46,12 +46,12 @@ def hash_weights(model: nn.Module) -> str:
 
 
 def hash_quantization(model: nn.Module, mode: str) -> str:
-    """A hash of everything that a variant of a model's layers holds: formats, scales, codes, biases."""
+    """A hash of everything that a variant of a model's layers and attention holds: formats, scales, codes, biases."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, layer in quantized_layers(model).items():
-        if mode in layer.variants:
+    for name, module in quantized_modules(model).items():
+        if mode in module.variants:
             digest.update(name.encode())
-            for leaf in tree_leaves(cast(LayerQuantization, layer.variants[mode]).to_state()):
+            for leaf in tree_leaves(cast(LayerQuantization, module.variants[mode]).to_state()):
                 tensor = isinstance(leaf, torch.Tensor)
                 digest.update(leaf.detach().cpu().numpy().tobytes() if tensor else repr(leaf).encode())
     return digest.hexdigest()

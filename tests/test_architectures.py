@@ -13,12 +13,15 @@ import pytest
 import torch
 from diffusers import ConfigMixin, DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import fpq_lightning as fpq
 from fpq_lightning.calibration.trajectories import load_calibration_set
-from fpq_lightning.layers import is_quantizable
+from fpq_lightning.layers import is_quantizable, running
 from fpq_lightning.model.blocks import discover_units
 from fpq_lightning.model.chain import parts_of
 from fpq_lightning.model.trace import trace_units
@@ -350,41 +353,51 @@ def _called_layers(pipeline: ConditionedPipeline) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_a_small_model_is_quantized_saved_opened_and_sampled(
-    name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
+def _pipeline(name: str) -> ConditionedPipeline:
     kind, configuration, *_ = SMALL[name]
     torch.manual_seed(0)
     model = kind(**configuration).eval()
     for parameter in model.parameters():  # gates that start at zero would hide what lies behind them
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
-    pipeline = ConditionedPipeline(model, DDIMScheduler(clip_sample=False))
-    called = _called_layers(pipeline)
-    quantized = fpq.quantize(
+    return ConditionedPipeline(model, DDIMScheduler(clip_sample=False))
+
+
+def _quantize(pipeline: ConditionedPipeline, run_dir: Path, **recipe: Any) -> ConditionedPipeline:
+    return fpq.quantize(
         pipeline,
-        fpq.Recipe(rounding=fpq.RoundingRecipe(iterations=4, batch_size=4)),
-        tmp_path / "run",
+        fpq.Recipe(rounding=fpq.RoundingRecipe(iterations=4, batch_size=4), **recipe),
+        run_dir,
         fpq.CalibrationDataModule(n_samples=16, n_search=8, micro_batch=8),
         SAMPLER,
         fpq.EvaluationConfig(n_images=4, features=None),
-        base_model=name,
+        base_model="small",
         accelerator="cpu",
         enable_progress_bar=False,
         logger=False,
     )
+
+
+def _samples(pipeline: ConditionedPipeline) -> Tensor:
+    set_sampler(pipeline, SAMPLER)
+    return sample(pipeline, SAMPLER, range(4))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_small_model_is_quantized_saved_opened_and_sampled(
+    name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    pipeline = _pipeline(name)
+    called = _called_layers(pipeline)
+    quantized = _quantize(pipeline, tmp_path / "run")
     left = [str(warning.message) for warning in recwarn if "left in full precision" in str(warning.message)]
     assert len(left) == (name == "HunyuanDiT")
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert {layer for block in report["blocks"] for layer in block["weight_formats"]} == called
     assert all(block["error_learned"] <= block["error_nearest"] < 0.5 for block in report["blocks"])
     assert report["variants"]["learned"]["psnr"] > 15
-    again = fpq.load_quantized(tmp_path / "run" / "quantized")
-    for opened in (quantized, again):
-        set_sampler(opened, SAMPLER)
-    expected, found = (sample(opened, SAMPLER, range(4)) for opened in (quantized, again))
-    assert torch.equal(found, expected)
+    expected = _samples(quantized)
+    assert torch.equal(_samples(fpq.load_quantized(tmp_path / "run" / "quantized")), expected)
     assert expected.std() > 0.01
 
 
@@ -446,3 +459,43 @@ def test_a_model_with_fused_adapters_is_quantized_once_they_are_unloaded(tmp_pat
     again = fpq.load_quantized(tmp_path / "run" / "quantized")
     set_sampler(again, SAMPLER)
     assert torch.equal(sample(again, SAMPLER, range(2)), sample(quantized, SAMPLER, range(2)))
+
+
+class _FusedCalls(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        self.count += func is nn.functional.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["SDXL", "DiT", "PixArt", "SD3", "FLUX", "HunyuanDiT", "Wan"])
+def test_attention_of_a_small_model_is_quantized_saved_opened_and_sampled(
+    name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    pipeline = _pipeline(name)
+    with _FusedCalls() as calls:
+        _samples(pipeline)
+    assert calls.count
+    quantized = _quantize(pipeline, tmp_path / "run", attention=fpq.AttentionRecipe("fp8"))
+    left = [str(warning.message) for warning in recwarn if "attention that is left" in str(warning.message)]
+    assert len(left) == (name == "HunyuanDiT")  # whose pooling is multi-head attention of torch
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    description = json.loads((tmp_path / "run" / "quantized" / "quantization.json").read_text())["attention"]
+    listed = {n: formats for block in report["blocks"] for n, formats in block["activation_formats"].items()}
+    modules = {n for n, m in pipeline.transformer.named_modules() if isinstance(m, (Attention, AttentionModuleMixin))}
+    assert description.keys() == modules
+    for n, operands in description.items():
+        assert listed[n] == [operand["format"] for operand in operands]
+        assert [f.startswith("u") for f in listed[n]] == [False, False, False, True]
+    assert report["variants"]["learned"]["psnr"] > 15
+    with _FusedCalls() as calls:
+        expected = _samples(quantized)
+        assert torch.equal(_samples(fpq.load_quantized(tmp_path / "run" / "quantized")), expected)
+    assert not calls.count
+    with running(quantized.transformer, "full_precision"):
+        assert torch.equal(_samples(quantized), _samples(_pipeline(name)))
+    plain = DiffusionPipeline.from_pretrained(str(tmp_path / "run" / "quantized"))
+    assert {type(m).__module__.split(".")[0] for m in plain.transformer.modules()} <= {"torch", "diffusers"}

@@ -167,6 +167,13 @@ def test_a_list_of_one_block_between_layers_is_no_stage_and_one_of_two_is() -> N
     assert names(1, projected=False) == ["0.blocks.0"]  # where a skip may be read between the blocks of two stages
 
 
+def test_an_entry_of_a_list_may_be_none() -> None:
+    # What diffusers puts where a middle block goes without attention.
+    middle = nn.Module()
+    middle.resnets, middle.attentions = nn.ModuleList([ResBlock(4, 4), ResBlock(4, 4)]), nn.ModuleList([None])
+    assert [unit.name for unit in discover_units(nn.ModuleList([middle]))] == ["0.resnets.0", "0.resnets.1"]
+
+
 def test_units_of_transformers_are_their_blocks(make_network: MakeNetwork) -> None:
     kinds = {unit.name: type(unit.module).__name__ for unit in discover_units(make_network("dit")[0])}
     assert {k: v for k, v in kinds.items() if "blocks" in k} == {

@@ -44,7 +44,7 @@ from fpq_lightning.strategy import CalibrationStrategy, prepare_strategy
 from fpq_lightning.watchdog import Watchdog
 
 ITERATIONS = 20
-UNITS = 14  # of the tiny network
+UNITS = 12  # of the tiny network
 TIMEOUT = 300.0  # s; generous, since the machine may be shared
 END_TOGETHER = 60.0  # s between the death of a process and the end of the others
 TWO = ("--trainer.devices=2", "--trainer.strategy=ddp")

@@ -15,7 +15,15 @@ from models import CHECKOUT, save_tiny, tiny_pipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fpq_lightning import CalibrationDataModule, Recipe, RoundingRecipe, SamplerConfig, load_quantized, quantize
+from fpq_lightning import (
+    AttentionRecipe,
+    CalibrationDataModule,
+    Recipe,
+    RoundingRecipe,
+    SamplerConfig,
+    load_quantized,
+    quantize,
+)
 from fpq_lightning.layers import quantized_layers
 from fpq_lightning.runs import RunDirectory, RunState, fingerprint, hash_weights
 from fpq_lightning.storage.files import whole_directory, whole_file, write_json
@@ -29,7 +37,11 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> DiffusionPipeline:
     """A calibrated pipeline, in mode learned."""
     return quantize(
         tiny_pipeline(),
-        Recipe(rounding=RoundingRecipe(iterations=10, batch_size=4), exclude=["mid_block.attentions.*"]),
+        Recipe(
+            attention=AttentionRecipe("fp8"),
+            rounding=RoundingRecipe(iterations=10, batch_size=4),
+            exclude=["mid_block.attentions.0.to_q"],
+        ),
         tmp_path_factory.mktemp("run") / "run",
         CalibrationDataModule(n_samples=16, n_search=8, micro_batch=8),
         SamplerConfig(steps=4, batch_size=4),
@@ -129,6 +141,10 @@ def _first(description: dict[str, Any]) -> dict[str, Any]:
     return description["layers"]["conv_in"]
 
 
+def _operands(description: dict[str, Any]) -> list[dict[str, Any]]:
+    return description["attention"]["mid_block.attentions.0"]
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (lambda f: f.write_text(f.read_text()[:500]), "cannot be read"),
     "empty": (lambda f: f.write_text(""), "cannot be read"),
@@ -143,6 +159,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a layer without inputs": (_edit(lambda d: _first(d).pop("inputs")), "quantization.json|conv_in"),
     "an input without a scale": (_edit(lambda d: _first(d)["inputs"][0].pop("scale")), "quantization.json|conv_in"),
     "a scale that is text": (_edit(lambda d: _first(d)["inputs"][0].update(scale="x")), "quantization.json|conv_in"),
+    "attention as a list": (_edit(lambda d: d.update(attention=[1])), "quantization.json"),
+    "attention of a layer": (_edit(lambda d: d["attention"].update(conv_in=_operands(d))), "conv_in, which is no"),
+    "attention of nothing": (_edit(lambda d: d["attention"].update({"mid.7": _operands(d)})), r"mid\.7, which is no"),
+    "an operand too few": (_edit(lambda d: _operands(d).pop()), "3 quantizers for the attention of mid_block"),
+    "no operands": (_edit(lambda d: _operands(d).clear()), "0 quantizers for the attention of mid_block"),
     "layers as a list": (_edit(lambda d: d.update(layers=[1])), "quantization.json"),
 }
 

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from models import CHECKOUT, fit_arguments, run_fpq, tiny_text_to_image
 from torch import Tensor
 
+from fpq_lightning import AttentionRecipe, CalibrationDataModule, Recipe, RoundingRecipe, load_quantized, quantize
+from fpq_lightning.attention import quantized_attention
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.store import ActivationStore
 from fpq_lightning.calibration.trajectories import (
@@ -291,6 +293,26 @@ def test_a_calibration_says_that_prompts_are_cut(
     with pytest.warns(UserWarning, match="1 of 1 prompts have more than the 16 tokens"):
         outcome = run_fpq(capsys, [*fit_arguments(model, tmp_path / "run", iterations=1), *options])
     assert outcome.code == 0, outcome.err
+
+
+def test_attention_of_a_text_to_image_model_is_quantized_saved_and_opened(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = load_pipeline(model)
+    sampler = SamplerConfig(steps=4, batch_size=4, prompts=PROMPTS, guidance_scale=3)
+    recipe = Recipe(attention=AttentionRecipe("fp8"), rounding=RoundingRecipe(iterations=4, batch_size=4))
+    data = CalibrationDataModule(n_samples=16, n_search=8, micro_batch=8)
+    quantize(pipeline, recipe, tmp_path / "run", data, sampler, base_model="tiny", accelerator="cpu")
+    again = load_quantized(tmp_path / "run" / "quantized")
+    names = {name for name, m in again.unet.named_modules() if name.endswith((".attn1", ".attn2"))}
+    assert quantized_attention(again.unet).keys() == quantized_attention(pipeline.unet).keys() == names
+    for opened in (pipeline, again):
+        set_sampler(opened, sampler)
+    expected = sample(pipeline, sampler, range(4))
+    assert torch.equal(sample(again, sampler, range(4)), expected)
+    for module in quantized_attention(again.unet).values():
+        module.set_mode("full_precision")
+    assert not torch.equal(sample(again, sampler, range(4)), expected)
 
 
 def test_fit_without_prompts_ends_in_one_line(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

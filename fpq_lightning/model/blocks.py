@@ -27,12 +27,14 @@ class Unit:
         module: it, or a `Chain` of the two.
         layers: its layers that are to be quantized, by full name, in the order in which they first run.
         sources: earlier units whose outputs its inputs are made from, without another unit between.
+        attention: its modules whose attention is to be quantized, by full name.
     """
 
     name: str
     module: nn.Module
     layers: dict[str, nn.Module]
     sources: list[int] = field(default_factory=list)
+    attention: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -47,8 +49,9 @@ def layer_count(module: nn.Module) -> int:
 
 def _is_stage(module: nn.Module) -> bool:
     """Whether a module holds a list of blocks; one around a single block, with layers of its own, is a block itself."""
-    blocks = [e for m in module.modules() if isinstance(m, nn.ModuleList) for e in m if layer_count(e) > 1]
-    listed = {layer for m in module.modules() if isinstance(m, nn.ModuleList) for layer in m.modules()}
+    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
+    blocks = [e for m in lists for e in m if e is not None and layer_count(e) > 1]
+    listed = {layer for m in lists for layer in m.modules()}
     has_own_layers = any(is_quantizable(layer) and layer not in listed for layer in module.modules())
     return len(blocks) > 1 or (len(blocks) == 1 and not has_own_layers)
 
@@ -62,6 +65,11 @@ def _walk(module: nn.Module, name: str, is_root: bool) -> Iterator[tuple[str, nn
             yield from _walk(child, f"{name}.{child_name}" if name else child_name, is_root=False)
     else:
         yield name, module
+
+
+def is_selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether a name matches a pattern of `include` and none of `exclude`."""
+    return any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
 
 
 def select_layers(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> set[str]:
@@ -78,11 +86,7 @@ def select_layers(names: Sequence[str], include: Sequence[str], exclude: Sequenc
     for pattern in [*include, *exclude]:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"pattern {pattern!r} matches none of the {len(names)} layers, such as {names[0]!r}")
-    chosen = {
-        name
-        for name in names
-        if any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
-    }
+    chosen = {name for name in names if is_selected(name, include, exclude)}
     if not chosen:
         raise ValueError(f"include {list(include)} and exclude {list(exclude)} leave no layer to quantize")
     return chosen

@@ -1,9 +1,9 @@
-"""Where the reconstruction of a unit starts: formats and clips of its layers, weights first, then inputs."""
+"""Where the reconstruction of a unit starts: formats and clips of its layers, weights first, and of its attention."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils._pytree import tree_map_only
 
 from fpq_lightning import distributed
+from fpq_lightning.attention import OPERANDS, OperandSample, QuantizedAttention
 from fpq_lightning.formats import Format
 from fpq_lightning.layers import LayerQuantization, QuantizedLayer, running
 from fpq_lightning.model.blocks import Unit
@@ -103,6 +104,11 @@ def _search_input(
         quantizer = search_output_error(values, formats, output_error)
     else:
         quantizer = search_tensor_error(values, formats, max_only=activations.objective == "max")
+    return _of_tensor(quantizer)
+
+
+def _of_tensor(quantizer: Quantizer) -> Quantizer:
+    """The quantizer of a single row for a tensor of any shape."""
     offset = None if quantizer.offset is None else quantizer.offset.reshape(())
     return Quantizer(quantizer.format, cast(Tensor, quantizer.scale).data.reshape(()), offset)
 
@@ -177,6 +183,35 @@ def search_unit(unit: Unit, layer_inputs: dict[str, Tensor], weights: Tensor, re
     found = _share(found, weights.device)
     for name, module in unit.layers.items():
         cast(QuantizedLayer, module).variants["nearest"] = found[name]
+
+
+@torch.no_grad()
+def search_attention(unit: Unit, samples: Mapping[str, Sequence[OperandSample]], recipe: Recipe) -> None:
+    """Chooses format and clip of every operand of a unit's attention, and gives it the variant ``nearest``.
+
+    The processes of a run take some of the modules each.
+
+    Args:
+        unit: its attention modules are quantized classes.
+        samples: of `observing`.
+        recipe: candidates.
+
+    Raises:
+        ValueError: if an operand holds NaN or Inf.
+    """
+    found: dict[str, LayerQuantization] = {}
+    for name in list(samples)[distributed.rank() :: distributed.world_size()]:
+        quantizers = []
+        for i, sample in enumerate(samples[name]):
+            operand, values = OPERANDS[i % len(OPERANDS)], sample.values
+            if not values.isfinite().all():
+                raise ValueError(f"{name}: its {operand} holds NaN or Inf on the calibration set; exclude the module")
+            formats = recipe.softmax_formats() if operand == "softmax" else recipe.attention_formats()
+            quantizers.append(_of_tensor(search_tensor_error(values, formats)))
+        found[name] = LayerQuantization(inputs=quantizers)
+    found = _share(found, next(unit.module.parameters()).device)
+    for name, module in unit.attention.items():
+        cast(QuantizedAttention, module).variants["nearest"] = found[name]
 
 
 def _share(found: dict[str, LayerQuantization], device: torch.device) -> dict[str, LayerQuantization]:

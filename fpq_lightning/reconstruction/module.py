@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import chain
 from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from fpq_lightning import distributed
 from fpq_lightning.calibration.datamodule import CalibrationDataModule
 from fpq_lightning.calibration.replay import NetworkReplay
-from fpq_lightning.layers import LayerQuantization, QuantizedLayer, make_quantized, quantized_layers
+from fpq_lightning.layers import LayerQuantization, QuantizedModule, make_quantized, quantized_modules
+from fpq_lightning.model.attention import quantize_attention
 from fpq_lightning.model.blocks import Unit, discover_units, select_layers
 from fpq_lightning.model.chain import parts_of
 from fpq_lightning.model.offload import Offload
@@ -125,9 +127,10 @@ class BlockReconstruction(pl.LightningModule):
                     quantized.granularity.rows(part, name)  # an unfit group size is better found now
             self.reports.append(UnitReport(unit.name, unit.parameters))
         quantize_components(self.pipeline, self.recipe)
-
-    def _layers(self, unit: Unit) -> dict[str, QuantizedLayer]:
-        return cast(dict[str, QuantizedLayer], unit.layers)
+        if self.recipe.attention.formats is not None:
+            left = quantize_attention(self.denoiser, self.units, first, self.recipe.include, self.recipe.exclude)
+            if left:
+                warnings.warn(f"attention that is left in full precision: {', '.join(left)}", stacklevel=2)
 
     def _check_weights(self) -> None:
         """Finds what cannot be quantized before minutes are spent on calibration data."""
@@ -276,8 +279,8 @@ class BlockReconstruction(pl.LightningModule):
     def use_learned(self) -> None:
         """Leaves the pipeline running its learned quantization."""
         for component in self.pipeline.components.values():
-            for layer in quantized_layers(component).values() if isinstance(component, nn.Module) else ():
-                layer.set_mode("learned")
+            for module in quantized_modules(component).values() if isinstance(component, nn.Module) else ():
+                module.set_mode("learned")
 
     # --- Lightning ---------------------------------------------------------------------------------------------
 
@@ -370,15 +373,16 @@ class BlockReconstruction(pl.LightningModule):
         """Nothing to load."""
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
-    def _known_layers(self) -> Iterator[tuple[str, QuantizedLayer]]:
+    def _known_modules(self) -> Iterator[tuple[str, QuantizedModule]]:
+        """Layers and attention of the units that are finished or in work."""
         for unit in self.units[: self.position + 1]:
-            yield from self._layers(unit).items()
+            yield from cast(dict[str, QuantizedModule], {**unit.layers, **unit.attention}).items()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the quantization of finished units and the variables of the one in work."""
         layers = {}
-        for name, layer in self._known_layers():
-            variants = cast(dict[str, LayerQuantization], layer.variants)
+        for name, module in self._known_modules():
+            variants = cast(dict[str, LayerQuantization], module.variants)
             layers[name] = {mode: q.to_state() for mode, q in variants.items() if mode == "nearest" or not q.roundings}
         learning = None if self._unit is None else self._unit.learning_state()
         if learning is None:
@@ -402,9 +406,10 @@ class BlockReconstruction(pl.LightningModule):
         self.position, self.iteration = state["position"], state["iteration"]
         self.reports = [UnitReport(**r) for r in state["reports"]]
         self._learning_state = state["learning"]
-        for name, layer in self._known_layers():
+        for name, module in self._known_modules():
             for mode, variant in state["layers"].get(name, {}).items():
-                layer.variants[mode] = LayerQuantization.from_state(variant, layer.weight.device)
+                device = next(chain(module.parameters(), self.denoiser.parameters())).device
+                module.variants[mode] = LayerQuantization.from_state(variant, device)
 
 
 def learning_rate_factor(progress: float) -> float:

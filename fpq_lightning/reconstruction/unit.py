@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fpq_lightning import distributed
+from fpq_lightning.attention import QuantizedAttention, observing
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.shards import Samples
-from fpq_lightning.layers import LayerQuantization, QuantizedLayer, running
+from fpq_lightning.layers import LayerQuantization, QuantizedLayer, QuantizedModule, running
 from fpq_lightning.model.chain import parts_of
 from fpq_lightning.model.leaves import output_leaves
 from fpq_lightning.recipes import Recipe
 from fpq_lightning.reconstruction.backward import Backward
-from fpq_lightning.reconstruction.initialise import collect_layer_inputs, search_unit
+from fpq_lightning.reconstruction.initialise import collect_layer_inputs, search_attention, search_unit
 from fpq_lightning.reconstruction.objective import UnitObjective, unit_error
 
 
@@ -30,7 +31,7 @@ class UnitReport:
         name: of the unit.
         parameters: of its quantized layers.
         weight_formats: chosen formats by layer (one for each part of the input channels).
-        activation_formats: likewise.
+        activation_formats: likewise; of a module that computes attention those of query, key, value and softmax.
         error_nearest: with nearest rounding.
         error_learned: with what was kept.
         kept: ``learned`` or ``nearest``.
@@ -69,12 +70,14 @@ class UnitReconstruction:
         self.report = report
         self.unit = replay.unit
         self.layers = cast(dict[str, QuantizedLayer], self.unit.layers)
+        self.attention = cast(dict[str, QuantizedAttention], self.unit.attention)
+        self.quantized: dict[str, QuantizedModule] = {**self.layers, **self.attention}
         placement = samples.shard.placement(torch.arange(samples.n))
         self.energies = distributed.gather_rows(energies, placement)
         self.backward: Backward | None = None
 
     def _variant(self, mode: str) -> list[LayerQuantization]:
-        return [cast(LayerQuantization, layer.variants[mode]) for layer in self.layers.values()]
+        return [cast(LayerQuantization, module.variants[mode]) for module in self.quantized.values()]
 
     def _error(self, mode: Any) -> float:
         """Relative error on the held-out samples."""
@@ -86,22 +89,26 @@ class UnitReconstruction:
         """Searches formats and clips, unless a checkpoint held them, and starts learning from nearest rounding."""
         if self.report.error_nearest is None:
             self._search()
-        for layer in self.layers.values():
-            layer.variants["learned"] = cast(LayerQuantization, layer.variants["nearest"]).copy()
-            layer.set_mode("learned")
+        for module in self.quantized.values():
+            module.variants["learned"] = cast(LayerQuantization, module.variants["nearest"]).copy()
+            module.set_mode("learned")
 
     def _search(self) -> None:
         rows, shard = self.samples.search, self.samples.shard
         inputs = self.replay.gathered_inputs(self.samples.local(rows), shard.placement(rows))
-        layer_inputs = collect_layer_inputs(self.unit, map(self.replay.call, inputs))
+        with observing(self.attention) as operands:
+            layer_inputs = collect_layer_inputs(self.unit, map(self.replay.call, inputs))
         local_weights = self.replay.weights(self.samples.local(rows))
         weights = distributed.gather_rows(local_weights, shard.placement(rows))
         search_unit(self.unit, layer_inputs, weights, self.recipe, -(-len(rows) // self.replay.micro_batch))
+        if operands:
+            search_attention(self.unit, operands, self.recipe)
         self.report.error_nearest = self._error("nearest")
-        for name, layer in self.layers.items():
-            nearest = cast(LayerQuantization, layer.variants["nearest"])
-            self.report.weight_formats[name] = [q.format.name for q in nearest.weights]
+        for name, module in self.quantized.items():
+            nearest = cast(LayerQuantization, module.variants["nearest"])
             self.report.activation_formats[name] = [q.format.name for q in nearest.inputs]
+            if name in self.layers:
+                self.report.weight_formats[name] = [q.format.name for q in nearest.weights]
 
     # --- learning ----------------------------------------------------------------------------------------------
 
@@ -117,7 +124,8 @@ class UnitReconstruction:
             quantization.start_learning(layer.weight_rows(), rounding.scale_aware)
             for quantizer in quantization.weights if rounding.learn_weight_scales else []:
                 quantizer.learn_scale()
-            for quantizer in quantization.inputs if rounding.learn_activation_scales else []:
+        for quantization in self._variant("learned") if rounding.learn_activation_scales else []:
+            for quantizer in quantization.inputs:
                 quantizer.learn_scale()
         with torch.no_grad():
             for name, parameter in self.variables() if state is not None else ():
@@ -155,17 +163,17 @@ class UnitReconstruction:
         """
         self.backward = None
         report = self.report
-        for layer in self.layers.values():
-            cast(LayerQuantization, layer.variants["learned"]).finish_learning()
-            layer.set_mode("full_precision")
+        for module in self.quantized.values():
+            cast(LayerQuantization, module.variants["learned"]).finish_learning()
+            module.set_mode("full_precision")
         self._check_agreement()
         error = self._error("learned")
         if error <= cast(float, report.error_nearest):
             report.kept, report.error_learned = "learned" if learned else "nearest", error
             return
         report.kept, report.error_learned = "nearest", report.error_nearest
-        for layer in self.layers.values():
-            layer.variants["learned"] = cast(LayerQuantization, layer.variants["nearest"]).copy()
+        for module in self.quantized.values():
+            module.variants["learned"] = cast(LayerQuantization, module.variants["nearest"]).copy()
 
     def _check_agreement(self) -> None:
         if distributed.world_size() == 1:

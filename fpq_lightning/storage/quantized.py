@@ -1,6 +1,7 @@
 """``quantized/``: a diffusers pipeline with float32 weights on the low-bit grid, activation formats beside them.
 
-Plain `DiffusionPipeline.from_pretrained` opens it. `load_quantized` also applies the activation formats.
+Plain `DiffusionPipeline.from_pretrained` opens it. `load_quantized` also applies the formats of activations and
+attention.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fpq_lightning.attention import OPERANDS, make_attention_quantized, quantized_attention
 from fpq_lightning.layers import (
     QUANTIZED_CLASSES,
     LayerQuantization,
@@ -45,8 +47,12 @@ Activation formats and scales are in `{file}`; `fpq test --model DIR`, `fpq pred
 
 @contextmanager
 def as_plain(model: nn.Module) -> Iterator[None]:
-    """Makes quantized layers plain ones with their quantized weights for a while, so that the model can be saved."""
+    """Makes quantized layers plain ones with their quantized weights for a while, so that the model can be saved.
+
+    Attention becomes that of the model.
+    """
     before = {}
+    attention = [(m, type(m), m._modules.pop("variants")) for m in quantized_attention(model).values()]
     quantized = quantized_layers(model)
     for name, layer in quantized.items():
         variants = cast(nn.ModuleDict, layer._modules.pop("variants"))
@@ -60,12 +66,17 @@ def as_plain(model: nn.Module) -> Iterator[None]:
     plain_classes = {cls: plain for plain, cls in QUANTIZED_CLASSES.items()}
     for layer in quantized.values():
         cast(Any, layer).__class__ = plain_classes[type(layer)]
+    for module, quantized_class, _ in attention:
+        cast(Any, module).__class__ = quantized_class.__bases__[1]
     try:
         yield
     finally:
         for name, layer in quantized.items():
             layer.__class__, layer.weight, layer.bias, variants = before[name]
             layer._modules["variants"] = variants
+        for module, quantized_class, aside in attention:
+            module.__class__ = quantized_class
+            module._modules["variants"] = aside
 
 
 def _describe(quantizer: Quantizer) -> dict[str, Any]:
@@ -88,6 +99,15 @@ def describe_layers(model: nn.Module) -> dict[str, Any]:
     return description
 
 
+def describe_attention(model: nn.Module) -> dict[str, Any]:
+    """What `quantization.json` says of each module whose attention is quantized: its operands' quantizers."""
+    return {
+        name: [_describe(q) for q in cast(LayerQuantization, module.variants["learned"]).inputs]
+        for name, module in quantized_attention(model).items()
+        if "learned" in module.variants
+    }
+
+
 def save_quantized(pipeline: DiffusionPipeline, directory: Path, details: Mapping[str, Any]) -> None:
     """Writes a quantized pipeline, whole or not at all.
 
@@ -100,7 +120,7 @@ def save_quantized(pipeline: DiffusionPipeline, directory: Path, details: Mappin
         ValueError: if a quantized weight holds NaN or Inf.
     """
     denoiser = getattr(pipeline, denoiser_name(pipeline))
-    layers = describe_layers(denoiser)
+    layers, attention = describe_layers(denoiser), describe_attention(denoiser)
     with whole_directory(directory) as temporary:
         with ExitStack() as stack:
             for component in pipeline.components.values():
@@ -113,7 +133,8 @@ def save_quantized(pipeline: DiffusionPipeline, directory: Path, details: Mappin
                 pipeline.save_pretrained(temporary)
             except SafetensorError as error:
                 raise OSError(errno.EIO, f"{error}", str(directory)) from error
-        write_json(temporary / FILE, {"format_version": FORMAT_VERSION, **details, "layers": layers})
+        description = {"format_version": FORMAT_VERSION, **details, "layers": layers, "attention": attention}
+        write_json(temporary / FILE, description)
         (temporary / "README.md").write_text(_README.format(file=FILE, **details))
 
 
@@ -135,6 +156,10 @@ def load_quantized(directory: str | Path) -> DiffusionPipeline:
             if not is_quantizable(modules[name]):
                 raise ValueError(f"it names {name}, which is no Linear or Conv layer of the model")
             _apply_inputs(modules[name], entry)
+        for name, operands in description.get("attention", {}).items():
+            if name not in modules or is_quantizable(modules[name]):
+                raise ValueError(f"it names {name}, which is no attention module of the model")
+            _apply_operands(modules[name], name, operands)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"{Path(directory) / FILE} does not fit the model ({type(error).__name__}: {error}): quantize it again"
@@ -145,14 +170,29 @@ def load_quantized(directory: str | Path) -> DiffusionPipeline:
 def _apply_inputs(layer: nn.Module, entry: Mapping[str, Any]) -> None:
     """Gives a layer, whose weight is on the grid already, its input quantizers."""
     quantized: QuantizedLayer = make_quantized(layer, Granularity("tensor"), entry["splits"])
-    inputs = [
-        Quantizer.from_state({k: _tensor(v) if k in ("scale", "offset") else v for k, v in q.items()})
-        for q in entry["inputs"]
-    ]
+    inputs = _read_quantizers(entry["inputs"])
     if len(inputs) not in (0, len(quantized.splits)):
         raise ValueError(f"{len(inputs)} input quantizers for {len(quantized.splits)} parts of the input")
     quantized.variants["learned"] = LayerQuantization(inputs=inputs)
     quantized.set_mode("learned")
+
+
+def _apply_operands(module: nn.Module, name: str, entry: list[dict[str, Any]]) -> None:
+    """Gives a module the quantizers of its attention."""
+    operands = _read_quantizers(entry)
+    if not operands or len(operands) % len(OPERANDS):
+        raise ValueError(f"{len(operands)} quantizers for the attention of {name}, expected {len(OPERANDS)} a call")
+    quantized = make_attention_quantized(module, name, len(operands) // len(OPERANDS))
+    quantized.variants["learned"] = LayerQuantization(inputs=operands)
+    quantized.set_mode("learned")
+
+
+def _read_quantizers(entries: list[dict[str, Any]]) -> list[Quantizer]:
+    """The inverse of `_describe` for each entry."""
+    return [
+        Quantizer.from_state({k: _tensor(v) if k in ("scale", "offset") else v for k, v in entry.items()})
+        for entry in entries
+    ]
 
 
 def _tensor(value: Any) -> Tensor | None:
