@@ -24,6 +24,7 @@ from fpq_lightning.pipelines import SamplerConfig
 from fpq_lightning.quantizers import Granularity, Quantizer
 from fpq_lightning.search import search_tensor_error
 from fpq_lightning.study.config import RowConfig, StudyConfig, merge
+from fpq_lightning.study.run import Study
 from fpq_lightning.study.table import csv_table, markdown_table, read_rows, spreads
 from fpq_lightning.study.trajectory import trajectory_errors
 
@@ -189,6 +190,28 @@ def _row(name: str, variant: str, group: str = "recipes", **metrics: Any) -> dic
     metrics = {"fd": 1.0, "psnr": None, "n_images": 5, **metrics}
     where = {"hardware": "H", "versions": {"torch": "2"}, "date": "2026-01-02"}
     return {"name": name, "variant": variant, "group": group, "metrics": metrics, **where}
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar10_ablations", "cifar10_large"])
+def test_the_committed_rows_are_those_of_the_shipped_studies(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CHECKOUT)
+    values = yaml.safe_load((CHECKOUT / "configs" / "study" / f"{name}.yaml").read_text())
+    sampler, evaluation = SamplerConfig(**values.pop("sampler")), EvaluationConfig(**values.pop("evaluation"))
+    rows = {row: RowConfig(**entry) for row, entry in values.pop("rows").items()}
+    config = StudyConfig(
+        **{**values, "model": "data/cifar10-ddpm-small"}, rows=rows, sampler=sampler, evaluation=evaluation
+    )
+    if name == "cifar10_large":  # whose model is not there to be hashed
+        monkeypatch.setattr("fpq_lightning.study.run.hash_weights", lambda model: _weights_of(config.output))
+    study = Study(config, torch.device("cpu"))  # refuses rows that were made otherwise
+    kept = {file.name for file in (Path(config.output) / "rows").iterdir()}
+    assert kept <= {study.file(*key).name for key in study.settings}
+    if name != "cifar10_large":
+        assert not study.missing()
+
+
+def _weights_of(output: str) -> str:
+    return json.loads((Path(output) / "rows" / "fp32.full_precision.json").read_text())["settings"]["images"]["weights"]
 
 
 def test_recipes_that_differ_in_their_seed_alone_show_how_much_it_matters() -> None:

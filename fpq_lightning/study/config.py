@@ -99,6 +99,12 @@ class StudyConfig:
         return made.recipe, made.data
 
 
+def complete(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a row, with options that there were not yet when it was made: they are off by default."""
+    defaults = {"recipe": Recipe().to_dict(), "data": CalibrationDataModule().identity()}
+    return merge({key: value for key, value in defaults.items() if key in settings}, settings)
+
+
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Nested values with some of them changed."""
     merged = dict(base)

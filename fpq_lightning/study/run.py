@@ -22,7 +22,7 @@ from fpq_lightning.recipes import Recipe
 from fpq_lightning.runs import device_name, fingerprint, hash_weights, versions
 from fpq_lightning.statistics import weight_statistics
 from fpq_lightning.storage.files import differences, shorten, write_json
-from fpq_lightning.study.config import StudyConfig
+from fpq_lightning.study.config import StudyConfig, complete
 from fpq_lightning.study.trajectory import trajectory_errors
 
 _QUANTIZED = ("nearest", "learned")
@@ -76,7 +76,7 @@ class Study:
         return json.loads(json.dumps(settings))
 
     def _check(self, file: Path, settings: dict[str, Any]) -> None:
-        if file.is_file() and (changed := differences(json.loads(file.read_text())["settings"], settings)):
+        if file.is_file() and (changed := differences(complete(json.loads(file.read_text())["settings"]), settings)):
             raise ValueError(f"{file} was made otherwise ({shorten(changed)}): delete it or rename the row")
 
     def missing(self, only: Sequence[str] = ()) -> dict[str, list[str]]:

@@ -13,6 +13,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from fpq_lightning.storage.files import whole_file
+from fpq_lightning.study.config import complete
 
 _COLUMNS = (  # key, title, digits
     ("weights", "weights", None),
@@ -61,7 +62,7 @@ def spreads(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each recipe that was calibrated with several seeds: by how much every metric differs between them."""
     repeats: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        settings = row.get("settings", {})
+        settings = complete(row.get("settings", {}))
         if "seed" in settings.get("data", {}):
             same = {**settings, "data": {**settings["data"], "seed": None}}
             repeats.setdefault(json.dumps(same, sort_keys=True), []).append(row)
