@@ -110,7 +110,8 @@ class Format(ABC):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values (float32) of uint8 `codes`; bit-equal to `quantize` of what was encoded."""
-        return _value_table(self).to(codes.device)[codes.long()]
+        table = _value_table(self).to(codes.device)
+        return table.index_select(0, codes.flatten().int()).reshape(codes.shape)
 
     @property
     def grid(self) -> Tensor:

@@ -98,7 +98,8 @@ def test_the_notebook_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytes
     program = program.replace('run_dir="runs/notebook"', 'run_dir="runs/notebook", sampler=fpq.SamplerConfig(steps=4)')
     assert program.count("iterations=2") == program.count("steps=4") == program.count("n_samples=8") == 1
     exec(compile(program, "README.md", "exec"), {})
-    assert (tmp_path / "runs" / "notebook" / "quantized" / "quantization.json").is_file()
+    config = (tmp_path / "runs" / "notebook" / "quantized" / "unet" / "config.json").read_text()
+    assert '"quant_method": "fpq"' in config
 
 
 @pytest.mark.parametrize("script", ["search.py", "figures.py", "multi_gpu.py", "kills.py"])
