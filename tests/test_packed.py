@@ -13,6 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import MakeNetwork
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig, UNet2DModel
 from models import CHECKOUT, save_tiny, tiny_pipeline
@@ -218,6 +219,23 @@ def _read_bfloat16(directory: Path) -> dict[str, np.ndarray]:
     tensors = load_file(directory / WEIGHTS)
     save_file({k: v.float() if v.dtype == torch.bfloat16 else v for k, v in tensors.items()}, directory / WEIGHTS)
     return read_denoiser(directory)
+
+
+def test_a_compiled_an_offloaded_and_a_placed_model_compute_the_same(
+    calibrated: tuple[DiffusionPipeline, Path],
+) -> None:
+    directory = calibrated[1] / "unet"
+    expected = output(UNet2DModel.from_pretrained(directory))
+    compiled = UNet2DModel.from_pretrained(directory)
+    compiled.compile(backend="eager", fullgraph=True)
+    placed = UNet2DModel.from_pretrained(directory, device_map={"": "cpu"})
+    offloaded = UNet2DModel.from_pretrained(directory)
+    cpu_offload(offloaded, torch.device("cpu"), offload_buffers=True)
+    assert offloaded.conv_in.weights[0].codes.is_meta  # until it is called
+    for unet in (compiled, placed, offloaded):
+        assert torch.equal(output(unet), expected)
+    with pytest.raises(ValueError, match="without disk"):
+        UNet2DModel.from_pretrained(directory, device_map={"": "disk"}, offload_folder=directory.parent / "x")
 
 
 def test_weights_stay_packed_in_memory_also_after_a_call(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from fpq_lightning.recipes import ActivationRecipe, Recipe, RoundingRecipe, WeightRecipe
 
 FORMAT_VERSION = 2
-"""Of the packed files; version 1 was the plain form."""
+"""Of the packed files; version 1 is the dequantized form."""
 
 
 class QuantizationMethod(str, Enum):  # noqa: UP042  diffusers looks it up among strings

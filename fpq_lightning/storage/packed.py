@@ -37,6 +37,7 @@ class PackedWeight(ExactBuffers):
     codes: Tensor
     scale: Tensor
     offset: Tensor | None
+    values: Tensor
 
     def __init__(self, fmt: Format, shape: Sequence[int], codes: Tensor, scale: Tensor, offset: Tensor | None) -> None:
         super().__init__()
@@ -45,6 +46,7 @@ class PackedWeight(ExactBuffers):
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
         self.register_buffer("offset", offset)
+        self.register_buffer("values", fmt.values.clone(), persistent=False)  # where the codes are
 
     @classmethod
     def of(cls, quantizer: Quantizer, codes: Tensor, shape: Sequence[int]) -> PackedWeight:
@@ -87,11 +89,11 @@ class PackedWeight(ExactBuffers):
             "offset": self.offset is not None,
         }
 
-    def decode(self) -> Tensor:
+    def forward(self) -> Tensor:
         """The weight, float32 `[out, in, ...]`."""
         codes = unpack(self.codes.view(torch.uint8), self.format.bits, math.prod(self.shape[1:]))
-        values = self.format.decode(codes).reshape(self.shape[0], self.scale.shape[1], -1)
-        weight = values * self.scale[..., None]
+        values = self.values.index_select(0, codes.flatten().int())
+        weight = values.reshape(self.shape[0], self.scale.shape[1], -1) * self.scale[..., None]
         if self.offset is not None:
             weight = weight + self.offset[..., None]
         return weight.reshape(self.shape)
@@ -119,7 +121,7 @@ class PackedLayer(SplitLayer):
 
     def decode_weight(self) -> Tensor:
         """The weight from its codes, float32 `[out, in, ...]`."""
-        parts = [part.decode() for part in self.weights]
+        parts = [part() for part in self.weights]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
