@@ -167,7 +167,7 @@ def live(arguments: list[str], log: Path, kill: Kill | None = None, longest: dic
 
 def results(run: Path) -> dict[str, bytes]:
     """Weights and quantization of a finished run."""
-    files = [*run.rglob("quantized/*/*.safetensors"), run / "quantized" / "quantization.json"]
+    files = [*run.rglob("quantized/*/*.safetensors"), *run.rglob("quantized/*/config.json")]
     return {str(file.relative_to(run)): file.read_bytes() for file in files}
 
 

@@ -6,6 +6,7 @@ from fpq_lightning.evaluation import EvaluationConfig
 from fpq_lightning.formats import FloatFormat, Format, IntFormat, parse_format
 from fpq_lightning.pipelines import SamplerConfig
 from fpq_lightning.recipes import ActivationRecipe, AttentionRecipe, Recipe, RoundingRecipe, WeightRecipe
+from fpq_lightning.storage.config import FPQConfig
 from fpq_lightning.storage.quantized import load_quantized
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "AttentionRecipe",
     "CalibrationDataModule",
     "EvaluationConfig",
+    "FPQConfig",
     "FloatFormat",
     "Format",
     "IntFormat",

@@ -22,6 +22,7 @@ from fpq_lightning.pipelines import SamplerConfig, denoiser_name
 from fpq_lightning.recipes import Recipe
 from fpq_lightning.reconstruction.module import BlockReconstruction
 from fpq_lightning.runs import RunDirectory, RunState, hash_weights, versions
+from fpq_lightning.storage.packed import packed_layers
 from fpq_lightning.strategy import prepare_strategy, together
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -45,7 +46,7 @@ def open_run(
 ) -> RunDirectory:
     """The directory of a run, with the fingerprint of everything that decides its quantized model."""
     denoiser = getattr(pipeline, denoiser_name(pipeline))
-    if quantized_layers(denoiser):
+    if quantized_layers(denoiser) or packed_layers(denoiser):
         raise ValueError("the pipeline's denoiser is quantized already: load the full-precision model again")
     parts = {
         "model": {"name": name, "class": type(denoiser).__name__, "weights": hash_weights(denoiser)},

@@ -168,6 +168,14 @@ def make_attention_quantized(module: nn.Module, name: str, n_calls: int) -> Quan
     return quantized
 
 
+def make_attention_plain(module: QuantizedAttention) -> None:
+    """Turns a module back into what it was, in place."""
+    del module._modules["variants"]
+    for name in ("full_name", "n_calls", "observers", "mode"):
+        module.__dict__.pop(name)
+    module.__class__ = type(module).__bases__[1]
+
+
 def quantized_attention(module: nn.Module) -> dict[str, QuantizedAttention]:
     """The modules below a module whose attention is quantized, by name."""
     return {name: m for name, m in module.named_modules() if isinstance(m, QuantizedAttention)}

@@ -1,4 +1,4 @@
-"""The command line: ``fpq fit | test | predict``, a LightningCLI, and ``fpq study``.
+"""The command line: ``fpq fit | test | predict``, a LightningCLI, and ``fpq study``, ``fpq export``.
 
 Examples:
     fpq fit --config configs/quickstart.yaml
@@ -6,6 +6,7 @@ Examples:
     fpq test --model runs/quickstart/quantized
     fpq predict --model runs/quickstart/quantized --output images
     fpq study --config study/cifar10
+    fpq export runs/quickstart/quantized --format dequantized --output plain
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from fpq_lightning.recipes import Recipe
 from fpq_lightning.reconstruction.module import BlockReconstruction
 from fpq_lightning.runs import RunDirectory, RunState
 from fpq_lightning.shipped import find_config
+from fpq_lightning.storage.export import export
 from fpq_lightning.storage.quantized import is_quantized
 from fpq_lightning.study.config import StudyConfig
 from fpq_lightning.study.run import Study
@@ -214,6 +216,17 @@ def study(arguments: list[str]) -> None:
         print(f"wrote {file}")
 
 
+def export_model(arguments: list[str]) -> None:
+    """``fpq export``: a quantized pipeline in another form."""
+    parser = ArgumentParser(prog="fpq export", description="Writes a quantized pipeline in another form.")
+    parser.add_argument("model", type=str, help="Directory of a quantized pipeline, such as runs/NAME/quantized.")
+    parser.add_argument("--format", type=str, required=True, help="fpq: packed codes; dequantized: float32.")
+    parser.add_argument("--output", type=str, required=True, help="A new directory.")
+    options = parser.parse_args(arguments)
+    export(options.model, options.output, options.format)
+    print(f"wrote {options.output}")
+
+
 def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*torch_dtype.*")
     warnings.filterwarnings("ignore", message=".*num_workers.*")
@@ -239,8 +252,9 @@ def main(arguments: list[str] | None = None) -> None:
                 arguments[i] = find_config(argument)
             elif argument.startswith("--config="):
                 arguments[i] = f"--config={find_config(argument.removeprefix('--config='))}"
-        if arguments[:1] == ["study"]:
-            study(arguments[1:])
+        commands = {"study": study, "export": export_model}
+        if arguments and arguments[0] in commands:
+            commands[arguments[0]](arguments[1:])
             return
         FPQCommandLine(
             trainer_defaults=api.TRAINER_DEFAULTS,

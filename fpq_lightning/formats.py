@@ -110,13 +110,17 @@ class Format(ABC):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values (float32) of uint8 `codes`; bit-equal to `quantize` of what was encoded."""
-        return _value_table(self).to(codes.device)[codes.long()]
+        return self.values.to(codes.device).index_select(0, codes.flatten().int()).reshape(codes.shape)
+
+    @property
+    def values(self) -> Tensor:
+        """The value of every code, NaN for a code that is none; float32 `[2^bits]`."""
+        return _value_table(self)
 
     @property
     def grid(self) -> Tensor:
         """All distinct values in ascending order, float32 `[n]`."""
-        table = _value_table(self)
-        return torch.unique(table[table.isfinite()] + 0.0)
+        return torch.unique(self.values[self.values.isfinite()] + 0.0)
 
     def __str__(self) -> str:
         return self.name

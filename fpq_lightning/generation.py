@@ -77,7 +77,7 @@ class ImageGeneration(pl.LightningModule):
         if evaluation is not None:
             reference = evaluation.reference
             if reference is None and self.quantized:
-                reference = read_description(model)["base_model"]
+                reference = read_description(model).get("base_model")
             if reference is not None:
                 try:
                     self.reference = load_pipeline(reference)

@@ -129,24 +129,19 @@ class QuantizedModule(nn.Module):
         self.mode = mode
 
 
-class QuantizedLayer(QuantizedModule):
-    """Mixin of the quantized layer classes; use `make_quantized` to turn a layer into one.
+class SplitLayer(nn.Module):
+    """Mixin of Linear and Conv layers whose input channels are cut into parts with quantizers of their own.
+
+    A layer that reads a concatenation has a part for each piece, since their ranges differ (Q-Diffusion, Li et al.
+    2023, section 3.3).
 
     Attributes:
-        splits: input channels of each part; a layer that reads a concatenation has a part for each piece, since
-            their ranges differ (Q-Diffusion, Li et al. 2023, section 3.3).
-        granularity: how many scales each weight part has.
+        splits: input channels of each part.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     splits: tuple[int, ...]
-    granularity: Granularity
-    _effective_weight: Tensor | None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
-        self._effective_weight = None
-        return super()._apply(fn, recurse)
 
     @property
     def channel_dim(self) -> int:
@@ -157,6 +152,38 @@ class QuantizedLayer(QuantizedModule):
     def token_dims(self) -> tuple[int, ...]:
         """Dimensions of the input that share one scale when it is dynamic: a token, or an image of a convolution."""
         return (-1,) if isinstance(self, nn.Linear) else tuple(range(1, self.weight.ndim))
+
+    def quantize_input(self, x: Tensor, quantizers: Sequence[Quantizer]) -> Tensor:
+        """Quantizes each part of the input; leaves it as it is without quantizers."""
+        if not quantizers:
+            return x
+        if len(quantizers) == 1:
+            return quantizers[0](x)
+        parts = zip(quantizers, x.split(self.splits, dim=self.channel_dim), strict=True)
+        return torch.cat([q(part) for q, part in parts], dim=self.channel_dim)
+
+    def operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's linear operation with another weight."""
+        weight = weight.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+        if isinstance(self, nn.Linear):
+            return nn.functional.linear(x, weight, bias)
+        return self._conv_forward(x, weight, bias)  # type: ignore[operator]
+
+
+class QuantizedLayer(SplitLayer, QuantizedModule):
+    """Mixin of the layer classes that can be calibrated; use `make_quantized` to turn a layer into one.
+
+    Attributes:
+        granularity: how many scales each weight part has.
+    """
+
+    granularity: Granularity
+    _effective_weight: Tensor | None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
+        self._effective_weight = None
+        return super()._apply(fn, recurse)
 
     def set_mode(self, mode: Mode) -> None:
         super().set_mode(mode)
@@ -190,23 +217,6 @@ class QuantizedLayer(QuantizedModule):
                 return self.from_rows([q.decode(codes.to(self.weight.device)) for q, codes in pairs])
             return self.from_rows([q(r) for q, r in zip(quantization.weights, self.weight_rows(), strict=True)])
 
-    def quantize_input(self, x: Tensor, quantization: LayerQuantization) -> Tensor:
-        """Quantizes each part of the input."""
-        if not quantization.inputs:
-            return x
-        if len(quantization.inputs) == 1:
-            return quantization.inputs[0](x)
-        parts = zip(quantization.inputs, x.split(self.splits, dim=self.channel_dim), strict=True)
-        return torch.cat([q(part) for q, part in parts], dim=self.channel_dim)
-
-    def operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's linear operation with another weight."""
-        weight = weight.to(x.dtype)
-        bias = None if bias is None else bias.to(x.dtype)
-        if isinstance(self, nn.Linear):
-            return nn.functional.linear(x, weight, bias)
-        return self._conv_forward(x, weight, bias)  # type: ignore[operator]
-
     def forward(self, x: Tensor) -> Tensor:
         """Runs the layer in its mode."""
         quantization = self.quantization
@@ -220,7 +230,7 @@ class QuantizedLayer(QuantizedModule):
                 kept = self._effective_weight = self.quantized_weight(quantization).detach().to(x.device, x.dtype)
             weight = kept
         bias = self.bias if quantization.bias is None else quantization.bias
-        return self.operate(self.quantize_input(x, quantization), weight, bias)
+        return self.operate(self.quantize_input(x, quantization.inputs), weight, bias)
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]

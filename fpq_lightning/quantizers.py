@@ -7,7 +7,7 @@ format maximum ``m`` the scale is ``c / m``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,7 +73,20 @@ class _StraightThrough(torch.autograd.Function):
         return gradient * inside, None
 
 
-class Quantizer(nn.Module):
+class ExactBuffers(nn.Module):
+    """A module whose buffers keep their types when a network is cast: codes stay codes, and scales float32."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExactBuffers:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+class Quantizer(ExactBuffers):
     """A format with its scale and offset on a tensor.
 
     Args:

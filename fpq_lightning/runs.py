@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from fpq_lightning.layers import LayerQuantization, quantized_modules
 from fpq_lightning.storage.files import differences, shorten, write_json
+from fpq_lightning.storage.packed import packed_layers
 
 PACKAGES = ("fpq-lightning", "torch", "lightning", "diffusers", "torchmetrics", "datasets")
 
@@ -48,6 +49,8 @@ def hash_weights(model: nn.Module) -> str:
 def hash_quantization(model: nn.Module, mode: str) -> str:
     """A hash of everything that a variant of a model's layers and attention holds: formats, scales, codes, biases."""
     digest = hashlib.blake2b(digest_size=16)
+    for name, packed in packed_layers(model).items():  # its tensors are among the weights
+        digest.update(f"{name}{packed.describe()}".encode())
     for name, module in quantized_modules(model).items():
         if mode in module.variants:
             digest.update(name.encode())

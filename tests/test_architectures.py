@@ -26,6 +26,8 @@ from fpq_lightning.model.blocks import discover_units
 from fpq_lightning.model.chain import parts_of
 from fpq_lightning.model.trace import trace_units
 from fpq_lightning.pipelines import sample, set_sampler
+from fpq_lightning.storage.export import export
+from fpq_lightning.storage.quantized import read_description
 
 SAMPLER = fpq.SamplerConfig(steps=4, batch_size=4)
 
@@ -483,7 +485,7 @@ def test_attention_of_a_small_model_is_quantized_saved_opened_and_sampled(
     left = [str(warning.message) for warning in recwarn if "attention that is left" in str(warning.message)]
     assert len(left) == (name == "HunyuanDiT")  # whose pooling is multi-head attention of torch
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    description = json.loads((tmp_path / "run" / "quantized" / "quantization.json").read_text())["attention"]
+    description = read_description(tmp_path / "run" / "quantized")["attention"]
     listed = {n: formats for block in report["blocks"] for n, formats in block["activation_formats"].items()}
     modules = {n for n, m in pipeline.transformer.named_modules() if isinstance(m, (Attention, AttentionModuleMixin))}
     assert description.keys() == modules
@@ -497,5 +499,6 @@ def test_attention_of_a_small_model_is_quantized_saved_opened_and_sampled(
     assert not calls.count
     with running(quantized.transformer, "full_precision"):
         assert torch.equal(_samples(quantized), _samples(_pipeline(name)))
-    plain = DiffusionPipeline.from_pretrained(str(tmp_path / "run" / "quantized"))
+    export(tmp_path / "run" / "quantized", tmp_path / "plain", "dequantized")
+    plain = DiffusionPipeline.from_pretrained(str(tmp_path / "plain"))
     assert {type(m).__module__.split(".")[0] for m in plain.transformer.modules()} <= {"torch", "diffusers"}

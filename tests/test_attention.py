@@ -15,6 +15,7 @@ from conftest import MakeNetwork
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from models import fit_arguments, quantized_files, run_fpq, run_scenarios, save_tiny, scenario, tiny_pipeline
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F  # noqa: N812
@@ -42,6 +43,7 @@ from fpq_lightning.model.trace import trace_units
 from fpq_lightning.quantizers import Quantizer
 from fpq_lightning.reconstruction.initialise import search_attention
 from fpq_lightning.runs import hash_quantization
+from fpq_lightning.storage.quantized import read_description
 
 B, H, L, S, E = 2, 4, 5, 8, 6
 
@@ -532,7 +534,7 @@ def _blocks(run: Path) -> list[dict[str, Any]]:
 def test_a_run_killed_in_its_attention_resumes_to_the_same_bits(runs: dict[str, Path]) -> None:
     expected, found = (quantized_files(runs[name]) for name in ("whole", "killed"))
     assert found == expected
-    assert expected["quantization.json"] != quantized_files(runs["off"])["quantization.json"]
+    assert expected["unet/config.json"] != quantized_files(runs["off"])["unet/config.json"]
 
 
 def test_the_report_lists_the_formats_of_attention_and_learning_moves_their_scales(runs: dict[str, Path]) -> None:
@@ -543,8 +545,11 @@ def test_the_report_lists_the_formats_of_attention_and_learning_moves_their_scal
     state = torch.load(runs["whole"] / "checkpoints" / "last.ckpt", weights_only=True)["fpq"]["layers"][ATTENTION]
     pairs = zip(state["nearest"]["inputs"], state["learned"]["inputs"], strict=True)
     assert all(before["scale"] != after["scale"] for before, after in pairs)
-    listed = json.loads((runs["whole"] / "quantized" / "quantization.json").read_text())["attention"]
-    assert [q["scale"] for q in listed[ATTENTION]] == [q["scale"].item() for q in state["learned"]["inputs"]]
+    listed = read_description(runs["whole"] / "quantized")["attention"]
+    assert [q["format"] for q in listed[ATTENTION]] == [q["format"] for q in state["learned"]["inputs"]]
+    stored = load_file(runs["whole"] / "quantized" / "unet" / "diffusion_pytorch_model.safetensors")
+    for k, q in enumerate(state["learned"]["inputs"]):
+        assert stored[f"{ATTENTION}.variants.learned.inputs.{k}.scale"] == q["scale"]
 
 
 def test_without_formats_nothing_of_attention_is_quantized_and_units_before_it_do_not_change(
@@ -555,7 +560,7 @@ def test_without_formats_nothing_of_attention_is_quantized_and_units_before_it_d
     with _Count() as count:
         pipeline.unet(torch.randn(1, 3, 8, 8), torch.tensor(5))
     assert len(count.calls) == 1
-    assert json.loads((runs["off"] / "quantized" / "quantization.json").read_text())["attention"] == {}
+    assert "attention" not in read_description(runs["off"] / "quantized")
     same = [(a, b) for a, b in zip(_blocks(runs["whole"]), _blocks(runs["off"]), strict=True)][:4]
     for a, b in same:
         assert a.pop("seconds") != b.pop("seconds")

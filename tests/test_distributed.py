@@ -333,7 +333,7 @@ def bits(run: Path) -> dict[str, Any]:
     weights = (run / "quantized" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     return {
         "weights": hashlib.sha256(weights).hexdigest(),
-        "layers": json.loads((run / "quantized" / "quantization.json").read_text())["layers"],
+        "layers": json.loads((run / "quantized" / "unet" / "config.json").read_text())["quantization_config"]["layers"],
         "codes": {name: None if c is None else [part.tolist() for part in c] for name, c in codes(run).items()},
     }
 

@@ -30,17 +30,19 @@ def test_the_commands_of_the_readme_run_one_after_the_other(
     model = save_tiny(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(CHECKOUT / "configs")
-    assert [command.split()[1] for command in COMMANDS] == ["fit", "fit", "test", "predict", "fit"]
-    for command in COMMANDS[:4]:
+    assert [command.split()[1] for command in COMMANDS] == ["fit", "fit", "test", "predict", "export", "fit"]
+    for command in COMMANDS[:5]:
         words = shlex.split(command.replace("PATH_OR_HUB_ID", model))[1:]
         if words[0] == "fit":
             overrides = fit_arguments(model, "runs/mine", iterations=2, n_images=2)[1:]
         else:
-            overrides = [*SMALL, *(["--evaluation.n_images=2"] if words[0] == "test" else [])]
+            overrides = [] if words[0] == "export" else SMALL
+            overrides = [*overrides, *(["--evaluation.n_images=2"] if words[0] == "test" else [])]
         outcome = run_fpq(capsys, [*words, *overrides])
         assert outcome.code == 0, outcome.err
     assert len(list((tmp_path / "images").glob("*.png"))) == 16
     assert (tmp_path / "runs" / "mine" / "report.md").is_file()
+    assert (tmp_path / "runs" / "mine" / "plain" / "quantization.json").is_file()
 
 
 def test_the_text_to_image_command_of_the_readme_runs(
@@ -98,7 +100,9 @@ def test_the_notebook_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytes
     program = program.replace('run_dir="runs/notebook"', 'run_dir="runs/notebook", sampler=fpq.SamplerConfig(steps=4)')
     assert program.count("iterations=2") == program.count("steps=4") == program.count("n_samples=8") == 1
     exec(compile(program, "README.md", "exec"), {})
-    assert (tmp_path / "runs" / "notebook" / "quantized" / "quantization.json").is_file()
+    config = (tmp_path / "runs" / "notebook" / "quantized" / "unet" / "config.json").read_text()
+    assert '"quant_method": "fpq"' in config
+    assert '"quant_method": "fpq"' in (tmp_path / "runs" / "notebook" / "fp8" / "config.json").read_text()
 
 
 @pytest.mark.parametrize("script", ["search.py", "figures.py", "multi_gpu.py", "kills.py"])

@@ -1,4 +1,4 @@
-"""``quantized/`` is a plain diffusers pipeline, and is written whole or not at all."""
+"""The dequantized form is a plain diffusers pipeline, and either form is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> DiffusionPipeline:
 @pytest.fixture(scope="module")
 def saved(pipeline: DiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("saved") / "quantized"
-    save_quantized(pipeline, directory, DETAILS)
+    save_quantized(pipeline, directory, DETAILS, "dequantized")
     return directory
 
 

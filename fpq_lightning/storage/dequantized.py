@@ -1,0 +1,117 @@
+"""The dequantized form: float32 weights on the low-bit grid, activation formats beside them in ``quantization.json``.
+
+Plain `DiffusionPipeline.from_pretrained` opens it without this package, then with full-precision activations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fpq_lightning.attention import OPERANDS, make_attention_quantized, quantized_attention
+from fpq_lightning.layers import LayerQuantization, QuantizedLayer, is_quantizable, make_quantized
+from fpq_lightning.quantizers import Granularity, Quantizer
+from fpq_lightning.storage.packed import PackedLayer
+
+FILE = "quantization.json"
+FORMAT_VERSION = 1
+
+
+def describe_layer(layer: QuantizedLayer | PackedLayer) -> dict[str, Any]:
+    """What `quantization.json` says of a layer: parts, weight formats, input quantizers."""
+    found = layer if isinstance(layer, PackedLayer) else cast(LayerQuantization, layer.variants["learned"])
+    return {
+        "splits": list(layer.splits),
+        "weights": [weight.format.name for weight in found.weights],
+        "inputs": [_describe(q) for q in found.inputs],
+    }
+
+
+def describe_attention(model: nn.Module) -> dict[str, Any]:
+    """What `quantization.json` says of each module whose attention is quantized: its operands' quantizers."""
+    return {
+        name: [_describe(q) for q in cast(LayerQuantization, module.variants["learned"]).inputs]
+        for name, module in quantized_attention(model).items()
+        if "learned" in module.variants
+    }
+
+
+def _describe(quantizer: Quantizer) -> dict[str, Any]:
+    state = quantizer.to_state()
+    return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """Reads `quantization.json`.
+
+    Raises:
+        ValueError: if it is damaged or of another version.
+    """
+    file = directory / FILE
+    try:
+        description = json.loads(file.read_text())
+        version, _ = description["format_version"], description["layers"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): quantize the model again") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{file} has format version {version}; this fpq_lightning reads version {FORMAT_VERSION}")
+    return description
+
+
+def apply_inputs(denoiser: nn.Module, description: Mapping[str, Any]) -> None:
+    """Puts the activation formats in force in a denoiser whose weights are on the grid already.
+
+    Raises:
+        ValueError: if the description does not fit the model.
+    """
+    modules = dict(denoiser.named_modules())
+    try:
+        for name, entry in description["layers"].items():
+            if name not in modules:
+                raise ValueError(f"it names a layer {name} that the model lacks")
+            if not is_quantizable(modules[name]):
+                raise ValueError(f"it names {name}, which is no Linear or Conv layer of the model")
+            _apply_inputs(modules[name], entry)
+        for name, operands in description.get("attention", {}).items():
+            if name not in modules or is_quantizable(modules[name]):
+                raise ValueError(f"it names {name}, which is no attention module of the model")
+            _apply_operands(modules[name], name, operands)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{FILE} does not fit the model ({type(error).__name__}: {error}): quantize it again"
+        ) from error
+
+
+def _apply_inputs(layer: nn.Module, entry: Mapping[str, Any]) -> None:
+    quantized = make_quantized(layer, Granularity("tensor"), entry["splits"])
+    inputs = _read_quantizers(entry["inputs"])
+    if len(inputs) not in (0, len(quantized.splits)):
+        raise ValueError(f"{len(inputs)} input quantizers for {len(quantized.splits)} parts of the input")
+    quantized.variants["learned"] = LayerQuantization(inputs=inputs)
+    quantized.set_mode("learned")
+
+
+def _apply_operands(module: nn.Module, name: str, entry: list[dict[str, Any]]) -> None:
+    operands = _read_quantizers(entry)
+    if not operands or len(operands) % len(OPERANDS):
+        raise ValueError(f"{len(operands)} quantizers for the attention of {name}, expected {len(OPERANDS)} a call")
+    quantized = make_attention_quantized(module, name, len(operands) // len(OPERANDS))
+    quantized.variants["learned"] = LayerQuantization(inputs=operands)
+    quantized.set_mode("learned")
+
+
+def _read_quantizers(entries: list[dict[str, Any]]) -> list[Quantizer]:
+    """The inverse of `_describe` for each entry."""
+    return [
+        Quantizer.from_state({k: _tensor(v) if k in ("scale", "offset") else v for k, v in entry.items()})
+        for entry in entries
+    ]
+
+
+def _tensor(value: Any) -> Tensor | None:
+    return None if value is None else torch.tensor(value, dtype=torch.float32)

@@ -1,0 +1,107 @@
+"""``fpq export``: a quantized pipeline from one form to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fpq_lightning.formats import Format, parse_format
+from fpq_lightning.layers import LayerQuantization, QuantizedLayer
+from fpq_lightning.pipelines import denoiser_name
+from fpq_lightning.quantizers import Granularity, Quantizer
+from fpq_lightning.storage.quantized import Form, is_quantized, load_quantized, read_description, save_quantized
+
+
+def export(directory: str | Path, output: str | Path, form: str) -> None:
+    """Writes a quantized pipeline in another form.
+
+    Args:
+        directory: of the pipeline, in either form.
+        output: a new directory.
+        form: ``fpq`` or ``dequantized``.
+
+    Raises:
+        FileNotFoundError: if there is no quantized pipeline.
+        ValueError: if its files are damaged, or `output` holds something.
+    """
+    if form not in get_args(Form):
+        raise ValueError(f"there is no form {form!r}: use {' or '.join(get_args(Form))}")
+    target = Path(output).expanduser()
+    if not is_quantized(directory):
+        raise FileNotFoundError(f"there is no quantized pipeline at {directory}: give the quantized/ of a run")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"{target} exists already: choose another --output")
+    description = read_description(directory)
+    pipeline = load_quantized(directory)
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    if form == "fpq" and "quant_method" not in description:
+        find_codes(denoiser, description)
+    details = {
+        k: v for k, v in description.items() if k not in ("quant_method", "format_version", "layers", "attention")
+    }
+    save_quantized(pipeline, target, details, cast(Form, form))
+
+
+@torch.no_grad()
+def find_codes(denoiser: nn.Module, description: Mapping[str, Any]) -> None:
+    """Gives layers whose weights are on the grid already the codes and scales that they were decoded from.
+
+    Args:
+        denoiser: of a pipeline in the dequantized form.
+        description: what that says of itself.
+
+    Raises:
+        ValueError: if a weight is on no such grid.
+    """
+    for name, entry in description["layers"].items():
+        if not entry["weights"]:
+            continue
+        layer = cast(QuantizedLayer, denoiser.get_submodule(name))
+        recipe = description["recipe"]["weights"]
+        layer.granularity = Granularity(recipe["granularity"], recipe["group_size"])
+        quantization = cast(LayerQuantization, layer.variants["learned"])
+        quantizers, codes = [], []
+        for rows, format_name in zip(layer.weight_rows(), entry["weights"], strict=True):
+            fmt = parse_format(format_name)
+            scale = find_scale(rows, fmt)
+            if scale is None:
+                raise ValueError(f"{name}: its weight is not one of {fmt} without offset; export it from packed files")
+            quantizers.append(Quantizer(fmt, scale))
+            codes.append(quantizers[-1].encode(rows))
+        found = LayerQuantization(quantizers, quantization.inputs)
+        found.codes = codes
+        layer.variants["learned"] = found
+
+
+def find_scale(rows: Tensor, fmt: Format) -> Tensor | None:
+    """Scales that rows of values were decoded with.
+
+    The largest magnitude of a row is a value of the format times the scale, rounded to float32. So the scale is that
+    magnitude over one of the values, or a float32 number beside it.
+
+    Args:
+        rows: float32 `[n_rows, n]`, each row values of the format times one scale.
+        fmt: the format.
+
+    Returns:
+        `[n_rows, 1]` with which every value decodes to its bits; None if there is none.
+    """
+    scale = torch.ones(len(rows), 1, device=rows.device)
+    left = (rows != 0).any(1)  # a row of zeros has any scale
+    for value in fmt.grid.abs().unique().flip(0)[:-1]:
+        for steps in (0, 1, -1, 2, -2):
+            index = left.nonzero()[:, 0]
+            if not len(index):
+                return scale
+            some = rows[index]
+            trial = some.abs().amax(1, keepdim=True) / value
+            trial = (trial.view(torch.int32) + steps).view(torch.float32)
+            quantizer = Quantizer(fmt, trial)
+            fits = (quantizer.decode(quantizer.encode(some)).view(torch.int32) == some.view(torch.int32)).all(1)
+            scale[index[fits]] = trial[fits]
+            left[index[fits]] = False
+    return None if left.any() else scale

@@ -1,0 +1,50 @@
+"""Headers of safetensors files, read and checked without their tensors."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+_LONGEST = 100_000_000  # bytes of a header, as safetensors has it
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Type (as safetensors names it) and shape of a tensor in a file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+def read_header(file: str | Path) -> dict[str, StoredTensor]:
+    """What a safetensors file holds.
+
+    Raises:
+        ValueError: if it is no safetensors file, or its tensors do not have the bytes of their shapes.
+    """
+    size = Path(file).stat().st_size
+    with Path(file).open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if not 2 <= length <= min(_LONGEST, size - 8):
+            raise ValueError(f"{file} is damaged or no safetensors file: its header cannot be {length} bytes long")
+        text = handle.read(length)
+    try:
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        found = {name: StoredTensor(e["dtype"], tuple(e["shape"])) for name, e in entries.items()}
+        places = {name: (int(e["data_offsets"][0]), int(e["data_offsets"][1])) for name, e in entries.items()}
+        sizes = {name: math.prod(t.shape) * _BYTES[t.dtype] for name, t in found.items() if t.dtype in _BYTES}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: its header cannot be read ({type(error).__name__}: {error})") from error
+    for name, (begin, end) in places.items():
+        if begin < 0 or sizes.get(name, end - begin) != end - begin:
+            raise ValueError(f"{file} is damaged: {name} is {found[name]}, but takes {end - begin} bytes")
+        if 8 + length + end > size:
+            raise ValueError(f"{file} is truncated: {name} ends at byte {8 + length + end}, the file at {size}")
+    return found

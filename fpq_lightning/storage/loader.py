@@ -1,0 +1,214 @@
+"""How diffusers loads packed files, and quantizes full-precision ones: its quantizer of the method ``fpq``.
+
+Importing this module makes it known, so that ``from_pretrained`` of any model or pipeline opens packed files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import torch
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import Tensor, nn
+
+from fpq_lightning.layers import is_quantizable
+from fpq_lightning.quantizers import ExactBuffers
+from fpq_lightning.search import search_tensor_error
+from fpq_lightning.storage.config import FPQConfig, QuantizationMethod
+from fpq_lightning.storage.headers import StoredTensor, read_header
+from fpq_lightning.storage.packed import (
+    PackedWeight,
+    make_attention_empty,
+    make_empty,
+    make_packed,
+    make_plain,
+    packed_layers,
+)
+
+_STORED_TYPES = {
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float32: "F32",
+}
+
+
+class FPQQuantizer(DiffusersQuantizer):
+    """Makes the layers of a model packed ones before its files are read, or one by one while they are.
+
+    Args:
+        quantization_config: of the files, or of the user.
+    """
+
+    use_keep_in_fp32_modules = True
+    quantization_config: FPQConfig
+
+    def __init__(self, quantization_config: FPQConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.pre_quantized = quantization_config.layers is not None
+        self.files: list[str] = []
+        self.selected: set[str] = set()  # weights to quantize
+
+    @property
+    def is_serializable(self) -> bool:
+        """Whether `save_pretrained` may write the model."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the quantized weights can be trained."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `torch.compile` takes the model."""
+        return True
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        """Whether threads may read the files."""
+        return False
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError("fpq: layers cannot be offloaded to the disk: choose a device_map without disk")
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        self.files = [str(file) for file in checkpoint_files]
+        return loaded_keys
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, keep_in_fp32_modules: Sequence[str] = (), **kwargs: Any
+    ) -> None:
+        if self.pre_quantized:
+            self._prepare_packed(model)
+        else:
+            self._select(model, [name for name in keep_in_fp32_modules if name])
+
+    def _prepare_packed(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules())
+        for name, entry in (self.quantization_config.layers or {}).items():
+            if name not in modules or not is_quantizable(modules[name]):
+                raise ValueError(f"quantization_config names {name}, which is no Linear or Conv layer of the model")
+            try:
+                make_empty(modules[name], entry)
+            except (ValueError, KeyError, TypeError, RuntimeError) as error:
+                reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+                raise ValueError(f"quantization_config does not fit {name}: {reason}") from error
+        for name, operands in self.quantization_config.details.get("attention", {}).items():
+            if name not in modules or is_quantizable(modules[name]):
+                raise ValueError(f"quantization_config names {name}, which is no attention module of the model")
+            try:
+                make_attention_empty(modules[name], name, operands)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"quantization_config does not fit the attention of {name}: {error}") from error
+        if foreign := [file for file in self.files if not file.endswith(".safetensors")]:
+            raise ValueError(f"{foreign[0]} is no safetensors file, and no other is read")
+        if self.files:
+            found = {name: tensor for file in self.files for name, tensor in read_header(file).items()}
+            _check_tensors(model, found)
+
+    def _select(self, model: nn.Module, kept: Sequence[str]) -> None:
+        config = self.quantization_config
+        names = [name for name, module in model.named_modules() if is_quantizable(module)]
+        excluded: set[str] = set()
+        for pattern in [*config.modules_to_not_convert, *kept]:
+            matched = {name for name in names if fnmatchcase(f".{name}.", f"*.{pattern}.*")}
+            if not matched and pattern not in kept:
+                raise ValueError(f"modules_to_not_convert: {pattern!r} matches none of the {len(names)} layers")
+            excluded |= matched
+        chosen = [name for name in names if name not in excluded]
+        if not chosen:
+            raise ValueError(f"{type(model).__name__} has no Linear or Conv layer that is to be quantized")
+        granularity = config.recipe.granularity()
+        for name in chosen:
+            granularity.rows(
+                cast(Tensor, model.get_submodule(name).weight), name
+            )  # refuses a group size that does not divide
+        self.selected = {f"{name}.weight" for name in chosen}
+        config.recipe.exclude = sorted(excluded)
+        config.details["recipe"] = config.recipe.to_dict()
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Mapping[str, Any], **kwargs: Any
+    ) -> bool:
+        parent = model.get_submodule(param_name.rpartition(".")[0])
+        return param_name in self.selected or isinstance(parent, ExactBuffers)
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device,
+        state_dict: Mapping[str, Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        parent_name, _, tensor_name = param_name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        value = state_dict[param_name].to(target_device)  # `param_value` was cast to the type of the model
+        if isinstance(parent, ExactBuffers):
+            if tensor_name == "scale" and not ((value > 0) & value.isfinite()).all():
+                raise ValueError(f"{param_name} holds a scale that is no positive number: the file is damaged")
+            parent._buffers[tensor_name] = value
+        else:
+            self._quantize(parent, value.float(), param_name)
+
+    @torch.no_grad()
+    def _quantize(self, layer: nn.Module, weight: Tensor, name: str) -> None:
+        if not weight.isfinite().all():
+            raise ValueError(f"{name} holds NaN or Inf: name its layer in modules_to_not_convert")
+        recipe = self.quantization_config.recipe
+        rows = recipe.granularity().rows(weight)
+        quantizer = search_tensor_error(rows, recipe.weight_formats())
+        packed = PackedWeight.of(quantizer, quantizer.encode(rows), weight.shape)
+        make_packed(layer, [weight.shape[1]], [packed], [])
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
+        if not self.pre_quantized:
+            self.quantization_config.layers = {name: m.describe() for name, m in packed_layers(model).items()}
+        model.register_to_config(quantization_config=self.quantization_config)
+        model.is_quantized = False  # or diffusers refuses to cast it, which codes and scales take no harm from
+        return model
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        for layer in packed_layers(model).values():
+            make_plain(layer)
+        forget_config(model)
+        return model
+
+
+def forget_config(model: Any) -> None:
+    """Takes ``quantization_config`` out of a model's configuration."""
+    model._internal_dict = type(model._internal_dict)(
+        {k: v for k, v in model._internal_dict.items() if k != "quantization_config"}
+    )
+
+
+def _check_tensors(model: nn.Module, found: Mapping[str, StoredTensor]) -> None:
+    """Compares what files hold with what a model needs.
+
+    Raises:
+        ValueError: if a tensor is missing, or one of a packed layer is too much or of another type or shape.
+    """
+    expected = model.state_dict()
+    if missing := sorted(expected.keys() - found.keys()):
+        raise ValueError(f"the files lack {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
+    for name, layer in packed_layers(model).items():
+        own = layer.state_dict(prefix=f"{name}.")
+        if extra := sorted(n for n in found if n.startswith(f"{name}.") and n not in own):
+            raise ValueError(f"the files hold {extra[0]}, which quantization_config does not know of")
+        for tensor, value in own.items():
+            wanted = StoredTensor(_STORED_TYPES.get(value.dtype, ""), tuple(value.shape))
+            exact = isinstance(model.get_submodule(tensor.rpartition(".")[0]), ExactBuffers)
+            if found[tensor].shape != wanted.shape or (exact and found[tensor].dtype != wanted.dtype):
+                raise ValueError(f"{tensor} is {found[tensor]} in the files, but should be {wanted}")
+
+
+AUTO_QUANTIZER_MAPPING[QuantizationMethod.FPQ.value] = FPQQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING[QuantizationMethod.FPQ.value] = FPQConfig
