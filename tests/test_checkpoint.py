@@ -247,7 +247,7 @@ def test_a_damaged_checkpoint_asked_for_by_name_ends_in_one_line(runs: Runs, tmp
 
 
 # Units done, steps done in the next one.
-KINDS = {"within a unit": (4, 20), "earlier within it": (4, 10), "after a unit": (5, 0), "finished": (12, 0)}
+KINDS = {"within a unit": (4, 20), "earlier within it": (4, 10), "after a unit": (6, 0), "finished": (12, 0)}
 
 
 @pytest.fixture(scope="module")

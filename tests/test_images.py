@@ -259,7 +259,7 @@ def test_metrics_without_their_packages_are_left_out_in_one_line(monkeypatch: py
         metrics = config.metrics()
     messages = [str(warning.message) for warning in found]
     assert any("Inception" in m and "fpq-lightning[fid]" in m for m in messages)
-    assert any("lpips" in m and "torchvision" in m for m in messages)
+    assert any("LPIPS" in m and "torchvision" in m for m in messages)
     assert all("\n" not in m for m in messages)
     assert len(metrics.distributions) == 1
     assert "lpips" not in metrics.paired
