@@ -202,3 +202,4 @@ def fit(
             "--ckpt_path last (ckpt_path='last')"
         )
     module.use_learned()
+    module.release()

@@ -202,5 +202,11 @@ def sample(
         if prompts is not None:
             raise ValueError(f"{type(pipeline).__name__} is not conditioned on text: leave the prompts out")
         arguments["batch_size"] = len(seeds)
-    images = pipeline(**arguments).images
+    try:
+        images = pipeline(**arguments).images
+    except TypeError as error:
+        if "BFloat16" not in str(error):
+            raise
+        kind = type(pipeline).__name__
+        raise ValueError(f"{kind} cannot make images of a bfloat16 model: load it in float32") from error
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().mul_(2).sub_(1)

@@ -64,13 +64,16 @@ def weight_statistics(module: nn.Module, layers: list[dict[str, Any]] | None = N
 
 
 @torch.no_grad()
-def activation_ranges(module: nn.Module, calibration: CalibrationSet, batch_size: int, n: int = 256) -> dict[str, Any]:
+def activation_ranges(
+    module: nn.Module, calibration: CalibrationSet, batch_size: int, device: torch.device, n: int = 256
+) -> dict[str, Any]:
     """Largest magnitudes of the layers' inputs along the trajectory, in full precision.
 
     Args:
         module: the network.
         calibration: what it is called with; without a timestep among its inputs nothing is found.
         batch_size: samples a pass, at most; fewer where memory is short.
+        device: where the inputs go.
         n: samples to look at, spread over the set.
 
     Returns:
@@ -79,14 +82,16 @@ def activation_ranges(module: nn.Module, calibration: CalibrationSet, batch_size
     """
     while True:
         try:
-            return _activation_ranges(module, calibration, batch_size, n)
+            return _activation_ranges(module, calibration, batch_size, device, n)
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise
         batch_size = -(-batch_size // 2)
 
 
-def _activation_ranges(module: nn.Module, calibration: CalibrationSet, batch_size: int, n: int) -> dict[str, Any]:
+def _activation_ranges(
+    module: nn.Module, calibration: CalibrationSet, batch_size: int, device: torch.device, n: int
+) -> dict[str, Any]:
     key = next((name for name in _TIMESTEPS if name in calibration.inputs), None)
     layers = {name: layer for name, layer in quantized_layers(module).items() if _learned(layer) is not None}
     if key is None or not layers:
@@ -99,7 +104,6 @@ def _activation_ranges(module: nn.Module, calibration: CalibrationSet, batch_siz
         )
         for name, layer in layers.items()
     ]
-    device = next(module.parameters()).device
     try:
         with running(module, "full_precision"):
             for chunk in rows.split(batch_size):

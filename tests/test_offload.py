@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import MakeNetwork
 from models import fit_arguments, quantized_files, run_fpq, save_tiny, tiny_text_to_image, tiny_unet
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from fpq_lightning.layers import LayerQuantization
 from fpq_lightning.model import offload as offload_module
 from fpq_lightning.model.blocks import discover_units, layer_count
 from fpq_lightning.model.offload import Offload
+from fpq_lightning.model.trace import _Tracer
 
 
 class Elsewhere:
@@ -130,3 +132,57 @@ def test_codes_move_with_their_layer_and_keep_their_type() -> None:
     bias: Tensor | None = moved.bias
     assert bias is not None
     assert bias.dtype == torch.float64
+
+
+def test_a_part_of_a_block_that_runs_without_it_is_there_while_it_runs(
+    make_network: MakeNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = make_network("dit", n=2)  # its end embeds the timestep with the first block's layers
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+    offload = Offload(model, [unit.module for unit in discover_units(model)])
+    offload.device = torch.device("cpu", 0)  # one that can be told from host memory
+    home = {id(p): p.data_ptr() for p in model.parameters()}
+    moved: list[bool] = []
+    embedding = model.transformer_blocks[0].norm1.emb.timestep_embedder.linear_1
+
+    def running(layer: nn.Module, args: Any) -> None:
+        moved.append(layer.weight.data_ptr() != home[id(layer.weight)])
+
+    to = nn.Module.to
+
+    def copying(module: nn.Module, device: Any) -> nn.Module:
+        result = to(module, device)
+        for p in module.parameters() if device is offload.device else ():
+            p.data = p.data.clone()  # as another device would hold one
+        return result
+
+    monkeypatch.setattr(nn.Module, "to", copying)
+    embedding.register_forward_pre_hook(running)
+    with torch.no_grad():
+        found = model(**inputs)[0]
+    assert torch.equal(found, expected)
+    assert moved == [True, True]  # within its block, and without
+    assert {id(p): p.data_ptr() for p in model.parameters()} == home
+
+
+def test_hooks_go_and_weights_stay_when_the_blocks_are_no_longer_offloaded() -> None:
+    unet = tiny_unet()
+    offload = Offload(unet, [unit.module for unit in discover_units(unet)])
+    offload.place(torch.device("cpu"))
+    offload.hold([offload.blocks[0]])
+    offload.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
+    weights = unet.to(torch.bfloat16).state_dict()
+    with torch.no_grad():
+        unet(torch.randn(1, 3, 8, 8).bfloat16(), torch.tensor([1]))
+    assert {value.dtype for value in unet.state_dict().values()} == {torch.bfloat16}
+    assert weights.keys() == unet.state_dict().keys()
+
+
+def test_tracing_keeps_no_weights() -> None:
+    tracer = _Tracer()
+    with tracer:
+        moved = nn.Linear(2, 2).to(torch.float64)
+    assert moved.weight.dtype == torch.float64
+    assert not tracer._alive

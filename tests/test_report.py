@@ -145,7 +145,7 @@ def test_activation_ranges_are_the_largest_inputs_of_each_span_of_timesteps() ->
     timestep = torch.randint(0, 1000, (50,), generator=generator)
     sample = torch.randn(50, 4, generator=generator)
     calibration = CalibrationSet({"sample": sample, "timestep": timestep}, torch.ones(50))
-    found = activation_ranges(model, calibration, batch_size=7)
+    found = activation_ranges(model, calibration, batch_size=7, device=torch.device("cpu"))
     edges = found["timesteps"]
     assert len(edges) == 11
     assert [layer["name"] for layer in found["layers"]] == ["a", "b"]
@@ -162,10 +162,10 @@ def test_activation_ranges_are_the_largest_inputs_of_each_span_of_timesteps() ->
 
 def test_without_timesteps_or_static_clips_there_are_no_ranges() -> None:
     calibration = CalibrationSet({"sample": torch.randn(5, 4), "timestep": torch.arange(5)}, torch.ones(5))
-    found = activation_ranges(_quantized_layers(None), calibration, 2)
+    found = activation_ranges(_quantized_layers(None), calibration, 2, torch.device("cpu"))
     assert all(layer["clip"] is None for layer in found["layers"])
     renamed = CalibrationSet({"sample": torch.randn(5, 4), "sigma": torch.arange(5)}, torch.ones(5))
-    assert activation_ranges(_quantized_layers(), renamed, 2) == {}
+    assert activation_ranges(_quantized_layers(), renamed, 2, torch.device("cpu")) == {}
 
 
 # --- the page --------------------------------------------------------------------------------------------------

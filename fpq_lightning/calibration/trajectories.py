@@ -333,6 +333,7 @@ def noise_real_images(pipeline: DiffusionPipeline, source: str, column: str, n: 
     timestep = torch.randint(pipeline.scheduler.config.num_train_timesteps, (n,), generator=generator)
     noise = torch.randn(clean.shape, generator=generator)
     noised = pipeline.scheduler.add_noise(clean, noise, timestep)
+    noised = noised.to(denoiser.dtype)
     return CalibrationSet({"sample": noised, "timestep": timestep}, torch.ones(n), {"return_dict": False})
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fpq_lightning.evaluation import SHOWN, EvaluationConfig, compare, image_settings, prompts_of_share, sample_variant
@@ -15,7 +15,7 @@ from fpq_lightning.images import ImageDirectory
 from fpq_lightning.layers import Mode
 from fpq_lightning.pipelines import SamplerConfig
 from fpq_lightning.reconstruction.module import BlockReconstruction
-from fpq_lightning.runs import RunDirectory, hash_quantization
+from fpq_lightning.runs import RunDirectory, fingerprint, hash_quantization
 
 
 class ImageQuality(pl.Callback):
@@ -50,7 +50,8 @@ class ImageQuality(pl.Callback):
         if module is None:
             return ImageDirectory(root / mode, image_settings(weights, self.sampler))
         # A calibration that was begun anew may end elsewhere, so that images of the one before are not its own.
-        quantization = hash_quantization(module.denoiser, mode)
+        components = {k: v for k, v in module.pipeline.components.items() if isinstance(v, nn.Module)}
+        quantization = fingerprint({name: hash_quantization(part, mode) for name, part in components.items()})
         settings = image_settings(weights, self.sampler, quantization)
         return ImageDirectory(root / f"{mode}-{quantization[:8]}", settings)
 

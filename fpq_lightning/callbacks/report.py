@@ -72,7 +72,9 @@ class RunReport(pl.Callback):
             },
             **weight_statistics(module.denoiser, layers),
             "layers": layers,
-            "activation_ranges": activation_ranges(module.denoiser, calibration.set, calibration.micro_batch),
+            "activation_ranges": activation_ranges(
+                module.denoiser, calibration.set, calibration.micro_batch, module.device
+            ),
             "disk_bytes": weights_size(self.run.quantized / denoiser_name(module.pipeline)),
             "device": device_name(module.device),
             "versions": versions(),

@@ -49,6 +49,8 @@ class _Tracer(TorchFunctionMode):
         return frozenset().union(*found)
 
     def tag(self, tree: Any, origin: frozenset[int]) -> None:
+        if not origin:
+            return  # weights, above all, which are not to be kept where they are moved to
         for x in tree_leaves(tree):
             if isinstance(x, Tensor):
                 self.origins[id(x)] = origin

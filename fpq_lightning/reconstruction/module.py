@@ -89,6 +89,13 @@ class BlockReconstruction(pl.LightningModule):
         self._offload.place(device)
         self._move_other_components(device)
 
+    def release(self) -> None:
+        """Leaves the pipeline as any other; one whose blocks were offloaded, in host memory."""
+        if self._offload is not None:
+            self._offload.remove()
+            self._offload = None
+            self.pipeline.to("cpu")
+
     def _move_other_components(self, device: torch.device) -> None:
         for component in self.pipeline.components.values():
             if isinstance(component, nn.Module) and component is not self.denoiser:
