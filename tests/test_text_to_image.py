@@ -330,6 +330,7 @@ def _fit_with_components(
 ) -> tuple[Path, dict[str, Any]]:
     options = [f"--sampler.prompts={PROMPTS}", f"--recipe.components={json.dumps(components)}"]
     options += ["--recipe.include=['conv_in']", "--sampler.guidance_scale=3"]
+    options += [f"--evaluation.images={tmp_path / 'images'}"]  # shared: of other components they are not the same
     run = tmp_path / f"run{len(components)}"
     outcome = run_fpq(capsys, [*fit_arguments(model, run, iterations=2, n_images=4), *options])
     assert outcome.code == 0, outcome.err

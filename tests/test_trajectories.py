@@ -193,6 +193,13 @@ def test_a_model_that_gives_nan_in_its_last_step_only_is_refused() -> None:
         sample_trajectories(pipeline, SAMPLER, 8, weighting="sensitivity")
 
 
+def test_a_pixel_pipeline_in_bfloat16_is_one_clear_line() -> None:
+    pipeline = tiny_pipeline()
+    pipeline.unet.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="DDPMPipeline cannot make images of a bfloat16 model: load it in float32"):
+        sample_trajectories(pipeline, SAMPLER, 4)
+
+
 @pytest.mark.parametrize("n", [0, -1])
 def test_an_empty_set_is_refused_before_sampling(pipeline: DDPMPipeline, n: int) -> None:
     with pytest.raises(ValueError, match="empty"):

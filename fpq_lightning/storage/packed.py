@@ -241,8 +241,8 @@ def pack_layer(layer: QuantizedLayer, quantization: LayerQuantization) -> Packed
     return make_packed(layer, layer.splits, weights, list(quantization.inputs))
 
 
-def learned_attention(model: nn.Module) -> dict[str, QuantizedAttention]:
-    """The modules whose attention is calibrated, by name; of their variants only that one is left."""
+def keep_learned_attention(model: nn.Module) -> dict[str, QuantizedAttention]:
+    """Drops all but the learned variant of attention, as files hold that alone; the modules that have it, by name."""
     found = {name: m for name, m in quantized_attention(model).items() if "learned" in m.variants}
     for module in found.values():
         module.variants = nn.ModuleDict({"learned": module.variants["learned"]})

@@ -29,7 +29,7 @@ from fpq_lightning.storage.loader import forget_config
 from fpq_lightning.storage.packed import (
     PackedLayer,
     describe_attention,
-    learned_attention,
+    keep_learned_attention,
     make_plain,
     pack_layer,
     packed_layers,
@@ -97,7 +97,7 @@ def _convert(denoiser: nn.Module, form: Form, details: Mapping[str, Any]) -> Non
             if isinstance(layer, QuantizedLayer):
                 pack_layer(layer, cast(LayerQuantization, layer.variants["learned"]))
         descriptions = {name: layer.describe() for name, layer in packed_layers(denoiser).items()}
-        attention = {name: describe_attention(module) for name, module in learned_attention(denoiser).items()}
+        attention = {name: describe_attention(module) for name, module in keep_learned_attention(denoiser).items()}
         config = FPQConfig.of(descriptions, {**details, **({"attention": attention} if attention else {})})
         cast(Any, denoiser).register_to_config(quantization_config=config)
     else:
