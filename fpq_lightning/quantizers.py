@@ -139,13 +139,14 @@ class Quantizer(ExactBuffers):
             raise ValueError("a dynamic quantizer has no scale of its own")
         return self.scale if self.log_gain is None else self.scale * self.log_gain.exp()
 
+    def token_scale(self, x: Tensor) -> Tensor:
+        """The scale of each token of a float32 tensor, so that its largest magnitude is that of the format."""
+        return x.detach().abs().amax(dim=self.token_dims, keepdim=True).clamp_(min=1e-12) / self.format.max
+
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The tensor at the unit scale of the format, and the scale."""
         x = x.float()
-        if self.scale is None:
-            scale = x.detach().abs().amax(dim=self.token_dims, keepdim=True).clamp_(min=1e-12) / self.format.max
-        else:
-            scale = self.current_scale()
+        scale = self.token_scale(x) if self.scale is None else self.current_scale()
         return (x if self.offset is None else x - self.offset) / scale, scale
 
     def _placed(self, value: Tensor, scale: Tensor) -> Tensor:
@@ -158,7 +159,9 @@ class Quantizer(ExactBuffers):
         ``value - x / scale`` inside the range and the bound outside.
         """
         spacing = self.format.spacing
-        if spacing is not None and self.scale is not None and self.scale.numel() == 1 and kernels.are_for(x):
+        one_scale = self.scale is not None and self.scale.numel() == 1
+        # A compiler fuses the plain operations with what surrounds them.
+        if spacing is not None and one_scale and not torch.compiler.is_compiling() and kernels.are_for(x):
             from fpq_lightning.kernels.fake_quantize import fake_quantize  # needs Triton
 
             return fake_quantize(x, self.current_scale(), self.offset, spacing)

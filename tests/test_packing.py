@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fpq_lightning.storage.packing import pack, packed_length, unpack
+from fpq_lightning.packing import pack, packed_length, unpack
 
 WIDTHS = st.integers(1, 8)
 

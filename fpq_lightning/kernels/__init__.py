@@ -30,9 +30,16 @@ def _work() -> bool:
     return True
 
 
-def are_for(x: Tensor) -> bool:
-    """Whether the kernels run where a tensor is; ``FPQ_KERNELS=0`` turns them off, to compare with plain torch."""
-    if os.environ.get("FPQ_KERNELS") == "0" or not x.numel():
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def are_for_device(device: torch.device) -> bool:
+    """Whether the kernels run on a device; ``FPQ_KERNELS=0`` turns them off, to compare with plain torch."""
+    if os.environ.get("FPQ_KERNELS") == "0":
         return False
-    here = x.get_device() == torch.cuda.current_device() if x.is_cuda else os.environ.get("TRITON_INTERPRET") == "1"
-    return here and _work()
+    if device.type == "cuda":
+        return device.index in (None, torch.cuda.current_device()) and _work()
+    return os.environ.get("TRITON_INTERPRET") == "1" and _work()
+
+
+def are_for(x: Tensor) -> bool:
+    """Whether the kernels run where a tensor is, and there is something to do."""
+    return x.numel() > 0 and are_for_device(x.device)

@@ -18,7 +18,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _round(y, LOW: tl.constexpr, HIGH: tl.constexpr, NORMAL: tl.constexpr, RELATIVE: tl.constexpr):
+def round_to_grid(y, LOW: tl.constexpr, HIGH: tl.constexpr, NORMAL: tl.constexpr, RELATIVE: tl.constexpr):
     """The nearest grid value, ties to even."""
     if LOW == 0.0:
         y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL) + 0.0
@@ -49,7 +49,7 @@ def _forward(
     if HAS_OFFSET:
         offset = tl.load(offset_ptr)
         x = x - offset
-    out = _round(tl.div_rn(x, scale), LOW, HIGH, NORMAL, RELATIVE) * scale
+    out = round_to_grid(tl.div_rn(x, scale), LOW, HIGH, NORMAL, RELATIVE) * scale
     if HAS_OFFSET:
         out = out + offset
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
@@ -73,7 +73,7 @@ def _backward(
     in_range = (y >= LOW) & (y <= HIGH)
     tl.store(dx_ptr + at, tl.where(in_range, gradient, 0.0).to(dx_ptr.dtype.element_ty), mask=inside)
     # LSQ (Esser et al. 2020): value - x / scale inside the range, the bound outside.
-    dscale = gradient * (_round(y, LOW, HIGH, NORMAL, RELATIVE) - tl.where(in_range, y, 0.0))
+    dscale = gradient * (round_to_grid(y, LOW, HIGH, NORMAL, RELATIVE) - tl.where(in_range, y, 0.0))
     tl.store(dscale_ptr + program, tl.sum(tl.where(inside, dscale, 0.0), axis=0))
 
 

@@ -1,7 +1,6 @@
 """Layers whose weights are packed codes, in files as in memory.
 
-A weight is decoded for each call and never kept, so that it takes the bytes of its codes and no more. Simulated
-arithmetic: the decoded weight times the quantized and dequantized input, to the bits of the calibrated layer.
+A weight is never kept decoded, so that it takes the bytes of its codes and no more.
 """
 
 from __future__ import annotations
@@ -13,11 +12,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fpq_lightning import kernels
 from fpq_lightning.attention import OPERANDS, QuantizedAttention, make_attention_quantized, quantized_attention
+from fpq_lightning.backends.hardware import hardware_of
+from fpq_lightning.backends.paths import Arithmetic, Plan, choose, run
 from fpq_lightning.formats import Format, parse_format
+from fpq_lightning.kernels import ops
 from fpq_lightning.layers import LayerQuantization, QuantizedLayer, SplitLayer
+from fpq_lightning.packing import pack, packed_length, unpack
 from fpq_lightning.quantizers import ExactBuffers, Quantizer
-from fpq_lightning.storage.packing import pack, packed_length, unpack
 
 NATIVE_TYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 """Formats whose codes are those of a torch type; all others are stored as uint8."""
@@ -90,14 +93,21 @@ class PackedWeight(ExactBuffers):
             "offset": self.offset is not None,
         }
 
-    def forward(self) -> Tensor:
-        """The weight, float32 `[out, in, ...]`."""
-        codes = unpack(self.codes.view(torch.uint8), self.format.bits, math.prod(self.shape[1:]))
+    @property
+    def bytes(self) -> Tensor:
+        """The packed rows as uint8."""
+        return self.codes.view(torch.uint8)
+
+    def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight `[out, in, ...]`, float32 rounded to a type."""
+        if kernels.are_for(self.codes):
+            return ops.decode(self.bytes, self.format, self.shape, self.scale, self.offset, dtype)
+        codes = unpack(self.bytes, self.format.bits, math.prod(self.shape[1:]))
         values = self.values.index_select(0, codes.flatten().int())
         weight = values.reshape(self.shape[0], self.scale.shape[1], -1) * self.scale[..., None]
         if self.offset is not None:
             weight = weight + self.offset[..., None]
-        return weight.reshape(self.shape)
+        return weight.reshape(self.shape).to(dtype)
 
 
 class PackedLayer(SplitLayer):
@@ -107,12 +117,15 @@ class PackedLayer(SplitLayer):
         shape: `[out, in, ...]` of the weight.
         weights: the packed parts of the weight; empty where the weight is in full precision.
         inputs: the quantizers of the parts of the input; empty where it is in full precision.
+        arithmetic: what it may run on; see `set_arithmetic`.
     """
 
     shape: tuple[int, ...]
     weights: Sequence[PackedWeight]
     inputs: Sequence[Quantizer]
     type_of_weight: Tensor
+    arithmetic: Arithmetic = "native"
+    _plan: tuple[torch.device, torch.dtype, Plan] | None = None
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -120,15 +133,23 @@ class PackedLayer(SplitLayer):
         stored = self._parameters.get("weight")
         return self.decode_weight().to(self.type_of_weight.dtype) if stored is None else stored
 
-    def decode_weight(self) -> Tensor:
-        """The weight from its codes, float32 `[out, in, ...]`."""
-        parts = [part() for part in self.weights]
+    def decode_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight from its codes `[out, in, ...]`, float32 rounded to a type."""
+        parts = [part(dtype) for part in self.weights]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Runs the layer on a quantized input."""
-        weight = self.decode_weight() if len(self.weights) else self.weight
+    def simulate(self, x: Tensor) -> Tensor:
+        """Runs the layer on a decoded weight and an input that was quantized and dequantized."""
+        weight = self.decode_weight(x.dtype) if len(self.weights) else self.weight
         return self.operate(self.quantize_input(x, self.inputs), weight, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Runs the layer on the best path of its device."""
+        planned = self._plan
+        if planned is None or planned[0] != x.device or planned[1] != x.dtype:
+            plan = choose(self, hardware_of(x.device), x.dtype, self.arithmetic)
+            planned = self._plan = (x.device, x.dtype, plan)
+        return run(self, x, planned[2])
 
     def describe(self) -> dict[str, Any]:
         """All of the layer that is not in its tensors: plain types, which `make_empty` reads."""
@@ -179,6 +200,18 @@ PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {
     nn.Conv2d: PackedConv2d,
     nn.Conv3d: PackedConv3d,
 }
+
+
+def set_arithmetic(module: nn.Module, arithmetic: Arithmetic) -> None:
+    """Chooses what the packed layers below a module run on.
+
+    Args:
+        module: a model, or a part of one.
+        arithmetic: ``native`` for the best path of the device; ``simulated`` for decoded weights and inputs that were
+            quantized and dequantized, as the model was calibrated.
+    """
+    for layer in packed_layers(module).values():
+        layer.arithmetic, layer._plan = arithmetic, None
 
 
 def packed_layers(module: nn.Module) -> dict[str, PackedLayer]:

@@ -1,0 +1,47 @@
+"""The path of a packed layer: which arithmetic it runs on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fpq_lightning.backends import fp8, weight_only
+from fpq_lightning.backends.hardware import Hardware
+
+if TYPE_CHECKING:
+    from fpq_lightning.storage.packed import PackedLayer
+
+Arithmetic = Literal["native", "simulated"]
+"""``native`` takes the best path that a device has; ``simulated`` is equal to the calibrated model's, to the bits of
+products in the type of the input."""
+
+Path = Literal["fp8", "weight_only", "decode"]
+"""``fp8``: E4M3 by E4M3 on tensor cores. ``weight_only``: codes are decoded within the product. ``decode``: the weight
+is decoded for the call."""
+
+
+class Plan(NamedTuple):
+    """The path of a layer on inputs of few rows, and of many."""
+
+    few: Path
+    many: Path
+
+
+def choose(layer: PackedLayer, hardware: Hardware, dtype: torch.dtype, arithmetic: Arithmetic) -> Plan:
+    """The paths of a layer on inputs of a type. Those in float32 ask for its precision, so the weight is decoded."""
+    if arithmetic == "simulated" or dtype not in (torch.float16, torch.bfloat16):
+        return Plan("decode", "decode")
+    many: Path = "fp8" if hardware.multiplies_fp8 and dtype == torch.bfloat16 and fp8.fits(layer) else "decode"
+    if not hardware.kernels or not weight_only.fits(layer) or (many == "fp8" and weight_only.bits(layer) == 8):
+        return Plan(many, many)
+    return Plan("weight_only", many)
+
+
+def run(layer: PackedLayer, x: Tensor, plan: Plan) -> Tensor:
+    """Runs a layer as planned."""
+    path = plan.few if x.numel() <= weight_only.MAX_ROWS * layer.shape[1] else plan.many
+    if path == "fp8":
+        return fp8.linear(layer, x)
+    return weight_only.linear(layer, x) if path == "weight_only" else layer.simulate(x)

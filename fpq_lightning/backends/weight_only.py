@@ -1,0 +1,41 @@
+"""Low-bit weights with operands of half precision: what is saved is memory traffic."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from fpq_lightning.kernels import ops
+
+if TYPE_CHECKING:
+    from fpq_lightning.storage.packed import PackedLayer
+
+WIDTHS = (4, 6, 8)
+"""Bits of the codes that are decoded within a product."""
+MAX_ROWS = 64
+"""Rows of the input up to which that is faster than decoding first (docs/benchmarks.md)."""
+
+
+def fits(layer: PackedLayer) -> bool:
+    """Whether the products of a layer can decode its weight as they go."""
+    return (
+        isinstance(layer, nn.Linear)
+        and len(layer.weights) > 0
+        and all(w.format.bits in WIDTHS and w.offset is None and w.scale.shape[1] == 1 for w in layer.weights)
+    )
+
+
+def bits(layer: PackedLayer) -> int:
+    """The widest codes of a layer."""
+    return max(w.format.bits for w in layer.weights)
+
+
+def linear(layer: PackedLayer, x: Tensor) -> Tensor:
+    """The layer on few rows `x`, float16 or bfloat16 `[..., in]`; a product for each part of the input, summed."""
+    rows = layer.quantize_input(x, layer.inputs).flatten(0, -2)
+    bias, total = layer.bias, None
+    for weight, part in zip(layer.weights, rows.split(layer.splits, dim=1), strict=True):
+        out = ops.weight_gemm(part.contiguous(), weight.bytes, weight.format, weight.scale, bias)
+        total, bias = out if total is None else total + out, None
+    return total.reshape(*x.shape[:-1], -1)  # type: ignore[union-attr]

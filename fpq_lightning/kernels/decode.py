@@ -1,0 +1,98 @@
+"""Packed weights to plain ones in one pass over memory; bit-equal to `PackedWeight.forward`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fpq_lightning.formats import Format
+from fpq_lightning.kernels.codes import constants, value_of
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _code_at(row_ptr, column, inside, WIDTH: tl.constexpr):
+    """The codes at columns of a packed row, int32."""
+    bit = column * WIDTH
+    code = tl.load(row_ptr + (bit >> 3), mask=inside, other=0).to(tl.int32)
+    if 8 % WIDTH != 0:  # it may go on in the next byte
+        beyond = inside & ((bit & 7) + WIDTH > 8)
+        code |= tl.load(row_ptr + (bit >> 3) + 1, mask=beyond, other=0).to(tl.int32) << 8
+    return (code >> (bit & 7)) & ((1 << WIDTH) - 1)
+
+
+@triton.jit
+def _decode(
+    codes_ptr, scale_ptr, offset_ptr, out_ptr, n, row_bytes, scale_stride, group,
+    HAS_OFFSET: tl.constexpr, WIDTH: tl.constexpr, MANTISSA: tl.constexpr, SIGNED: tl.constexpr,
+    MULTIPLIER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < n
+    value = value_of(_code_at(codes_ptr + row * row_bytes, column, inside, WIDTH), WIDTH, MANTISSA, SIGNED, MULTIPLIER)
+    at = row * scale_stride + column // group
+    value = value * tl.load(scale_ptr + at, mask=inside, other=1.0)
+    if HAS_OFFSET:
+        value = value + tl.load(offset_ptr + at, mask=inside, other=0.0)
+    tl.store(out_ptr + row * n + column, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _translate(codes_ptr, table_ptr, out_ptr, n, row_bytes, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < n
+    code = _code_at(codes_ptr + row * row_bytes, column, inside, WIDTH)
+    tl.store(out_ptr + row * n + column, tl.load(table_ptr + code, mask=inside, other=0), mask=inside)
+
+
+def decode(
+    codes: Tensor, fmt: Format, shape: Sequence[int], scale: Tensor, offset: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """A weight from its codes.
+
+    Args:
+        codes: uint8 `[out, bytes]`, packed rows.
+        fmt: the number format.
+        shape: `[out, in, ...]` of the weight.
+        scale: float32 `[1, 1]`, `[out, 1]` or `[out, groups]`.
+        offset: float32 like `scale`, or None.
+        dtype: float32, float16 or bfloat16; the float32 weight is rounded to it.
+
+    Returns:
+        `shape`, contiguous.
+    """
+    n = math.prod(shape[1:])
+    out = torch.empty(tuple(shape), dtype=dtype, device=codes.device)
+    per_row = scale.shape[1] if scale.shape[0] > 1 or shape[0] == 1 else 0
+    _decode[(shape[0], triton.cdiv(n, _BLOCK))](
+        codes, scale, scale if offset is None else offset, out, n, codes.shape[1], per_row, n // scale.shape[1],
+        HAS_OFFSET=offset is not None, **constants(fmt), BLOCK=_BLOCK, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def translate(codes: Tensor, width: int, table: Tensor, n: int) -> Tensor:
+    """Packed codes of one format to the codes of another, a byte each.
+
+    Args:
+        codes: uint8 `[rows, bytes]`, packed rows.
+        width: bits of a code.
+        table: uint8 `[2^width]`, the new code of every code.
+        n: codes of a row.
+
+    Returns:
+        uint8 `[rows, n]`.
+    """
+    out = torch.empty(codes.shape[0], n, dtype=torch.uint8, device=codes.device)
+    _translate[(codes.shape[0], triton.cdiv(n, _BLOCK))](
+        codes, table, out, n, codes.shape[1], WIDTH=width, BLOCK=_BLOCK
+    )
+    return out

@@ -1,0 +1,141 @@
+"""Products of few rows with a packed weight, which is decoded inside: its bytes are read once and never written.
+
+With few rows a product takes as long as reading the weight, so that four bits are up to four times as fast as sixteen.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fpq_lightning.formats import Format
+from fpq_lightning.kernels.codes import constants, value_of
+
+
+class Tiling(NamedTuple):
+    """How a product is cut.
+
+    Attributes:
+        outputs: output channels of a program.
+        inputs: input channels of a step.
+        splits: programs that share the input channels of an output.
+        warps: of a program.
+        stages: of its pipeline.
+    """
+
+    outputs: int
+    inputs: int
+    splits: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _byte(codes_ptr, rows, unit, place, row_bytes, inside, UNIT_BYTES: tl.constexpr):
+    at = rows[:, None].to(tl.int64) * row_bytes + unit[None, :] * UNIT_BYTES + place
+    return tl.load(codes_ptr + at, mask=inside, other=0).to(tl.int32)
+
+
+@triton.jit
+def _weight_tile(
+    codes_ptr, rows, start, n_out, row_bytes, K: tl.constexpr, WIDTH: tl.constexpr, MANTISSA: tl.constexpr,
+    SIGNED: tl.constexpr, MULTIPLIER: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Values `[rows, BLOCK_K]` of input channels from `start`, a multiple of BLOCK_K; zero beyond the weight."""
+    unit_codes: tl.constexpr = 8 // WIDTH if 8 % WIDTH == 0 else 4  # of the fewest codes that are whole bytes
+    unit_bytes: tl.constexpr = unit_codes * WIDTH // 8
+    unit = start // unit_codes + tl.arange(0, BLOCK_K // unit_codes)
+    here = rows[:, None] < n_out
+    left = row_bytes - unit[None, :] * unit_bytes
+    first = _byte(codes_ptr, rows, unit, 0, row_bytes, here & (left > 0), unit_bytes)
+    if WIDTH == 8:
+        codes = first
+    elif WIDTH == 4:
+        codes = tl.reshape(tl.join(first & 15, first >> 4), (rows.shape[0], BLOCK_K))
+    else:
+        second = _byte(codes_ptr, rows, unit, 1, row_bytes, here & (left > 1), unit_bytes)
+        third = _byte(codes_ptr, rows, unit, 2, row_bytes, here & (left > 2), unit_bytes)
+        even = tl.join(first & 63, ((second >> 4) | (third << 4)) & 63)  # codes 0 and 2
+        odd = tl.join(((first >> 6) | (second << 2)) & 63, third >> 2)  # codes 1 and 3
+        codes = tl.reshape(tl.join(even, odd), (rows.shape[0], BLOCK_K))
+    value = value_of(codes, WIDTH, MANTISSA, SIGNED, MULTIPLIER)
+    column = start + tl.arange(0, BLOCK_K)
+    return tl.where(column[None, :] < K, value, 0.0)
+
+
+@triton.jit
+def _gemm(
+    x_ptr, codes_ptr, scale_ptr, bias_ptr, out_ptr, partial_ptr, arrived_ptr, n_rows, n_out, row_bytes, scale_stride,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, WIDTH: tl.constexpr, MANTISSA: tl.constexpr, SIGNED: tl.constexpr,
+    MULTIPLIER: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tile, split = tl.program_id(0), tl.program_id(1)
+    outs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
+    total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for step in range(0, K, SPLITS * BLOCK_K):
+        start = step + split * BLOCK_K
+        weight = _weight_tile(codes_ptr, outs, start, n_out, row_bytes, K, WIDTH, MANTISSA, SIGNED, MULTIPLIER, BLOCK_K)
+        column = start + tl.arange(0, BLOCK_K)
+        inside = (rows[:, None] < n_rows) & (column[None, :] < K)
+        x = tl.load(x_ptr + rows[:, None] * K + column[None, :], mask=inside, other=0.0)
+        total = tl.dot(weight.to(x.dtype), tl.trans(x), total)
+    inside = (outs[:, None] < n_out) & (rows[None, :] < n_rows)
+    at = rows[None, :] * n_out + outs[:, None]
+    last = True
+    if SPLITS > 1:
+        tl.store(partial_ptr + split * n_rows * n_out + at, total, mask=inside)
+        tl.debug_barrier()  # all of the program has stored before it says so
+        last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        if SPLITS > 1:
+            total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+            for other in range(SPLITS):  # in one order, whoever comes last
+                total += tl.load(partial_ptr + other * n_rows * n_out + at, mask=inside, cache_modifier=".cg")
+            tl.store(arrived_ptr + tile, 0)
+        total = total * tl.load(scale_ptr + outs * scale_stride, mask=outs < n_out, other=0.0)[:, None]
+        if HAS_BIAS:
+            total += tl.load(bias_ptr + outs, mask=outs < n_out, other=0.0).to(tl.float32)[:, None]
+        tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def tiling_for(n_out: int, n_in: int) -> Tiling:
+    """The tiling that was fastest on a Hopper GPU (docs/benchmarks.md)."""
+    return Tiling(outputs=64, inputs=128, splits=2 if n_out * n_in < 2**25 else 1, warps=4, stages=4)
+
+
+def weight_gemm(
+    x: Tensor, codes: Tensor, fmt: Format, scale: Tensor, bias: Tensor | None, tiling: Tiling | None = None
+) -> Tensor:
+    """``x @ weight.T + bias`` with the weight in packed codes; products of exact values, summed in float32.
+
+    Args:
+        x: float16 or bfloat16 `[m, in]`, contiguous; all rows lie in one tile, so few.
+        codes: uint8 `[out, bytes]`, packed rows of 4, 6 or 8 bits a code.
+        fmt: the number format.
+        scale: float32 `[1, 1]` or `[out, 1]`.
+        bias: `[out]`, or None.
+        tiling: how it is cut; by size if None.
+
+    Returns:
+        `[m, out]` of the type of `x`.
+    """
+    (m, k), n = x.shape, codes.shape[0]
+    cut = tiling_for(n, k) if tiling is None else tiling
+    n_tiles = triton.cdiv(n, cut.outputs)
+    out = x.new_empty(m, n)
+    # Zeroed for each call: a counter that is kept would tie calls on several streams together.
+    arrived = torch.zeros(n_tiles if cut.splits > 1 else 1, dtype=torch.int32, device=x.device)
+    partial = torch.empty(cut.splits if cut.splits > 1 else 0, m, n, device=x.device)
+    _gemm[(n_tiles, cut.splits)](
+        x, codes, scale, out if bias is None else bias, out, partial, arrived, m, n, codes.shape[1],
+        1 if scale.shape[0] > 1 else 0, K=k, HAS_BIAS=bias is not None, **constants(fmt), SPLITS=cut.splits,
+        BLOCK_M=max(16, triton.next_power_of_2(m)), BLOCK_N=cut.outputs, BLOCK_K=cut.inputs, num_warps=cut.warps,
+        num_stages=cut.stages,
+    )  # fmt: skip
+    return out
