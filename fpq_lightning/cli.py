@@ -1,4 +1,4 @@
-"""The command line: ``fpq fit | test | predict``, a LightningCLI, and ``fpq study``, ``fpq export``.
+"""The command line: ``fpq fit | test | predict``, a LightningCLI, and ``fpq study | export | inspect``.
 
 Examples:
     fpq fit --config configs/quickstart.yaml
@@ -7,12 +7,14 @@ Examples:
     fpq predict --model runs/quickstart/quantized --output images
     fpq study --config study/cifar10
     fpq export runs/quickstart/quantized --format dequantized --output plain
+    fpq inspect runs/quickstart/quantized
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -28,10 +30,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fpq_lightning import api
+from fpq_lightning.backends.hardware import Hardware, hardware_of
 from fpq_lightning.calibration.datamodule import CalibrationDataModule
 from fpq_lightning.callbacks import CalibrationProgress, QualityReport
 from fpq_lightning.evaluation import EvaluationConfig
 from fpq_lightning.generation import ImageGeneration, SeedDataModule, WriteImages
+from fpq_lightning.inspection import inspect_pipeline, render
 from fpq_lightning.pipelines import SamplerConfig, load_pipeline
 from fpq_lightning.recipes import Recipe
 from fpq_lightning.reconstruction.module import BlockReconstruction
@@ -227,6 +231,26 @@ def export_model(arguments: list[str]) -> None:
     print(f"wrote {options.output}")
 
 
+def inspect_model(arguments: list[str]) -> None:
+    """``fpq inspect``: layers of a packed pipeline, and the paths they run on."""
+    parser = ArgumentParser(prog="fpq inspect", description="Formats, bytes and execution paths of packed layers.")
+    parser.add_argument("model", type=str, help="Directory of a packed pipeline, such as runs/NAME/quantized.")
+    parser.add_argument(
+        "--dtype", type=Literal["float32", "float16", "bfloat16"], default="bfloat16", help="Of activations."
+    )
+    parser.add_argument(
+        "--capability", type=str, help="Plan for an NVIDIA GPU of this compute capability, such as 9.0."
+    )
+    options = parser.parse_args(arguments)
+    if options.capability is None:
+        hardware = hardware_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    elif match := re.fullmatch(r"(\d+)\.(\d)", options.capability):
+        hardware = Hardware((int(match[1]), int(match[2])), kernels=True)
+    else:
+        raise ValueError(f"--capability {options.capability}: give it as 9.0")
+    print(render(inspect_pipeline(options.model, hardware, getattr(torch, options.dtype))))
+
+
 def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*torch_dtype.*")
     warnings.filterwarnings("ignore", message=".*num_workers.*")
@@ -252,7 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
                 arguments[i] = find_config(argument)
             elif argument.startswith("--config="):
                 arguments[i] = f"--config={find_config(argument.removeprefix('--config='))}"
-        commands = {"study": study, "export": export_model}
+        commands = {"study": study, "export": export_model, "inspect": inspect_model}
         if arguments and arguments[0] in commands:
             commands[arguments[0]](arguments[1:])
             return

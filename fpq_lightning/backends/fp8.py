@@ -55,7 +55,7 @@ def linear(layer: PackedLayer, x: Tensor) -> Tensor:
     """The layer on `x`, bfloat16 `[..., in]`; a product for each part of the input, summed."""
     rows = x.flatten(0, -2)
     parts = zip(layer.weights, layer.inputs, rows.split(layer.splits, dim=1), strict=True)
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    bias = None if layer.bias is None else layer.bias.detach().to(x.dtype)
     first, *rest = [_product(w, q, part, bias if i == 0 else None) for i, (w, q, part) in enumerate(parts)]
     return sum(rest, first).reshape(*x.shape[:-1], -1)
 

@@ -39,9 +39,16 @@ def choose(layer: PackedLayer, hardware: Hardware, dtype: torch.dtype, arithmeti
     return Plan("weight_only", many)
 
 
+def is_few(layer: PackedLayer, elements: int) -> bool:
+    """Whether an input of so many elements has few rows."""
+    return elements <= weight_only.MAX_ROWS * layer.shape[1]
+
+
 def run(layer: PackedLayer, x: Tensor, plan: Plan) -> Tensor:
-    """Runs a layer as planned."""
-    path = plan.few if x.numel() <= weight_only.MAX_ROWS * layer.shape[1] else plan.many
+    """Runs a layer as planned; decoded, where a gradient is wanted, which low-bit products do not have."""
+    path = plan.few if is_few(layer, x.numel()) else plan.many
+    if x.requires_grad and torch.is_grad_enabled():
+        path = "decode"
     if path == "fp8":
         return fp8.linear(layer, x)
     return weight_only.linear(layer, x) if path == "weight_only" else layer.simulate(x)

@@ -34,7 +34,8 @@ def bits(layer: PackedLayer) -> int:
 def linear(layer: PackedLayer, x: Tensor) -> Tensor:
     """The layer on few rows `x`, float16 or bfloat16 `[..., in]`; a product for each part of the input, summed."""
     rows = layer.quantize_input(x, layer.inputs).flatten(0, -2)
-    bias, total = layer.bias, None
+    bias = None if layer.bias is None else layer.bias.detach()
+    total: Tensor | None = None
     for weight, part in zip(layer.weights, rows.split(layer.splits, dim=1), strict=True):
         out = ops.weight_gemm(part.contiguous(), weight.bytes, weight.format, weight.scale, bias)
         total, bias = out if total is None else total + out, None

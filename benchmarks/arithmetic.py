@@ -1,0 +1,356 @@
+"""Speed and memory of packed layers on a GPU, against the same layers in bfloat16.
+
+    python benchmarks/arithmetic.py linears
+    python benchmarks/arithmetic.py tilings
+    python benchmarks/arithmetic.py model --network sdxl
+    python benchmarks/arithmetic.py model --network flux
+    python benchmarks/arithmetic.py loading
+    python benchmarks/arithmetic.py simulation
+
+`linears` and `tilings` time single products whose weights are not in the L2 cache: a CUDA graph goes through copies of
+a layer that are several times as large as the cache. `model` times a step of a network at its real configuration with
+random weights (hence no quality), 1024 px, in bfloat16, eager and under `torch.compile`, then with its Linear and Conv
+layers packed in the hardware's E4M3 with E4M3 inputs, and with E2M1 weights. Medians; every table names the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+
+import fpq_lightning as fpq
+from fpq_lightning.backends import fp8
+from fpq_lightning.formats import parse_format
+from fpq_lightning.layers import LayerQuantization, is_quantizable, make_quantized, quantized_layers, running
+from fpq_lightning.quantizers import Granularity, Quantizer
+from fpq_lightning.storage.packed import PackedWeight, make_packed, packed_layers
+
+SHAPES = [(3072, 12288), (3072, 3072), (1280, 10240)]  # in, out
+ROWS = [1, 2, 16, 64, 256, 8192]
+L2_BYTES = 2**26
+WARM_UP, REPEATS = 3, 20
+E4M3 = parse_format("float8_e4m3fn")
+
+SDXL = {
+    "sample_size": 128, "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 2048,
+    "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20), "use_linear_projection": True,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+FLUX = {"guidance_embeds": True}  # the class's defaults are FLUX.1's
+
+
+def say(*words: object) -> None:
+    print(f"[{time.perf_counter() - START:.0f} s]", *words, flush=True)
+
+
+START = time.perf_counter()
+
+
+# --- timing ----------------------------------------------------------------------------------------------------
+
+
+def graphed(run: Callable[[], object], calls: int) -> float:
+    """Median microseconds of a call, of which `run` makes `calls`, replayed as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return timed(graph.replay) * 1e3 / calls
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Median milliseconds."""
+    for _ in range(WARM_UP):
+        run()
+    times = []
+    for _ in range(REPEATS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+# --- single products -------------------------------------------------------------------------------------------
+
+
+def packed_linear(k: int, n: int, fmt: str, inputs: bool) -> nn.Linear:
+    layer = nn.Linear(k, n, bias=False, device="cuda", dtype=torch.bfloat16)
+    return pack(layer, fmt, torch.tensor(3.0) if inputs else None)
+
+
+def pack(layer: Any, fmt: str, largest_input: Tensor | None) -> Any:
+    """Packs a layer: a scale an output channel from its largest weight, one for the input from what it was."""
+    form = parse_format(fmt)
+    rows = layer.weight.detach().float().flatten(1)
+    quantizer = Quantizer(form, (rows.abs().amax(1, keepdim=True) / form.max).clamp(min=1e-12))
+    weight = PackedWeight.of(quantizer, quantizer.encode(rows), layer.weight.shape)
+    inputs = [] if largest_input is None else [Quantizer(E4M3, largest_input.float().clamp(min=1e-6) / E4M3.max)]
+    return make_packed(layer, [layer.weight.shape[1]], [weight], inputs).to(layer.type_of_weight.device)
+
+
+def copies(make: Callable[[], nn.Module], bytes_each: float) -> list[nn.Module]:
+    return [make() for _ in range(max(2, -(-6 * L2_BYTES // int(bytes_each))))]
+
+
+@torch.no_grad()
+def linears() -> list[dict[str, Any]]:
+    rows = []
+    for k, n in SHAPES:
+        plain = copies(lambda: nn.Linear(k, n, bias=False, device="cuda", dtype=torch.bfloat16), 2 * k * n)  # noqa: B023
+        kinds = {
+            "FP4 weight only": copies(lambda: packed_linear(k, n, "float4_e2m1fn", False), k * n / 2),  # noqa: B023
+            "FP6 weight only": copies(lambda: packed_linear(k, n, "float6_e3m2fn", False), k * n * 0.75),  # noqa: B023
+            "FP8 weight only": copies(lambda: packed_linear(k, n, "float8_e4m3fn", False), k * n),  # noqa: B023
+            "FP8/FP8": copies(lambda: packed_linear(k, n, "float8_e4m3fn", True), k * n),  # noqa: B023
+            "FP4/FP8": copies(lambda: packed_linear(k, n, "float4_e2m1fn", True), k * n / 2),  # noqa: B023
+        }
+        for m in ROWS:
+            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+            base = graphed(lambda: [layer(x) for layer in plain], len(plain))  # noqa: B023
+            row = {"K": k, "N": n, "M": m, "bf16 us": round(base, 2)}
+            for name, layers in kinds.items():
+                us = graphed(lambda: [layer(x) for layer in layers], len(layers))  # noqa: B023
+                row[name] = f"{us:.2f} ({base / us:.2f}x)"
+            rows.append(row)
+            say(row)
+    return rows
+
+
+@torch.no_grad()
+def tilings() -> list[dict[str, Any]]:
+    """The fastest tilings for FP4."""
+    from fpq_lightning.kernels.weight_gemm import Tiling, weight_gemm  # needs Triton
+
+    rows, form = [], parse_format("float4_e2m1fn")
+    for k, n in SHAPES:
+        layers = copies(lambda: packed_linear(k, n, "float4_e2m1fn", False), k * n / 2)  # noqa: B023
+        for m in (1, 64):
+            x, found = torch.randn(m, k, device="cuda", dtype=torch.bfloat16), []
+            for outputs in (16, 32, 64, 128):
+                for inputs in (64, 128, 256):
+                    for splits in (1, 2, 4):
+                        for warps, stages in ((4, 3), (4, 5), (8, 3)):
+                            cut = Tiling(outputs, inputs, splits, warps, stages)
+                            run = lambda: [  # noqa: E731
+                                weight_gemm(x, w.weights[0].bytes, form, w.weights[0].scale, None, cut)  # noqa: B023
+                                for w in layers  # noqa: B023
+                            ]
+                            try:
+                                found.append((graphed(run, len(layers)), cut))
+                            except Exception as error:  # what does not fit the chip
+                                say("left out", cut, str(error)[:80])
+            for us, cut in sorted(found)[:4]:
+                rows.append({"K": k, "N": n, "M": m, "us": round(us, 2), **cut._asdict()})
+            say(rows[-4])
+    return rows
+
+
+# --- networks --------------------------------------------------------------------------------------------------
+
+
+def network(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            if name == "sdxl":
+                model: nn.Module = UNet2DConditionModel(**SDXL)
+                added = {"text_embeds": torch.randn(2, 1280), "time_ids": torch.randn(2, 6)}
+                inputs: dict[str, Any] = {
+                    "sample": torch.randn(2, 4, 128, 128), "timestep": torch.tensor(500),
+                    "encoder_hidden_states": torch.randn(2, 77, 2048), "added_cond_kwargs": added,
+                }  # fmt: skip
+            else:
+                model = FluxTransformer2DModel(**FLUX)
+                ids = torch.stack(torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij"), -1).reshape(-1, 2)
+                inputs = {
+                    "hidden_states": torch.randn(2, 4096, 64), "encoder_hidden_states": torch.randn(2, 512, 4096),
+                    "pooled_projections": torch.randn(2, 768), "timestep": torch.full((2,), 0.5),
+                    "img_ids": torch.cat([torch.zeros(4096, 1), ids.to(torch.bfloat16)], 1),
+                    "txt_ids": torch.zeros(512, 3), "guidance": torch.full((2,), 3.5),
+                }  # fmt: skip
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval().requires_grad_(False), {**inputs, "return_dict": False}
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if is_quantizable(m)}
+
+
+def ranges(model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Largest magnitude of each layer's input, and the floating-point operations of its product."""
+    largest: dict[str, Tensor] = {}
+    work: dict[str, float] = {}
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(layer: Any, args: Any, output: Tensor) -> None:
+            largest[name] = args[0].abs().amax()
+            channels = output.shape[-1] if isinstance(layer, nn.Linear) else output.shape[1]
+            work[name] = 2.0 * layer.weight.numel() * output.numel() / channels
+
+        return hook
+
+    handles = [layer.register_forward_hook(look(name)) for name, layer in layers_of(model).items()]
+    model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return largest, work
+
+
+def weight_bytes(model: nn.Module) -> int:
+    return sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
+
+
+def measure(name: str, model: nn.Module, inputs: dict[str, Any], compiled: bool, share: float) -> dict[str, Any]:
+    """Time, memory of the weights and peak of a step, memory after the third."""
+    torch.compiler.reset()
+    step = torch.compile(model) if compiled else model
+    begin = time.perf_counter()
+    for _ in range(3):
+        step(**inputs)
+    torch.cuda.synchronize()
+    ready = time.perf_counter() - begin
+    torch.cuda.reset_peak_memory_stats()
+    ms = timed(lambda: step(**inputs))
+    row = {
+        "what": name, "compiled": compiled, "ms": round(ms, 2), "weights GB": round(weight_bytes(model) / 1e9, 3),
+        "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 2), "low-bit FLOPs": round(share, 3),
+        "ready after s": round(ready, 1),
+    }  # fmt: skip
+    say(row)
+    return row
+
+
+@torch.no_grad()
+def steps(name: str, seconds: float, torchao: bool) -> list[dict[str, Any]]:
+    model, inputs = network(name)
+    say("made", name, f"{sum(p.numel() for p in model.parameters()) / 1e9:.3f} B")
+    rows = [measure("bf16", model, inputs, False, 0.0), measure("bf16", model, inputs, True, 0.0)]
+    largest, work = ranges(model, inputs)
+    total = sum(work.values())
+    linear = {n for n, m in layers_of(model).items() if isinstance(m, nn.Linear)}
+    say(f"share of Linear layers in the products: {sum(work[n] for n in linear) / total:.3f}")
+    for label, fmt in (("FP8/FP8", "float8_e4m3fn"), ("FP4/FP8", "float4_e2m1fn")):
+        if time.perf_counter() - START > seconds:
+            break
+        if label != "FP8/FP8":
+            del model
+            torch.cuda.empty_cache()
+            model, inputs = network(name)
+        for n, layer in layers_of(model).items():
+            pack(layer, fmt, largest[n])
+        torch.cuda.empty_cache()
+        share = sum(work[n] for n, m in packed_layers(model).items() if fp8.fits(m)) / total
+        rows.append(measure(label, model, inputs, False, share))
+        rows.append(measure(label, model, inputs, True, share))
+    if torchao and time.perf_counter() - START < seconds:
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+        del model
+        torch.cuda.empty_cache()
+        model, inputs = network(name)
+        fits = lambda m, _: isinstance(m, nn.Linear) and m.in_features % 16 == 0 and m.out_features % 16 == 0  # noqa: E731
+        quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=fits)
+        rows.append(measure("torchao FP8 dynamic", model, inputs, True, sum(work[n] for n in linear) / total))
+    return rows
+
+
+@torch.no_grad()
+def simulation() -> list[dict[str, Any]]:
+    """A forward with fake-quantized inputs, weights on the grid already, against bfloat16, both eager."""
+    model, inputs = network("sdxl")
+    rows = [measure("bf16", model, inputs, False, 0.0)]
+    largest, _ = ranges(model, inputs)
+    for n, layer in layers_of(model).items():
+        quantized = make_quantized(layer, Granularity("channel"))
+        quantizers = [Quantizer(parse_format("e4m3"), largest[n].float() / 480)]
+        quantized.variants["learned"] = LayerQuantization([], quantizers).to("cuda")
+    assert quantized_layers(model)
+    with running(model, "learned"):
+        rows.append(measure("FP8 inputs, simulated", model, inputs, False, 0.0))
+    return rows
+
+
+@torch.no_grad()
+def loading() -> list[dict[str, Any]]:
+    """Seconds from files in the page cache to the GPU, until a forward can start."""
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        model, _ = network("sdxl")
+        model.save_pretrained(f"{place}/bf16", max_shard_size="20GB")
+        del model
+        for fmt in ("float8_e4m3fn", "float4_e2m1fn"):
+            begin = time.perf_counter()
+            config = fpq.FPQConfig(fmt)
+            packed = UNet2DConditionModel.from_pretrained(
+                f"{place}/bf16", torch_dtype=torch.bfloat16, quantization_config=config, device_map="cuda"
+            )
+            torch.cuda.synchronize()
+            say(fmt, "quantized at load in", round(time.perf_counter() - begin, 1), "s")
+            packed.save_pretrained(f"{place}/{fmt}", max_shard_size="20GB")
+            del packed
+        for kind in ("bf16", "float8_e4m3fn", "float4_e2m1fn"):
+            times = []
+            for _ in range(3):
+                torch.cuda.empty_cache()
+                begin = time.perf_counter()
+                model = UNet2DConditionModel.from_pretrained(
+                    f"{place}/{kind}", torch_dtype=torch.bfloat16, device_map="cuda"
+                )
+                torch.cuda.synchronize()
+                times.append(time.perf_counter() - begin)
+                del model
+            size = sum(f.stat().st_size for f in Path(place, kind).iterdir())
+            rows.append({"files": kind, "GB": round(size / 1e9, 3), "s": round(statistics.median(times), 2)})
+            say(rows[-1])
+    return rows
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    rows = list(rows)
+    keys = list(rows[0])
+    lines = [keys, ["---"] * len(keys), *([str(row.get(key, "")) for key in keys] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["linears", "tilings", "model", "simulation", "loading"])
+    parser.add_argument("--network", choices=["sdxl", "flux"], default="sdxl")
+    parser.add_argument("--torchao", action="store_true", help="compare with torchao's FP8, too")
+    parser.add_argument("--seconds", type=float, default=3600, help="begin nothing further after this long")
+    parser.add_argument("--output", help="a JSON file")
+    options = parser.parse_args()
+    if options.what == "model":
+        rows = steps(options.network, options.seconds, options.torchao)
+    else:
+        rows = {"linears": linears, "tilings": tilings, "simulation": simulation, "loading": loading}[options.what]()
+    device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    print(f"\n{device}\n\n{table(rows)}")
+    if options.output:
+        Path(options.output).write_text(json.dumps({"device": device, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

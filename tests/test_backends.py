@@ -1,0 +1,147 @@
+"""Packed layers on their paths: real low-bit products against float64, and which path is taken where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fpq_lightning.backends import fp8, weight_only
+from fpq_lightning.backends.hardware import Hardware, hardware_of
+from fpq_lightning.backends.paths import Plan, choose, is_few
+from fpq_lightning.formats import FAMILIES, HARDWARE_FORMATS, parse_format
+from fpq_lightning.quantizers import Quantizer
+from fpq_lightning.storage.packed import PackedLayer, PackedWeight, make_packed, set_arithmetic
+
+HOPPER = Hardware((9, 0), kernels=True)
+E4M3 = "float8_e4m3fn"
+
+
+def packed_linear(
+    fmt: str = E4M3,
+    outputs: int = 32,
+    splits: tuple[int, ...] = (48,),
+    per_channel: bool = True,
+    inputs: str | None = E4M3,
+    dynamic: bool = False,
+    layer: nn.Module | None = None,
+) -> PackedLayer:
+    torch.manual_seed(0)
+    form = parse_format(fmt)
+    plain = nn.Linear(sum(splits), outputs) if layer is None else layer
+    weights = []
+    for n in splits:
+        rows = torch.randn(outputs, n * plain.weight[0, 0].numel()) * torch.logspace(-2, 1, outputs)[:, None]
+        top = rows.abs().amax(1, keepdim=True) if per_channel else rows.abs().amax().reshape(1, 1)
+        quantizer = Quantizer(form, top / form.max)
+        weights.append(PackedWeight.of(quantizer, quantizer.encode(rows), (outputs, n, *plain.weight.shape[2:])))
+    scales = [None if dynamic else torch.tensor(0.01 * (i + 1)) for i in range(len(splits))]
+    quantizers = [] if inputs is None else [Quantizer(parse_format(inputs), scale) for scale in scales]
+    return make_packed(plain.bfloat16(), splits, weights, quantizers)
+
+
+def exact(layer: PackedLayer, x: Tensor) -> Tensor:
+    """The layer in float64, its input quantized in float32."""
+    quantized = layer.quantize_input(x.float(), layer.inputs).double()
+    return quantized @ layer.decode_weight().double().T + layer.bias.double()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("splits", [(48,), (32, 16)])
+@pytest.mark.parametrize("fmt", [E4M3, "e2m1", "e3m0", "e1m2", "float6_e3m2fn", "float6_e2m3fn"])
+def test_fp8_products_are_those_of_the_quantized_operands(
+    fmt: str, splits: tuple[int, ...], per_channel: bool, dynamic: bool
+) -> None:
+    layer = packed_linear(fmt, splits=splits, per_channel=per_channel, dynamic=dynamic)
+    x = torch.randn(3, 5, sum(splits)).bfloat16()
+    x[0, 0, 0] = 300.0  # beyond the clip: saturates
+    assert fp8.fits(layer)
+    out, reference = fp8.linear(layer, x), exact(layer, x)
+    # Sums in float32; each part's and the result are rounded to bfloat16, by 2^-8 of themselves at most.
+    magnitudes = layer.quantize_input(x.float(), layer.inputs).abs() @ layer.decode_weight().abs().T
+    bound = magnitudes + layer.bias.abs()  # type: ignore[union-attr]
+    assert out.dtype == torch.bfloat16 and out.shape == reference.shape
+    assert ((out.double() - reference).abs() <= 2**-7 * bound).all()
+
+
+def test_fp8_products_see_every_bit_of_the_operands() -> None:
+    """Small integers have exact products and sums, so that one wrong code shows."""
+    layer = packed_linear("e2m1", outputs=16, splits=(16,))
+    one = torch.eye(16).bfloat16()
+    layer.inputs[0].scale = torch.tensor(1.0)
+    layer.bias = None
+    assert torch.equal(fp8.linear(layer, one).float(), layer.decode_weight().T.bfloat16().float())
+
+
+@pytest.mark.parametrize("name", [*HARDWARE_FORMATS, *FAMILIES["fp4"], *FAMILIES["fp6"], *FAMILIES["fp8"], "int4"])
+def test_a_format_embeds_in_e4m3_when_a_cast_keeps_its_values(name: str) -> None:
+    values = parse_format(name).grid.numpy()
+    kept = bool((values.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) == values).all())
+    assert fp8.embeds(parse_format(name)) == kept
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inputs": "e4m3"},  # of the free convention, with 480
+        {"inputs": None},
+        {"fmt": "e4m3"},
+        {"outputs": 24},
+        {"splits": (24, 24)},
+        {"layer": nn.Conv2d(48, 32, 1)},
+    ],
+)
+def test_what_tensor_cores_cannot_multiply_is_no_fp8_product(options: dict) -> None:
+    layer = packed_linear(**options)
+    assert not fp8.fits(layer)
+    assert choose(layer, HOPPER, torch.bfloat16, "native").many == "decode"
+
+
+def test_paths_follow_the_device_the_type_and_the_wish() -> None:
+    layer = packed_linear("e2m1")
+    ada_without_triton, ampere = Hardware((8, 9)), Hardware((8, 6), kernels=True)
+    assert choose(layer, HOPPER, torch.bfloat16, "native") == Plan("weight_only", "fp8")
+    assert choose(layer, ada_without_triton, torch.bfloat16, "native") == Plan("fp8", "fp8")
+    assert choose(layer, ampere, torch.bfloat16, "native") == Plan("weight_only", "decode")
+    assert choose(layer, HOPPER, torch.float16, "native") == Plan("weight_only", "decode")
+    assert choose(layer, HOPPER, torch.float32, "native") == Plan("decode", "decode")
+    assert choose(layer, HOPPER, torch.bfloat16, "simulated") == Plan("decode", "decode")
+    assert choose(packed_linear(E4M3), HOPPER, torch.bfloat16, "native") == Plan("fp8", "fp8")
+    assert choose(packed_linear("e3m4"), HOPPER, torch.bfloat16, "native") == Plan("weight_only", "decode")
+    assert choose(packed_linear("e2m2"), HOPPER, torch.bfloat16, "native") == Plan("fp8", "fp8")  # of five bits
+    assert hardware_of(torch.device("cpu")) == Hardware()
+    assert is_few(layer, weight_only.MAX_ROWS * 48) and not is_few(layer, (weight_only.MAX_ROWS + 1) * 48)
+
+
+def test_a_layer_takes_its_path_anew_when_the_wish_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fpq_lightning.storage.packed.hardware_of", lambda device: Hardware((9, 0)))
+    layer, x = packed_linear("e2m1", splits=(32, 16)), torch.randn(100, 48).bfloat16()
+    assert torch.equal(layer(x), fp8.linear(layer, x))
+    set_arithmetic(layer, "simulated")
+    assert torch.equal(layer(x), layer.simulate(x))
+    assert not torch.equal(layer.simulate(x), fp8.linear(layer, x))  # or this test says nothing
+    set_arithmetic(layer, "native")
+    assert torch.equal(layer(x.float()), layer.simulate(x.float()))
+
+
+def test_gradients_go_through_the_decoded_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fpq_lightning.storage.packed.hardware_of", lambda device: Hardware((9, 0)))
+    layer, x = packed_linear("e2m1", inputs=E4M3), torch.randn(4, 48).bfloat16().requires_grad_()
+    layer(x).sum().backward()
+    inside = x.detach().float().abs() <= layer.inputs[0].clip
+    expected = torch.where(inside, layer.decode_weight(torch.bfloat16).float().sum(0), 0.0)
+    torch.testing.assert_close(x.grad.float(), expected, rtol=2e-2, atol=2e-2)  # type: ignore[union-attr]
+
+
+def test_a_compiled_layer_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fpq_lightning.storage.packed.hardware_of", lambda device: Hardware((9, 0)))
+    layer, x = packed_linear(E4M3, splits=(32, 16)), torch.randn(100, 48).bfloat16()
+    eager = layer(x)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(eager, compiled)
