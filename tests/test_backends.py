@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -65,7 +63,8 @@ def test_fp8_products_are_those_of_the_quantized_operands(
     # Sums in float32; each part's and the result are rounded to bfloat16, by 2^-8 of themselves at most.
     magnitudes = layer.quantize_input(x.float(), layer.inputs).abs() @ layer.decode_weight().abs().T
     bound = magnitudes + layer.bias.abs()  # type: ignore[union-attr]
-    assert out.dtype == torch.bfloat16 and out.shape == reference.shape
+    assert out.dtype == torch.bfloat16
+    assert out.shape == reference.shape
     assert ((out.double() - reference).abs() <= 2**-7 * bound).all()
 
 
@@ -115,7 +114,8 @@ def test_paths_follow_the_device_the_type_and_the_wish() -> None:
     assert choose(packed_linear("e3m4"), HOPPER, torch.bfloat16, "native") == Plan("weight_only", "decode")
     assert choose(packed_linear("e2m2"), HOPPER, torch.bfloat16, "native") == Plan("fp8", "fp8")  # of five bits
     assert hardware_of(torch.device("cpu")) == Hardware()
-    assert is_few(layer, weight_only.MAX_ROWS * 48) and not is_few(layer, (weight_only.MAX_ROWS + 1) * 48)
+    assert is_few(layer, weight_only.MAX_ROWS * 48)
+    assert not is_few(layer, (weight_only.MAX_ROWS + 1) * 48)
 
 
 def test_a_layer_takes_its_path_anew_when_the_wish_changes(monkeypatch: pytest.MonkeyPatch) -> None:

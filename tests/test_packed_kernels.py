@@ -1,0 +1,82 @@
+"""Triton kernels of packed weights, run by Triton's interpreter on the CPU, against plain torch and float64."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton and the kernels are imported
+try:
+    pytest.importorskip("triton", reason="needs Triton: pip install triton")
+    from fpq_lightning.kernels.decode import decode, translate
+    from fpq_lightning.kernels.quantize import quantize
+    from fpq_lightning.kernels.weight_gemm import Tiling, weight_gemm
+finally:
+    del os.environ["TRITON_INTERPRET"]  # other tests are not to use them
+
+from fpq_lightning.formats import Format, parse_format
+from fpq_lightning.packing import pack
+from fpq_lightning.storage.packed import PackedWeight
+
+FORMATS = ["e2m1", "e3m0", "e3m2", "e4m1", "e4m3", "e5m2", "e2m5", "e7m0", "float8_e4m3fn", "float8_e5m2", "ue4m4"]
+FORMATS += ["e2m2", "e4m2", "int3", "int4", "uint4", "int8", "uint8"]
+
+
+def random_codes(fmt: Format, *shape: int) -> Tensor:
+    codes = torch.randint(0, 2**fmt.bits, shape).to(torch.uint8)
+    codes[fmt.values.isnan()[codes.long()]] = 0
+    return codes
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups", "offset"), [((5, 13), 1, False), ((3, 7, 3, 3), 1, True), ((4, 30), 3, True)]
+)
+@pytest.mark.parametrize("name", FORMATS)
+def test_decoding_is_bit_equal_to_plain_torch(name: str, shape: tuple[int, ...], groups: int, offset: bool) -> None:
+    torch.manual_seed(0)
+    fmt, n = parse_format(name), torch.Size(shape[1:]).numel()
+    packed = pack(random_codes(fmt, shape[0], n), fmt.bits)
+    for rows in {1, shape[0]} if groups == 1 else {shape[0]}:
+        scale = torch.rand(rows, groups) + 0.1
+        start = torch.randn(rows, groups) if offset else None
+        weight = PackedWeight(fmt, shape, packed, scale, start)
+        # The interpreter rounds to bfloat16 otherwise than GPUs do, so float16 stands for both.
+        for dtype, bits in ((torch.float32, torch.int32), (torch.float16, torch.int16)):
+            found = decode(packed, fmt, shape, scale, start, dtype)
+            assert torch.equal(found.view(bits), weight(dtype).view(bits))
+
+
+@pytest.mark.parametrize("width", [2, 3, 4, 5, 6, 7, 8])
+def test_codes_are_translated_one_by_one(width: int) -> None:
+    torch.manual_seed(0)
+    codes = torch.randint(0, 2**width, (3, 29)).to(torch.uint8)
+    table = torch.randperm(256)[: 2**width].to(torch.uint8)
+    assert torch.equal(translate(pack(codes, width), width, table, 29), table[codes.long()])
+
+
+@pytest.mark.parametrize("tiling", [Tiling(16, 32, 1, 4, 2), Tiling(32, 64, 3, 4, 2)])
+@pytest.mark.parametrize(("n_out", "n_in", "m"), [(5, 12, 3), (70, 130, 17), (64, 37, 1)])
+@pytest.mark.parametrize("name", ["e2m1", "e3m0", "e2m3", "e4m3", "float8_e4m3fn", "int4", "uint4", "int8"])
+def test_products_are_those_of_the_decoded_weight(name: str, n_out: int, n_in: int, m: int, tiling: Tiling) -> None:
+    torch.manual_seed(0)
+    fmt = parse_format(name)
+    codes, scale = random_codes(fmt, n_out, n_in), torch.rand(n_out, 1) + 0.1
+    x, bias = torch.randn(m, n_in).half(), torch.randn(n_out).half()
+    weight = fmt.values[codes.long()].double() * scale.double()
+    out = weight_gemm(x, pack(codes, fmt.bits), fmt, scale, bias, tiling)
+    magnitudes = x.double().abs() @ weight.abs().T + bias.double().abs()
+    # Sums in float32, the result rounded to float16.
+    assert ((out.double() - x.double() @ weight.T - bias.double()).abs() <= 2**-10 * magnitudes).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_activations_become_what_a_cast_of_torch_makes_of_them(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 448 * 0.37, 464 * 0.37, 1e-42])
+    x = torch.cat([torch.randn(5000) * torch.logspace(-6, 4, 5000), special]).to(dtype)
+    scale = torch.tensor(0.37)
+    expected = (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(quantize(x, scale).view(torch.uint8), expected.view(torch.uint8))
