@@ -25,6 +25,12 @@ FORMATS = ["e2m1", "e3m0", "e3m2", "e4m1", "e4m3", "e5m2", "e2m5", "e7m0", "floa
 FORMATS += ["e2m2", "e4m2", "int3", "int4", "uint4", "int8", "uint8"]
 
 
+@pytest.fixture(autouse=True)
+def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("FPQ_KERNELS", "0")  # what the kernels are compared with is plain torch
+
+
 def random_codes(fmt: Format, *shape: int) -> Tensor:
     codes = torch.randint(0, 2**fmt.bits, shape).to(torch.uint8)
     codes[fmt.values.isnan()[codes.long()]] = 0
