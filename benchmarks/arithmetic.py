@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -145,19 +146,16 @@ def tilings() -> list[dict[str, Any]]:
         layers = copies(lambda: packed_linear(k, n, "float4_e2m1fn", False), k * n / 2)  # noqa: B023
         for m in (1, 64):
             x, found = torch.randn(m, k, device="cuda", dtype=torch.bfloat16), []
-            for outputs in (16, 32, 64, 128):
-                for inputs in (64, 128, 256):
-                    for splits in (1, 2, 4):
-                        for warps, stages in ((4, 3), (4, 5), (8, 3)):
-                            cut = Tiling(outputs, inputs, splits, warps, stages)
-                            run = lambda: [  # noqa: E731
-                                weight_gemm(x, w.weights[0].bytes, form, w.weights[0].scale, None, cut)  # noqa: B023
-                                for w in layers  # noqa: B023
-                            ]
-                            try:
-                                found.append((graphed(run, len(layers)), cut))
-                            except Exception as error:  # what does not fit the chip
-                                say("left out", cut, str(error)[:80])
+            for outputs, inputs, splits, warps in product((32, 64), (128, 256), (1, 2, 4), (4,)):
+                cut = Tiling(outputs, inputs, splits, warps, stages=4)
+                run = lambda: [  # noqa: E731
+                    weight_gemm(x, w.weights[0].bytes, form, w.weights[0].scale, None, cut)  # noqa: B023
+                    for w in layers  # noqa: B023
+                ]
+                try:
+                    found.append((graphed(run, len(layers)), cut))
+                except Exception as error:  # what does not fit the chip
+                    say("left out", cut, str(error)[:80])
             for us, cut in sorted(found)[:4]:
                 rows.append({"K": k, "N": n, "M": m, "us": round(us, 2), **cut._asdict()})
             say(rows[-4])
@@ -227,9 +225,14 @@ def measure(name: str, model: nn.Module, inputs: dict[str, Any], compiled: bool,
     torch.compiler.reset()
     step = torch.compile(model) if compiled else model
     begin = time.perf_counter()
-    for _ in range(3):
-        step(**inputs)
-    torch.cuda.synchronize()
+    try:
+        for _ in range(3):
+            step(**inputs)
+        torch.cuda.synchronize()
+    except Exception as error:  # the others are still of interest
+        row = {"what": name, "compiled": compiled, "failed": " ".join(str(error).split())[-300:]}
+        say(row)
+        return row
     ready = time.perf_counter() - begin
     torch.cuda.reset_peak_memory_stats()
     ms = timed(lambda: step(**inputs))
@@ -239,6 +242,12 @@ def measure(name: str, model: nn.Module, inputs: dict[str, Any], compiled: bool,
         "ready after s": round(ready, 1),
     }  # fmt: skip
     say(row)
+    if compiled:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step(**inputs)
+            torch.cuda.synchronize()
+        for event in sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:8]:
+            print(f"    {event.self_device_time_total / 1e3:8.2f} ms {event.count:5} {event.key[:100]}")
     return row
 
 
@@ -251,15 +260,19 @@ def steps(name: str, seconds: float, torchao: bool) -> list[dict[str, Any]]:
     total = sum(work.values())
     linear = {n for n, m in layers_of(model).items() if isinstance(m, nn.Linear)}
     say(f"share of Linear layers in the products: {sum(work[n] for n in linear) / total:.3f}")
-    for label, fmt in (("FP8/FP8", "float8_e4m3fn"), ("FP4/FP8", "float4_e2m1fn")):
-        if time.perf_counter() - START > seconds:
-            break
-        if label != "FP8/FP8":
-            del model
-            torch.cuda.empty_cache()
-            model, inputs = network(name)
-        for n, layer in layers_of(model).items():
-            pack(layer, fmt, largest[n])
+    variants = [
+        ("FP8/FP8, convolutions in bf16", "float8_e4m3fn", linear),
+        ("FP8/FP8", "float8_e4m3fn", set(work)),
+        ("FP4/FP8", "float4_e2m1fn", set(work)),
+    ]
+    for label, fmt, chosen in variants:
+        if time.perf_counter() - START > seconds or (label == "FP8/FP8" and len(linear) == len(work)):
+            continue
+        del model
+        torch.cuda.empty_cache()
+        model, inputs = network(name)
+        for n in chosen:
+            pack(model.get_submodule(n), fmt, largest[n])
         torch.cuda.empty_cache()
         share = sum(work[n] for n, m in packed_layers(model).items() if fp8.fits(m)) / total
         rows.append(measure(label, model, inputs, False, share))
@@ -329,7 +342,7 @@ def loading() -> list[dict[str, Any]]:
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
     rows = list(rows)
-    keys = list(rows[0])
+    keys = list(dict.fromkeys(key for row in rows for key in row))
     lines = [keys, ["---"] * len(keys), *([str(row.get(key, "")) for key in keys] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -100,10 +100,15 @@ class PackedWeight(ExactBuffers):
 
     def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[out, in, ...]`, float32 rounded to a type."""
-        if kernels.are_for(self.codes):
+        native = self.codes.dtype != torch.uint8
+        # A compiler fuses the plain operations of native codes.
+        if kernels.are_for(self.codes) and not (native and torch.compiler.is_compiling()):
             return ops.decode(self.bytes, self.format, self.shape, self.scale, self.offset, dtype)
-        codes = unpack(self.bytes, self.format.bits, math.prod(self.shape[1:]))
-        values = self.values.index_select(0, codes.flatten().int())
+        if native:
+            values = self.codes.float()
+        else:
+            codes = unpack(self.codes, self.format.bits, math.prod(self.shape[1:]))
+            values = self.values.index_select(0, codes.flatten().int())
         weight = values.reshape(self.shape[0], self.scale.shape[1], -1) * self.scale[..., None]
         if self.offset is not None:
             weight = weight + self.offset[..., None]
