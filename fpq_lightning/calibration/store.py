@@ -130,7 +130,9 @@ class ActivationStore:
         if isinstance(rows, Tensor):
             found = entry.tensor.index_select(0, rows.to(entry.tensor.device))
         else:
-            found = entry.tensor[rows].clone()  # the network may change it in place
+            found = entry.tensor[rows]
+            if entry.tensor.device.type == self.device.type:
+                found = found.clone()  # the network may change it in place
         return found.to(self.device).to(entry.dtype)
 
     def promote(self, key: str) -> None:
