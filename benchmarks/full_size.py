@@ -41,7 +41,7 @@ from fpq_lightning.calibration.replay import PATHS, NetworkReplay
 from fpq_lightning.calibration.shards import Samples, Shard
 from fpq_lightning.calibration.store import ActivationStore
 from fpq_lightning.calibration.trajectories import CalibrationSet
-from fpq_lightning.layers import make_quantized
+from fpq_lightning.layers import QuantizedModule, make_quantized
 from fpq_lightning.model.blocks import Unit, discover_units
 from fpq_lightning.model.chain import parts_of
 from fpq_lightning.model.leaves import output_leaves
@@ -86,7 +86,7 @@ class Case:
     batch: int
     passes: int
     memory: float
-    store: float = 16.0
+    store: float
     host_store: float = 64.0
     ends: bool = False
 
@@ -111,7 +111,7 @@ CASES = {
         "UNet2DConditionModel", _SDXL,
         {**_TINY_UNET, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
          "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "transformer_layers_per_block": (1, 2)},
-        samples=1024, measured=72, n_search=64, steps=50, batch=4, passes=2, memory=24,
+        samples=1024, measured=72, n_search=64, steps=50, batch=4, passes=2, memory=24, store=10.0,
     ),
     "flux": Case(
         "FluxTransformer2DModel",
@@ -127,7 +127,7 @@ CASES = {
          "attention_head_dim": 8},
         {**_TINY_UNET, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
          "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")},
-        samples=1024, measured=72, n_search=64, steps=50, batch=4, passes=2, memory=24,
+        samples=1024, measured=72, n_search=64, steps=50, batch=4, passes=2, memory=24, store=12.0,
     ),
 }  # fmt: skip
 
@@ -369,9 +369,17 @@ class Bench:
 
     def run(self, index: int, profiled: bool) -> dict[str, Any]:
         """The life of one unit, with fewer samples and steps."""
+        try:
+            return self._run(index, profiled)
+        finally:
+            for module in (*self.replay.units[index].layers.values(), *self.replay.units[index].attention.values()):
+                cast(QuantizedModule, module).variants.clear()
+                cast(QuantizedModule, module).set_mode("full_precision")
+            self.replay.store.close()
+
+    def _run(self, index: int, profiled: bool) -> dict[str, Any]:
         replay, n = self.replay, self.replay.n
         replay.position, replay.micro_batch = index, self.micro_batch
-        replay.store.close()
         replay.store = self.store(min(1.0, n / self.case.samples))
         unit, device = replay.unit, replay.store.device
         phases = Phases(device)
@@ -391,8 +399,8 @@ class Bench:
         with phases("search"):
             within_memory(replay, reconstruction.initialise)
         with phases("learn"), torch.enable_grad():
-            reconstruction.start_learning(None)
-            reconstruction.make_backward(device)
+            within_memory(replay, lambda: reconstruction.start_learning(None))
+            within_memory(replay, lambda: reconstruction.make_backward(device))
             steps = self._steps(reconstruction, batch_size)
             seconds: list[float] = []
             steps(WARMUP if device.type == "cuda" else 1)
@@ -413,16 +421,14 @@ class Bench:
             "samples_a_pass": replay.micro_batch,
             "inputs": tiers(replay),
         }
-        del steps
+        del steps  # and the optimizer, with its CUDA graph
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         with phases("finish"):
             within_memory(replay, lambda: reconstruction.harden(True))
             within_memory(replay, reconstruction.correct_bias)
         with phases("advance"):
             within_memory(replay, replay.advance)
-        for module in reconstruction.quantized.values():
-            module.variants.clear()
-            module.set_mode("full_precision")
-        replay.store.close()
         row |= {"seconds": phases.seconds, "gib": phases.gib, "error_nearest": report.error_nearest}
         row |= {"error_learned": report.error_learned, "kernels": kernels}
         row |= {"allocated_gib": phases.peak("allocated"), "reserved_gib": phases.peak("reserved")}

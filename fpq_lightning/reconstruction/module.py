@@ -227,14 +227,14 @@ class BlockReconstruction(pl.LightningModule):
         replay, report = cast(NetworkReplay, self._replay), self.reports[self.position]
         if self._unit is not None:
             unit, learned = self._unit, self.iterations > 0
+            self.trainer.strategy.optimizers = []
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # what its CUDA graph had for itself
             self._within_memory(lambda: unit.harden(learned))
             if self.recipe.correct_biases:
                 self._within_memory(unit.correct_bias)
             report.iterations = self.iteration
             self._unit = None
-            self.trainer.strategy.optimizers = []
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()  # what its CUDA graph had for itself
         self._within_memory(replay.advance, alone=True)
         report.seconds += time.perf_counter() - self._clock
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
