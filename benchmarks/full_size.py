@@ -26,7 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -611,6 +611,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     absent = sizes[case.samples]["device"] * (1 - n / case.samples) / GIB if device.type == "cuda" else 0.0
     say(f"{len(kinds)} kinds; the store holds {sizes[case.samples]['all'] / GIB:.1f} GiB at most")
     if limit is not None:
+        torch.cuda.empty_cache()
         limit_memory(limit - absent, device)
     result: dict[str, Any] = {
         "model": args.model,
@@ -654,6 +655,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     tasks = [(kind, kind.members[0]) for kind in wanted]
     if case.ends and not args.profile_only:
         tasks += [(kind, kind.members[-1]) for kind in wanted if len(kind.members) > 1]
+    if device.type == "cuda" and tasks and not args.cold:
+        bench.step_seconds = 0.0
+        with suppress(torch.OutOfMemoryError):  # which is told of when it counts
+            bench.run(tasks[0][1], False)
+        bench.step_seconds = args.step_seconds
+        torch.cuda.empty_cache()
+        say("kernels compiled")
     longest = 0.0
     for kind, index in tasks:
         left = deadline - time.perf_counter()
@@ -702,6 +710,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--step_seconds", type=float, default=3.0, help="for which steps of a unit are timed")
     parser.add_argument("--profile", nargs="+", default=[], metavar="KIND", help="part of the name of a unit or kind")
     parser.add_argument("--profile_only", action="store_true", help="measure nothing else")
+    parser.add_argument("--cold", action="store_true", help="do not run the first unit twice, to compile kernels")
     parser.add_argument("--no_tf32", action="store_true")
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     warnings.simplefilter("always")

@@ -54,9 +54,11 @@ def gradients(replay: NetworkReplay, backward: Backward) -> Tensor:
             return backward()
         except torch.OutOfMemoryError as error:
             shortage = error.with_traceback(None)
+        device = replay.store.device
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise shortage  # the step goes on kernel by kernel; a graph would hold the failed attempt, too
         if backward.chunk > 1:
             backward.chunk = -(-backward.chunk // 2)
-            device = replay.store.device
             warnings.warn(f"{device} is out of memory: {backward.chunk} samples at a time", stacklevel=2)
         elif not save_memory(replay):
             raise shortage
