@@ -528,9 +528,9 @@ def test_steps_planned_together_are_the_steps_planned_one_by_one(tmp_path: Path)
             alone = [found for i in range(4) for found in steps(i)]
         assert [rate for _, rate, _ in together] == schedule[:, 3].tolist()
         assert len({error for error, _, _ in together}) > 2
-        for (error, rate, gradients), (other, other_rate, others) in zip(together, alone, strict=True):
+        for (error, rate, own), (other, other_rate, others) in zip(together, alone, strict=True):
             assert (error, rate) == (other, other_rate)
-            assert all(torch.equal(g, others[name]) for name, g in gradients.items())
+            assert all(torch.equal(g, others[name]) for name, g in own.items())
 
     with_unit(tmp_path / "run", use)
 
