@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,6 +25,7 @@ from fpq_lightning.calibration.store import ActivationStore
 from fpq_lightning.layers import QuantizedLayer, quantized_layers
 from fpq_lightning.reconstruction import backward as backward_module
 from fpq_lightning.reconstruction.backward import Backward
+from fpq_lightning.reconstruction.memory import gradients
 from fpq_lightning.reconstruction.unit import UnitReconstruction, UnitReport
 
 LAYERS = ["conv_in", "mid_block.resnets.*"]
@@ -466,6 +468,29 @@ def test_a_pass_that_failed_half_way_leaves_nothing_in_the_gradient(
     with_unit(tmp_path / "run", use)
 
 
+def test_a_step_is_not_cut_into_parts_while_its_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    capturing = [True]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    replay: Any = SimpleNamespace(store=SimpleNamespace(device=torch.device("cuda")))
+
+    class Short:
+        chunk = 8
+
+        def __call__(self) -> Tensor:
+            if self.chunk > 2:
+                raise torch.OutOfMemoryError("out of memory, says the test")
+            return torch.ones(())
+
+    backward: Any = Short()
+    with pytest.raises(torch.OutOfMemoryError, match="says the test"):
+        gradients(replay, backward)
+    assert backward.chunk == 8
+    capturing[0] = False
+    with pytest.warns(UserWarning, match="samples at a time"):
+        assert gradients(replay, backward) == 1
+    assert backward.chunk == 2
+
+
 def test_the_search_does_not_depend_on_how_many_samples_a_pass_takes(tmp_path: Path) -> None:
     found: list[dict[str, Any]] = []
     for micro_batch in (8, 3, 1):
@@ -503,9 +528,9 @@ def test_steps_planned_together_are_the_steps_planned_one_by_one(tmp_path: Path)
             alone = [found for i in range(4) for found in steps(i)]
         assert [rate for _, rate, _ in together] == schedule[:, 3].tolist()
         assert len({error for error, _, _ in together}) > 2
-        for (error, rate, gradients), (other, other_rate, others) in zip(together, alone, strict=True):
+        for (error, rate, own), (other, other_rate, others) in zip(together, alone, strict=True):
             assert (error, rate) == (other, other_rate)
-            assert all(torch.equal(g, others[name]) for name, g in gradients.items())
+            assert all(torch.equal(g, others[name]) for name, g in own.items())
 
     with_unit(tmp_path / "run", use)
 

@@ -121,6 +121,28 @@ def test_weights_come_back_to_the_memory_they_left() -> None:
     assert {name: value.data_ptr() for name, value in unet.named_parameters()} == before
 
 
+def test_locked_weights_are_those_that_blocks_come_back_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, locked = tiny_unet(), []
+    monkeypatch.setattr(offload_module, "pin", lambda x: not locked.append(x))
+    monkeypatch.setattr(offload_module, "unpin", lambda x: locked.remove(x))
+    inputs = {"sample": torch.randn(1, 3, 8, 8), "timestep": torch.tensor([3])}
+    with torch.no_grad():
+        expected = unet(**inputs).sample
+    offload = Offload(unet, [unit.module for unit in discover_units(unet)])
+    for block in offload.blocks:
+        offload._pin(block)
+    assert len(locked) == len(offload.blocks)
+    memory = [range(x.data_ptr(), x.data_ptr() + 4 * x.numel()) for x in locked]
+    with torch.no_grad():
+        assert torch.equal(unet(**inputs).sample, expected)
+    for block, place in zip(offload.blocks, memory, strict=True):
+        assert all(p.data_ptr() in place for p in block.parameters())
+    offload.remove()
+    assert not locked
+    with torch.no_grad():
+        assert torch.equal(unet(**inputs).sample, expected)
+
+
 def test_codes_move_with_their_layer_and_keep_their_type() -> None:
     quantization = LayerQuantization()
     codes = torch.tensor([[1, 2]], dtype=torch.uint8)

@@ -32,7 +32,8 @@ from fpq_lightning.calibration.trajectories import load_calibration_set
 from fpq_lightning.layers import make_quantized, quantized_layers
 from fpq_lightning.model.blocks import Unit
 from fpq_lightning.quantizers import Granularity, Quantizer
-from fpq_lightning.reconstruction.initialise import search_unit
+from fpq_lightning.reconstruction import initialise
+from fpq_lightning.reconstruction.initialise import collect_layer_inputs, search_unit
 from fpq_lightning.reconstruction.objective import relative_error
 
 
@@ -481,6 +482,43 @@ def test_a_static_scale_that_outliers_stretch_is_warned_of_by_name() -> None:
     x[:25, 2] = 1e6  # so many and so large that no clip leaves anything of the rest
     with pytest.warns(UserWarning, match=r"block\.proj: one static scale loses .*recipe\.activations\.token_layers"):
         _search_one_layer(x)
+
+
+def test_layers_that_read_one_tensor_share_it_in_the_search() -> None:
+    block = nn.ModuleDict({name: nn.Linear(6, 6) for name in "abc"}).requires_grad_(False)
+    layers = {name: make_quantized(layer, Granularity("channel")) for name, layer in block.items()}
+
+    def call(x: Tensor) -> None:
+        layers["a"](x), layers["c"](layers["b"](x))
+
+    batches = [torch.randn(2, 6), torch.randn(3, 6)]
+    found = collect_layer_inputs(Unit("block", block, dict(layers)), map(call, batches))
+    assert found["a"] is found["b"]
+    assert torch.equal(found["a"], torch.cat(batches))
+    assert torch.equal(found["c"], layers["b"](torch.cat(batches)))
+
+
+@pytest.mark.parametrize("objective", ["output", "tensor"])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_the_search_of_half_precision_inputs_never_holds_them_in_float32(
+    objective: str, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x, weights = torch.randn(12, 5, 6), torch.rand(12)
+    sizes: list[int] = []
+    to_float = Tensor.float
+    monkeypatch.setattr(Tensor, "float", lambda x: sizes.append(x.numel() * (x.dtype == torch.bfloat16)) or to_float(x))
+    monkeypatch.setattr(initialise, "_MAX_VALUES", 8)
+    found = []
+    for values in (x.bfloat16(), to_float(x.bfloat16())):
+        layer = make_quantized(nn.Linear(6, 4).requires_grad_(False), Granularity("channel"))
+        torch.nn.init.constant_(layer.weight, 0.3)
+        layer.weight += torch.arange(24).reshape(4, 6) / 100
+        recipe = Recipe(activations=ActivationRecipe("e2m3", objective=objective))  # type: ignore[arg-type]
+        search_unit(Unit("proj", layer, {"proj": layer}), {"proj": values}, weights, recipe, passes)
+        found.append(layer.variants["nearest"].to_state())
+    assert max(sizes) == x.numel() // passes
+    assert str(found[0]) == str(found[1])
 
 
 @pytest.mark.parametrize("activations", [{}, {"granularity": "token"}, {"token_layers": ["*.proj"]}])

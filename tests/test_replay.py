@@ -518,3 +518,30 @@ def test_only_floating_point_outputs_are_targets() -> None:
     x = torch.ones(2)
     leaves = output_leaves((x, None, {"index": torch.tensor([1]), "more": [x * 2, 3.0]}))
     assert_same(leaves, [x, x * 2])
+
+
+# --- what a large network must not cost -------------------------------------------------------------------------
+
+
+def test_a_replay_keeps_shapes_and_not_the_activations_they_were_read_from(make_network: MakeNetwork) -> None:
+    model, inputs = make_network("flux", n=6)
+    replay = make_replay(model, prepare(model, inputs, 6), inputs, 6)
+    for tree in [*replay._input_trees, *replay._output_trees]:
+        for leaf in tree._batched_of(tree.constants):
+            assert leaf.untyped_storage().nbytes() == leaf.element_size()
+
+
+def test_modes_are_set_once_however_many_batches_are_captured(
+    make_network: MakeNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = make_network("unet", n=6)
+    calls = []
+    set_mode = QuantizedLayer.set_mode
+    monkeypatch.setattr(QuantizedLayer, "set_mode", lambda layer, mode: calls.append(layer) or set_mode(layer, mode))
+    replay = make_replay(model, prepare(model, inputs, 6), inputs, 6)
+    found = []
+    for replay.micro_batch in (6, 1):
+        calls.clear()
+        replay.capture()
+        found.append(len(calls))
+    assert found[0] == found[1]

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fpq_lightning.calibration import store as store_module
 from fpq_lightning.calibration.store import ActivationStore, parse_bytes
 
 CPU = torch.device("cpu")
@@ -250,6 +251,25 @@ def test_host_memory_lies_between_the_device_and_the_disk(tmp_path: Path) -> Non
     store.free("k9")  # needed latest, so the one on disk
     assert (store.used("device"), store.used("host"), store.used("disk")) == (8, 12, 0)
     store.close()
+
+
+def test_host_memory_is_locked_as_long_as_an_array_lies_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked: list[int] = []
+    monkeypatch.setattr(store_module, "pin", lambda x: not locked.append(x.data_ptr()))
+    monkeypatch.setattr(store_module, "unpin", lambda x: locked.remove(x.data_ptr()))
+    store = make_store(tmp_path, budget=24, host=40)
+    values = {key: put(store, key, 5, use) for key, use in (("latest", 3), ("late", 2), ("soon", 1))}
+    assert len(locked) == 2
+    rows = torch.tensor([4, 0, 4])
+    for key, expected in values.items():
+        assert torch.equal(store.read(key, rows), expected[rows])
+        assert torch.equal(store.read(key, slice(1, 3)), expected[1:3])
+    store.free("soon")
+    store.promote("late")
+    assert len(locked) == 1
+    assert torch.equal(store.read("late", rows), values["late"][rows])
+    store.close()
+    assert locked == []
 
 
 def test_an_array_is_promoted_to_the_device_where_it_fits(tmp_path: Path) -> None:

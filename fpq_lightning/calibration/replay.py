@@ -59,8 +59,12 @@ class _Tree:
         self.name = name
         leaves, self.spec = tree_flatten(small)
         other = tree_flatten(large)[0]
-        self.constants: list[Any] = leaves
         self.batched = [_is_batch_major(unit, a, b) for a, b in zip(leaves, other, strict=True)]
+        # Of batch-major leaves shape and type are all that is needed.
+        self.constants: list[Any] = [
+            leaf.new_zeros(()).expand(leaf.shape) if batched else leaf
+            for leaf, batched in zip(leaves, self.batched, strict=True)
+        ]
         self.given = [(given or {}).get(id(leaf)) for leaf in leaves]  # paths of the network's inputs
 
     def conditions(self) -> list[str]:
@@ -213,7 +217,7 @@ class NetworkReplay:
         return (slice(i, min(i + self.micro_batch, self.n)) for i in range(0, self.n, self.micro_batch))
 
     def _unit_inputs(self, path: Path, rows: slice) -> Any:
-        """What the current unit is called with, on one path."""
+        """What the current unit is called with, on one path, whose mode the network is in."""
         captured = None
         outputs: dict[int, Any] = {}  # of units of several parts, the first of which has run
 
@@ -235,8 +239,7 @@ class NetworkReplay:
             return output[0]
 
         try:
-            # Layers may also run between the units: DiT embeds the timestep once more with its first block's layers.
-            with running(self.model, _MODES[path]), _stubs(self.units, stub), suppress(_Stop):
+            with _stubs(self.units, stub), suppress(_Stop):
                 self.model(**self._calibration.batch(rows, self.store.device))
         except RuntimeError as error:
             if self._placeholders_in_memory or "single memory location" not in str(error):
@@ -254,13 +257,16 @@ class NetworkReplay:
             for rows in self._batches():
                 self.store.write(_condition(path), rows.start, self._calibration.inputs[path][rows, None])
         inputs, targets = self._allocate_capture()
-        for rows in self._batches():
-            # Stored before the unit runs, which may change its input in place.
-            inputs.write(self.store, rows.start, self._unit_inputs(self._input_path, rows))
-            args, kwargs = self._unit_inputs("full_precision", rows)
-            with running(unit.module, "full_precision"):
+        # Layers may also run between the units: DiT embeds the timestep once more with its first block's layers. A mode
+        # is set once for all batches, as a large network has thousands of modules to look through.
+        with running(self.model, _MODES[self._input_path]):
+            for rows in self._batches():
+                inputs.write(self.store, rows.start, self._unit_inputs(self._input_path, rows))
+        with running(self.model, "full_precision"):
+            for rows in self._batches():
+                args, kwargs = self._unit_inputs("full_precision", rows)
                 output = unit.module(*args, **kwargs)
-            self._output_tree("full_precision", index).write(self.store, rows.start, output)
+                self._output_tree("full_precision", index).write(self.store, rows.start, output)
         self._settle_sources()  # the unit's own inputs are all that is needed from here on
         for key in [*inputs.all_keys(), *targets.all_keys()]:
             self.store.promote(key)

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fpq_lightning.pinning import pin, unpin
+
 _UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -33,6 +35,7 @@ class _Entry:
     tier: str  # device, host or disk
     dtype: torch.dtype  # of what is written and read
     file: Path | None = None
+    pinned: bool = False
 
     @property
     def bytes(self) -> int:
@@ -107,9 +110,11 @@ class ActivationStore:
         return "host" if tier == "device" and self.budgets["host"] else "disk"
 
     def _new(self, tier: str, shape: tuple[int, ...], kept: torch.dtype, next_use: int, dtype: torch.dtype) -> _Entry:
-        if tier != "disk":
-            device = self.device if tier == "device" else torch.device("cpu")
-            return _Entry(torch.empty(shape, dtype=kept, device=device), next_use, tier, dtype)
+        if tier == "device":
+            return _Entry(torch.empty(shape, dtype=kept, device=self.device), next_use, tier, dtype)
+        if tier == "host":
+            tensor = torch.empty(shape, dtype=kept)
+            return _Entry(tensor, next_use, tier, dtype, pinned=pin(tensor))
         if self._scratch is None:
             if self._directory is not None:
                 Path(self._directory).mkdir(parents=True, exist_ok=True)
@@ -127,10 +132,16 @@ class ActivationStore:
     def read(self, key: str, rows: slice | Tensor) -> Tensor:
         """Rows on the compute device, in the type that was written."""
         entry = self._entries[key]
-        if isinstance(rows, Tensor):
+        if isinstance(rows, Tensor) and entry.pinned:
+            found = torch.empty((len(rows), *entry.tensor.shape[1:]), dtype=entry.tensor.dtype, device=self.device)
+            for to, row in zip(found, rows.tolist(), strict=True):  # each its own copy, that the GPU fetches
+                to.copy_(entry.tensor[row], non_blocking=True)
+        elif isinstance(rows, Tensor):
             found = entry.tensor.index_select(0, rows.to(entry.tensor.device))
         else:
-            found = entry.tensor[rows].clone()  # the network may change it in place
+            found = entry.tensor[rows]
+            if entry.tensor.device.type == self.device.type:
+                found = found.clone()  # the network may change it in place
         return found.to(self.device).to(entry.dtype)
 
     def promote(self, key: str) -> None:
@@ -171,12 +182,17 @@ class ActivationStore:
     def free(self, key: str) -> None:
         """Forgets an array."""
         entry = self._entries.pop(key, None)
-        if entry is not None and entry.file is not None:
+        if entry is None:
+            return
+        if entry.file is not None:
             entry.file.unlink()
+        if entry.pinned:
+            unpin(entry.tensor)
 
     def close(self) -> None:
         """Forgets everything and removes the files."""
-        self._entries.clear()
+        for key in list(self._entries):
+            self.free(key)
         if self._scratch is not None:
             self._scratch.cleanup()
             self._scratch = None

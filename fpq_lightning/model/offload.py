@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fpq_lightning.model.blocks import layer_count
+from fpq_lightning.pinning import pin, unpin
 
 
 class Offload:
@@ -29,6 +30,7 @@ class Offload:
         self.device = torch.device("cpu")
         # Weights do not change: what goes back to host memory need not be copied.
         self._home = {id(p): p.data for block in self.blocks for p in block.parameters()}
+        self._pinned: list[Tensor] = []
         self._held: list[nn.Module] = []
         self._running: list[nn.Module] = []
         self._handles: list[Any] = []
@@ -42,6 +44,10 @@ class Offload:
     def place(self, device: torch.device) -> None:
         """Moves what is not in a block to the device that blocks go to from now on."""
         self.device = device
+        if device.type == "cuda" and not self._pinned:
+            for block in self.blocks:
+                if not self._is_there(block):
+                    self._pin(block)
         inside = {id(x) for block in self.blocks for x in (*block.parameters(), *block.buffers())}
         for x in (*self.model.parameters(), *self.model.buffers()):
             if id(x) not in inside:
@@ -63,6 +69,26 @@ class Offload:
             handle.remove()
         self.hold([])
         self.model.to("cpu")
+        for memory in self._pinned:
+            unpin(memory)
+        self._pinned = []
+
+    def _pin(self, block: nn.Module) -> None:
+        """Puts the weights of a block side by side into memory that the GPU reads at full speed."""
+        by_type: dict[torch.dtype, list[nn.Parameter]] = {}
+        for p in block.parameters():
+            if p.is_contiguous():
+                by_type.setdefault(p.dtype, []).append(p)
+        for dtype, parameters in by_type.items():
+            sizes = [p.numel() for p in parameters]
+            memory = torch.empty(sum(sizes), dtype=dtype)
+            if not pin(memory):
+                continue
+            self._pinned.append(memory)
+            for p, place in zip(parameters, memory.split(sizes), strict=True):
+                home = place.view_as(p)
+                home.copy_(self._home[id(p)])
+                p.data = self._home[id(p)] = home
 
     def _is_there(self, block: nn.Module) -> bool:
         return block in self._held or block in self._running

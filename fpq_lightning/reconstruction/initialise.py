@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -32,7 +33,7 @@ def collect_layer_inputs(unit: Unit, calls: Iterable[Any]) -> dict[str, Tensor]:
     """
     seen: dict[str, list[Tensor]] = {name: [] for name in unit.layers}
     handles = [
-        layer.register_forward_pre_hook(lambda module, args, name=name: seen[name].append(args[0].detach()))
+        layer.register_forward_pre_hook(lambda module, args, name=name: seen[name].append(args[0]))
         for name, layer in unit.layers.items()
     ]
     try:
@@ -42,7 +43,16 @@ def collect_layer_inputs(unit: Unit, calls: Iterable[Any]) -> dict[str, Tensor]:
     finally:
         for handle in handles:
             handle.remove()
-    return {name: torch.cat(parts) for name, parts in seen.items() if parts}
+    readers: dict[tuple[int, ...], list[str]] = {}  # queries, keys and values are made from one tensor
+    for name, parts in seen.items():
+        readers.setdefault(tuple(map(id, parts)), []).append(name)
+    readers.pop((), None)
+    found: dict[str, Tensor] = {}
+    for names in readers.values():
+        found |= dict.fromkeys(names, torch.cat(seen[names[0]]))
+        for name in names:
+            del seen[name]
+    return found
 
 
 def _operate_part(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor:
@@ -59,17 +69,21 @@ def _operate_part(layer: QuantizedLayer, x: Tensor, weight: Tensor) -> Tensor:
     return convolution(x, weight, None, conv.stride, padding, conv.dilation)
 
 
-def _output_energy(layer: QuantizedLayer, x: Tensor, weight: Tensor, passes: int) -> Tensor:
-    """Sum of squares of a part's contribution to each output channel, `[out]`."""
+def _output_energy(layer: QuantizedLayer, inputs: Iterable[Tensor], weight: Tensor) -> Tensor:
+    """Sum of squares of a part's contribution to each output channel, `[out]`, over batches of its float32 input."""
     total: Any = 0
-    for some in x.chunk(passes):
-        squared = _operate_part(layer, some, weight).square()
+    for x in inputs:
+        squared = _operate_part(layer, x, weight).square()
         total = total + squared.sum(dim=[d for d in range(squared.ndim) if d != layer.channel_dim % squared.ndim])
     return total
 
 
 def _search_weight(
-    layer: QuantizedLayer, x: Tensor, part: Tensor, formats: tuple[Format, ...], recipe: Recipe, passes: int
+    layer: QuantizedLayer,
+    inputs: Callable[[], Iterable[Tensor]],
+    part: Tensor,
+    formats: tuple[Format, ...],
+    recipe: Recipe,
 ) -> Quantizer:
     rows = layer.granularity.rows(part)
     if recipe.weights.objective != "output":
@@ -78,15 +92,26 @@ def _search_weight(
 
     def output_error(trial: Quantizer) -> Tensor:
         error = trial(rows).reshape(part.shape) - part
-        by_channel = _output_energy(layer, x, error, passes)
+        by_channel = _output_energy(layer, inputs(), error)
         return by_channel if per_channel else by_channel.sum(0, keepdim=True)
 
     return search_output_error(rows, formats, output_error)
 
 
-def _search_tokens(layer: QuantizedLayer, x: Tensor, formats: tuple[Format, ...]) -> Quantizer:
-    trials = [Quantizer(fmt, None, token_dims=layer.token_dims) for fmt in formats if fmt.min < 0]
-    return min(trials, key=lambda q: (q(x) - x).square().sum().item())
+def _search_tokens(layer: QuantizedLayer, x: Tensor, formats: tuple[Format, ...], passes: int) -> Quantizer:
+    def error(trial: Quantizer) -> float:
+        return sum((trial(some) - some).square().sum().item() for some in _float_parts(x, passes))
+
+    return min((Quantizer(fmt, None, token_dims=layer.token_dims) for fmt in formats if fmt.min < 0), key=error)
+
+
+def _float_parts(x: Tensor, passes: int) -> Iterator[Tensor]:
+    """An activation in float32, which as a whole may be more than there is memory for."""
+    return (some.float() for some in x.chunk(passes))
+
+
+def _scaled_parts(x: Tensor, factors: Tensor, passes: int) -> Iterator[Tensor]:
+    return (some * factor for some, factor in zip(_float_parts(x, passes), factors.chunk(passes), strict=True))
 
 
 def _search_input(
@@ -95,11 +120,12 @@ def _search_input(
     activations = recipe.activations
     values = _some_values(x)
     # The extremes decide the largest clip tried, wherever the sampling above falls.
-    values = torch.cat([values, x.amin().reshape(1, 1), x.amax().reshape(1, 1)], dim=1)
+    values = torch.cat([values, x.amin().reshape(1, 1).float(), x.amax().reshape(1, 1).float()], dim=1)
     if activations.objective == "output":
 
         def output_error(trial: Quantizer) -> Tensor:
-            return _output_energy(layer, _placed_like(trial, x) - x, weight, passes).sum().reshape(1)
+            changes = (_placed_like(trial, some) - some for some in _float_parts(x, passes))
+            return _output_energy(layer, changes, weight).sum().reshape(1)
 
         quantizer = search_output_error(values, formats, output_error)
     else:
@@ -115,7 +141,7 @@ def _of_tensor(quantizer: Quantizer) -> Quantizer:
 
 def _some_values(x: Tensor) -> Tensor:
     values = x.reshape(1, -1)
-    return values[:, :: max(1, values.shape[1] // _MAX_VALUES)]
+    return values[:, :: max(1, values.shape[1] // _MAX_VALUES)].float()
 
 
 def _warn_of_lost_bulk(name: str, quantizer: Quantizer, x: Tensor) -> None:
@@ -159,23 +185,23 @@ def search_unit(unit: Unit, layer_inputs: dict[str, Tensor], weights: Tensor, re
     by_size = sorted(unit.layers, key=lambda name: -cast(Tensor, unit.layers[name].weight).numel())
     for name in by_size[distributed.rank() :: distributed.world_size()]:
         layer = cast(QuantizedLayer, unit.layers[name])
-        x = layer_inputs[name].float()
+        x = layer_inputs[name]
         if not x.isfinite().all():
             raise ValueError(f"{name}: its input holds NaN or Inf on the calibration set; exclude the layer")
         # An output error is linear in the input, so scaled inputs give weighted errors. Layers that see another
         # leading dimension than the samples (tokens folded into it) weigh them alike.
-        significance = weights.sqrt() if len(weights) == len(x) else x.new_ones(len(x))
+        significance = weights.sqrt() if len(weights) == len(x) else weights.new_ones(len(x))
         quantizers, inputs = [], []
         xs = x.split(layer.splits, dim=layer.channel_dim) if len(layer.splits) > 1 else (x,)
         for part, x_part in zip(layer.weight_parts(), xs, strict=True):
             weight = part
             if formats := recipe.weight_formats():
-                scaled = x_part * significance.reshape(-1, *[1] * (x.ndim - 1))
-                quantizers.append(_search_weight(layer, scaled, part, formats, recipe, passes))
+                scaled = partial(_scaled_parts, x_part, significance.reshape(-1, *[1] * (x.ndim - 1)), passes)
+                quantizers.append(_search_weight(layer, scaled, part, formats, recipe))
                 weight = quantizers[-1](layer.granularity.rows(part)).reshape(part.shape)
             if formats := recipe.activation_formats():
                 if recipe.has_token_scales(name):
-                    inputs.append(_search_tokens(layer, x_part, formats))
+                    inputs.append(_search_tokens(layer, x_part, formats, passes))
                 else:
                     inputs.append(_search_input(layer, x_part, weight, formats, recipe, passes))
                 _warn_of_lost_bulk(name, inputs[-1], x_part)

@@ -30,6 +30,7 @@ from fpq_lightning.recipes import Recipe
 from fpq_lightning.reconstruction.backward import Backward
 from fpq_lightning.reconstruction.components import check_components, quantize_components
 from fpq_lightning.reconstruction.graphed_adam import GraphedAdam
+from fpq_lightning.reconstruction.memory import gradients, within_memory
 from fpq_lightning.reconstruction.unit import UnitReconstruction, UnitReport
 from fpq_lightning.rounding import beta_schedule
 
@@ -226,14 +227,14 @@ class BlockReconstruction(pl.LightningModule):
         replay, report = cast(NetworkReplay, self._replay), self.reports[self.position]
         if self._unit is not None:
             unit, learned = self._unit, self.iterations > 0
+            self.trainer.strategy.optimizers = []
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # what its CUDA graph had for itself
             self._within_memory(lambda: unit.harden(learned))
             if self.recipe.correct_biases:
                 self._within_memory(unit.correct_bias)
             report.iterations = self.iteration
             self._unit = None
-            self.trainer.strategy.optimizers = []
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()  # what its CUDA graph had for itself
         self._within_memory(replay.advance, alone=True)
         report.seconds += time.perf_counter() - self._clock
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -247,41 +248,7 @@ class BlockReconstruction(pl.LightningModule):
             self._hold(None)
 
     def _within_memory(self, work: Callable[[], T], alone: bool = False) -> T:
-        """Does work that can be done again, with less memory each time the device runs out of it.
-
-        Args:
-            work: to do.
-            alone: whether it is done without the other processes; what they do together none can do again by itself.
-
-        Raises:
-            torch.OutOfMemoryError: if it cannot be done with less.
-        """
-        while True:
-            try:
-                return work()
-            except torch.OutOfMemoryError as error:
-                shortage = error.with_traceback(None)  # which would keep what the work had allocated
-            if not (alone or distributed.world_size() == 1) or not self._save_memory():
-                raise shortage
-
-    def _save_memory(self) -> bool:
-        """Halves the store's share of the device and the samples of a pass; False if there is nothing to halve."""
-        replay = cast(NetworkReplay, self._replay)
-        store = replay.store
-        held = store.used("device") if self.device.type == "cuda" else 0
-        if replay.micro_batch == 1 and not held:
-            return False
-        replay.micro_batch = max(1, replay.micro_batch // 2)
-        if held:
-            store.shrink(held // 2)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        warnings.warn(
-            f"{self.device} is out of memory: going on with {store.budgets['device'] / 2**30:.2f} GiB of activations "
-            f"there and {replay.micro_batch} samples a pass (data.store_budget, data.micro_batch)",
-            stacklevel=2,
-        )
-        return True
+        return within_memory(cast(NetworkReplay, self._replay), work, alone)
 
     def use_learned(self) -> None:
         """Leaves the pipeline running its learned quantization."""
@@ -349,16 +316,7 @@ class BlockReconstruction(pl.LightningModule):
     def _gradients(self) -> Tensor:
         """The closure of a step: writes gradients and learning rates."""
         backward = self._backward
-        while True:
-            try:
-                error = backward()
-                break
-            except torch.OutOfMemoryError:
-                if backward.chunk > 1:
-                    backward.chunk = -(-backward.chunk // 2)
-                    warnings.warn(f"{self.device} is out of memory: {backward.chunk} samples at a time", stacklevel=1)
-                elif not self._save_memory():
-                    raise
+        error = gradients(cast(NetworkReplay, self._replay), backward)
         for group in cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False)).param_groups:
             group["lr"] = group["initial_lr"] * backward.rate
         return error
