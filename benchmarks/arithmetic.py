@@ -260,14 +260,13 @@ def steps(name: str, seconds: float, torchao: bool) -> list[dict[str, Any]]:
     total = sum(work.values())
     linear = {n for n, m in layers_of(model).items() if isinstance(m, nn.Linear)}
     say(f"share of Linear layers in the products: {sum(work[n] for n in linear) / total:.3f}")
-    variants = [
-        ("FP8/FP8, convolutions in bf16", "float8_e4m3fn", linear),
-        ("FP8/FP8", "float8_e4m3fn", set(work)),
-        ("FP4/FP8", "float4_e2m1fn", set(work)),
-    ]
-    for label, fmt, chosen in variants:
-        if time.perf_counter() - START > seconds or (label == "FP8/FP8" and len(linear) == len(work)):
-            continue
+    variants = [("FP8/FP8, convolutions in bf16", "float8_e4m3fn", linear)] if len(linear) < len(work) else []
+    variants += [("FP8/FP8", "float8_e4m3fn", set(work)), ("FP4/FP8", "float4_e2m1fn", set(work))]
+    for i, (label, fmt, chosen) in enumerate(variants):
+        if torchao and i == 1:
+            rows.append(against_torchao(name, sum(work[n] for n in linear) / total))
+        if time.perf_counter() - START > seconds:
+            break
         del model
         torch.cuda.empty_cache()
         model, inputs = network(name)
@@ -277,16 +276,17 @@ def steps(name: str, seconds: float, torchao: bool) -> list[dict[str, Any]]:
         share = sum(work[n] for n, m in packed_layers(model).items() if fp8.fits(m)) / total
         rows.append(measure(label, model, inputs, False, share))
         rows.append(measure(label, model, inputs, True, share))
-    if torchao and time.perf_counter() - START < seconds:
-        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
-
-        del model
-        torch.cuda.empty_cache()
-        model, inputs = network(name)
-        fits = lambda m, _: isinstance(m, nn.Linear) and m.in_features % 16 == 0 and m.out_features % 16 == 0  # noqa: E731
-        quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=fits)
-        rows.append(measure("torchao FP8 dynamic", model, inputs, True, sum(work[n] for n in linear) / total))
     return rows
+
+
+def against_torchao(name: str, share: float) -> dict[str, Any]:
+    """Linear layers in torchao's FP8 with dynamic activations, a scale a row."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    model, inputs = network(name)
+    fits = lambda m, _: isinstance(m, nn.Linear) and m.in_features % 16 == 0 and m.out_features % 16 == 0  # noqa: E731
+    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=fits)
+    return measure("torchao FP8 dynamic", model, inputs, True, share)
 
 
 @torch.no_grad()
