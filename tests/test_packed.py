@@ -34,6 +34,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weights": fpq.WeightRecipe("fp6", "group", group_size=4),
         "exclude": ["conv_in"],
     },
+    "fp4 with scales in e4m3": {"weights": fpq.WeightRecipe("fp4", "group", 8, "float8_e4m3fn")},
+    "fp4 with scales in e8m0": {"weights": fpq.WeightRecipe("float4_e2m1fn", "group", 24, "float8_e8m0fnu")},
     "with offsets": {
         "weights": fpq.WeightRecipe("uint5", "tensor"),
         "activations": fpq.ActivationRecipe("e4m3", unsigned=True),
@@ -113,6 +115,10 @@ def test_files_hold_the_calibrated_layers_to_the_bit(name: str, tmp_path: Path) 
     assert max(parts) == 2
     offsets = [q["offset"] for entry in described.values() for q in [*entry["weights"], *entry["inputs"]]]
     assert any(offsets) == (name == "with offsets")
+    scales = {q.get("scale_format") for entry in described.values() for q in entry["weights"]}
+    expected = {"fp4 with scales in e4m3": "float8_e4m3fn", "fp4 with scales in e8m0": "float8_e8m0fnu"}
+    assert scales - {None} == ({expected[name]} if name in expected else set())
+    assert (None in scales) == (name != "activations only")  # conv_in has 27 weights an output channel
 
 
 def test_files_say_where_they_come_from(calibrated: tuple[DiffusionPipeline, Path]) -> None:

@@ -1,4 +1,4 @@
-"""``fpq export``: a quantized pipeline from one form to the other."""
+"""``fpq export``: a quantized pipeline in another form."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def export(directory: str | Path, output: str | Path, form: str) -> None:
     """Writes a quantized pipeline in another form.
 
     Args:
-        directory: of the pipeline, in either form.
+        directory: of the pipeline, packed or dequantized.
         output: a new directory.
-        form: ``fpq`` or ``dequantized``.
+        form: ``fpq``, ``dequantized``, ``modelopt``, ``nvfp4`` or ``mxfp4``.
 
     Raises:
         FileNotFoundError: if there is no quantized pipeline.
-        ValueError: if its files are damaged, or `output` holds something.
+        ValueError: if its files are damaged, no layer fits the form, or `output` holds something.
     """
     if form not in get_args(Form):
         raise ValueError(f"there is no form {form!r}: use {' or '.join(get_args(Form))}")
@@ -39,7 +39,7 @@ def export(directory: str | Path, output: str | Path, form: str) -> None:
     description = read_description(directory)
     pipeline = load_quantized(directory)
     denoiser = getattr(pipeline, denoiser_name(pipeline))
-    if form == "fpq" and "quant_method" not in description:
+    if form != "dequantized" and "quant_method" not in description:
         find_codes(denoiser, description)
     details = {
         k: v for k, v in description.items() if k not in ("quant_method", "format_version", "layers", "attention")
