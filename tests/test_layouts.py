@@ -19,6 +19,8 @@ from packed_reader import read_denoiser, read_safetensors
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fpq_lightning.storage.modelopt import share_tensor_scales
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 RECIPES = {
     "nvfp4": ["--config", "nvfp4"],
@@ -99,7 +101,8 @@ def test_packed_block_scales_open_and_are_written_again_to_the_same_bytes(
     half, full = load_file(tmp_path / "again" / WEIGHTS), load_file(finished[name] / "unet" / WEIGHTS)
     assert half.keys() == full.keys()
     codes_and_scales = [n for n in half if ".weights." in n]
-    assert all(torch.equal(half[n].view(torch.uint8), full[n].view(torch.uint8)) for n in codes_and_scales)
+    assert all(half[n].dtype == full[n].dtype for n in codes_and_scales)
+    assert all(torch.equal(half[n].float(), full[n].float()) for n in codes_and_scales)
     unet = UNet2DModel.from_pretrained(finished[name] / "unet")
     unet.save_pretrained(tmp_path / "same")
     assert (tmp_path / "same" / WEIGHTS).read_bytes() == (finished[name] / "unet" / WEIGHTS).read_bytes()
@@ -258,6 +261,23 @@ def test_exports_are_pipelines_that_say_what_they_are(exported: dict[str, Path])
         assert (unet.parent / "model_index.json").is_file()
         assert (unet.parent / "scheduler" / "scheduler_config.json").is_file()
         assert ("compressed-tensors" if name == "mxfp4" else "ModelOpt") in (unet.parent / "README.md").read_text()
+
+
+def test_layers_that_readers_fuse_share_the_scale_of_the_tensor_where_that_is_exact() -> None:
+    def layer(block: list[float], tensor: float) -> dict[str, Tensor]:
+        return {"weight_scale": torch.tensor(block).to(torch.float8_e4m3fn), "weight_scale_2": torch.tensor(tensor)}
+
+    def scales(tensors: dict[str, Tensor]) -> Tensor:
+        return tensors["weight_scale"].float() * tensors["weight_scale_2"]
+
+    layers = {"a.to_q": layer([3.5, 448.0], 2.0**-8), "a.to_k": layer([60.0, 1.25], 2.0**-6), "ff": layer([9.0], 2.0)}
+    layers |= {"b.to_q": layer([2.0**-9], 1.0), "b.to_k": layer([1.0], 2.0)}  # 2^-10 is no E4M3 number
+    before = {name: scales(tensors) for name, tensors in layers.items()}
+    share_tensor_scales(layers)
+    assert all(torch.equal(scales(tensors), before[name]) for name, tensors in layers.items())
+    assert {name: tensors["weight_scale_2"].item() for name, tensors in layers.items()} == {
+        "a.to_q": 2.0**-6, "a.to_k": 2.0**-6, "ff": 2.0, "b.to_q": 1.0, "b.to_k": 2.0
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fpq_lightning.layers import is_quantizable
 from fpq_lightning.storage.packed import PackedLayer, PackedWeight, make_plain, packed_layers
 
-Tensors = Mapping[str, Tensor]
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,14 @@ class Layout:
         tensors: what is stored of a layer in place of its weight, by name within the layer; None if it does not fit.
         config: the ``quantization_config`` for the names of the layers that stay in full precision, and the version of
             this package.
+        settle: changes the tensors of layers by name, in place, where those of several must agree.
     """
 
     takes: str
     recipe: str
     tensors: Callable[[PackedLayer], Tensors | None]
     config: Callable[[list[str], str], dict[str, Any]]
+    settle: Callable[[dict[str, Tensors]], None] = lambda tensors: None
 
 
 def whole_linear_weight(layer: PackedLayer) -> PackedWeight | None:
@@ -71,6 +73,7 @@ def apply_layout(model: nn.Module, layouts: tuple[Layout, ...], version: str) ->
             f"their quantized weights are written as float32: {shown}",
             stacklevel=2,
         )
+    layout.settle(fitting)
     for name, layer in layers.items():
         make_plain(layer)
         if name in fitting:

@@ -74,6 +74,27 @@ def _nvfp4_input_scale(layer: PackedLayer) -> Tensor:
     return largest.reshape(()) / _NVFP4_TOP
 
 
+def share_tensor_scales(tensors: dict[str, Tensors]) -> None:
+    """Gives the layers of one module, such as query, key and value, one ``weight_scale_2``.
+
+    Readers that fuse them take the largest. Ours are powers of two, so block scales take up the difference, exactly;
+    where one would become too small for E4M3, that module's layers stay as they are.
+
+    Args:
+        tensors: of layers by name, changed in place.
+    """
+    families: dict[str, list[Tensors]] = {}
+    for name, own in tensors.items():
+        families.setdefault(name.rpartition(".")[0], []).append(own)
+    for family in families.values():
+        largest = torch.stack([own["weight_scale_2"] for own in family]).amax()
+        wanted = [own["weight_scale"].float() * (own["weight_scale_2"] / largest) for own in family]
+        scales = [scale.to(torch.float8_e4m3fn) for scale in wanted]
+        if all(torch.equal(scale.float(), exact) for scale, exact in zip(scales, wanted, strict=True)):
+            for own, scale in zip(family, scales, strict=True):
+                own.update(weight_scale=scale, weight_scale_2=largest.clone())
+
+
 def _float(bits: int, **options: Any) -> dict[str, Any]:
     return {"num_bits": bits, "type": "float", "dynamic": False, **options}
 
@@ -113,4 +134,5 @@ NVFP4 = Layout(
         ),
         "group_size": 16,
     },
+    settle=share_tensor_scales,
 )
