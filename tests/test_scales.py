@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from diffusers.quantizers.bfl.utils import dequantize_nvfp4, quantize_nvfp4
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -107,6 +108,18 @@ def test_no_representable_scale_has_a_smaller_error(seed: int, spread: float, n:
         trials = every.flatten().unique().expand(len(rows), -1)
         best = errors_of(rows, trials).amin(1)
         assert (errors_of(rows, found.scale)[:, 0] <= best * (1 + 1e-6)).all()
+
+
+@given(seeds)
+def test_the_search_beats_the_rules_that_formats_come_with(seed: int) -> None:
+    rows = rows_of(seed, n_rows=32, n=32, spread=0.5)
+    halves = rows.reshape(64, 16)
+    found = search_tensor_error(halves, [E2M1], scale_format=E4M3)
+    theirs = dequantize_nvfp4(*quantize_nvfp4(rows))
+    assert (found(halves).reshape(32, 32) - rows).square().sum() < (theirs - rows).square().sum()
+    found = search_tensor_error(rows, [E2M1], scale_format=E8M0)
+    ocp = 2 ** (rows.abs().amax(1, keepdim=True).log2().floor() - 2)  # OCP Microscaling Formats 1.0, section 6.3
+    assert (found(rows) - rows).square().sum() < errors_of(rows, ocp).sum()
 
 
 def test_a_power_of_two_that_a_block_holds_exactly_is_found() -> None:
