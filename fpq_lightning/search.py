@@ -128,9 +128,9 @@ def representable_scales(rows: SortedRows, fmt: Format, scale_format: ScaleForma
     """
     no_clip = rows.magnitude / fmt.max
     tensor_scale = scale_format.tensor_scale(2 * no_clip.amax())
-    first = scale_format.floor(no_clip * CLIPS[0] / tensor_scale)
-    last = scale_format.floor(no_clip * 2 / tensor_scale)
-    steps = torch.arange(int((last - first).amax()) + 1, device=first.device)
+    first = scale_format.floor(no_clip * CLIPS[0] / tensor_scale).int()  # half the memory of the candidates
+    last = scale_format.floor(no_clip * 2 / tensor_scale).int()
+    steps = torch.arange(int((last - first).amax()) + 1, device=first.device, dtype=first.dtype)
     return scale_format.decode(torch.minimum(first + steps, last)) * tensor_scale
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.quantizers.bfl.utils import dequantize_nvfp4, quantize_nvfp4
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -79,6 +79,8 @@ def test_codes_of_scales_are_exact_and_others_are_refused(seed: int, spread: flo
 
 
 @given(st.floats(2.0**-40, 2.0**40, width=32))
+@example(448.0)
+@example(448.0 * 2.0**-9)
 def test_the_scale_of_a_tensor_is_the_smallest_power_of_two_that_reaches(largest: float) -> None:
     scale = E4M3.tensor_scale(torch.tensor(largest)).item()
     assert np.log2(scale) % 1 == 0
@@ -119,7 +121,8 @@ def test_the_search_beats_the_rules_that_formats_come_with(seed: int) -> None:
     assert (found(halves).reshape(32, 32) - rows).square().sum() < (theirs - rows).square().sum()
     found = search_tensor_error(rows, [E2M1], scale_format=E8M0)
     ocp = 2 ** (rows.abs().amax(1, keepdim=True).log2().floor() - 2)  # OCP Microscaling Formats 1.0, section 6.3
-    assert (found(rows) - rows).square().sum() < errors_of(rows, ocp).sum()
+    assert found.scale is not None
+    assert (errors_of(rows, found.scale) <= errors_of(rows, ocp) * (1 + 1e-6)).all()
 
 
 def test_a_power_of_two_that_a_block_holds_exactly_is_found() -> None:
