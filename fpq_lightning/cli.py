@@ -224,7 +224,10 @@ def export_model(arguments: list[str]) -> None:
     """``fpq export``: a quantized pipeline in another form."""
     parser = ArgumentParser(prog="fpq export", description="Writes a quantized pipeline in another form.")
     parser.add_argument("model", type=str, help="Directory of a quantized pipeline, such as runs/NAME/quantized.")
-    parser.add_argument("--format", type=str, required=True, help="fpq: packed codes; dequantized: float32.")
+    forms = (
+        "fpq: packed codes; dequantized: float32; modelopt: FP8 in the keys of ModelOpt; nvfp4, mxfp4: blocks of FP4."
+    )
+    parser.add_argument("--format", type=str, required=True, help=forms)
     parser.add_argument("--output", type=str, required=True, help="A new directory.")
     options = parser.parse_args(arguments)
     export(options.model, options.output, options.format)

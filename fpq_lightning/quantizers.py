@@ -7,7 +7,7 @@ format maximum ``m`` the scale is ``c / m``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fpq_lightning import kernels
 from fpq_lightning.formats import Format, parse_format
+from fpq_lightning.scales import FLOAT32, ScaleFormat, parse_scale_format
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,12 @@ class Granularity:
         kind: one row for the whole tensor, one for each output channel, or one for each group of
             `group_size` consecutive weights of an output channel (input channel, then kernel position).
         group_size: length of a group; only with ``kind="group"``.
+        scale_format: what the scale of a group may be: any ``float32`` number, or one of `SCALE_FORMATS`.
     """
 
     kind: Literal["tensor", "channel", "group"] = "channel"
     group_size: int | None = None
+    scale_format: str = FLOAT32
 
     def __post_init__(self) -> None:
         if self.kind not in ("tensor", "channel", "group"):
@@ -40,6 +43,17 @@ class Granularity:
             )
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {self.group_size}")
+        if parse_scale_format(self.scale_format) is not None and self.kind != "group":
+            raise ValueError(
+                f"scale_format {self.scale_format} goes with granularity group and a group_size, got {self.kind}"
+            )
+
+    def fitting(self, parts: Iterable[Tensor]) -> Granularity:
+        """This granularity, or one scale a channel for a layer whose weight parts the group size does not divide."""
+        size = self.group_size
+        if size is None or all(part[0].numel() % size == 0 for part in parts):
+            return self
+        return Granularity("channel")
 
     def rows(self, weight: Tensor, name: str = "weight") -> Tensor:
         """Views a weight `[out, ...]` as rows `[n_rows, row_length]`.
@@ -56,6 +70,27 @@ class Granularity:
                 "channel; choose a divisor or exclude the layer"
             )
         return flat.reshape(-1, self.group_size)
+
+
+def layers_without_groups(granularity: Granularity, weights: Mapping[str, Tensor]) -> list[str]:
+    """Names of the layers whose weights the group size does not divide.
+
+    Raises:
+        ValueError: if it divides none.
+    """
+    found = [name for name, weight in weights.items() if granularity.fitting([weight]) != granularity]
+    if found and len(found) == len(weights):
+        granularity.rows(weights[found[0]], found[0])
+    return found
+
+
+def without_groups(granularity: Granularity, layers: Sequence[str]) -> str:
+    """What to say of such layers."""
+    shown = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if len(layers) > 5 else "")
+    return (
+        f"group_size {granularity.group_size} does not divide the weights of an output channel of {shown}: one float32 "
+        "scale for each output channel there"
+    )
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -94,6 +129,7 @@ class Quantizer(ExactBuffers):
         scale: positive float32, broadcastable to the tensor; ``None`` takes it from each token at run time.
         offset: float32 like `scale`, the value of code zero; ``None`` means 0.
         token_dims: with a run-time scale, the dimensions that share one: their largest magnitude is the clip.
+        scale_format: the numbers that the scales are among, None for all.
     """
 
     scale: Tensor | None
@@ -106,13 +142,24 @@ class Quantizer(ExactBuffers):
         scale: Tensor | None,
         offset: Tensor | None = None,
         token_dims: tuple[int, ...] = (-1,),
+        scale_format: ScaleFormat | None = None,
     ) -> None:
         super().__init__()
         self.format = fmt
         self.token_dims = token_dims
+        self.scale_format = scale_format
         self.register_buffer("scale", None if scale is None else scale.detach().float())
         self.register_buffer("offset", None if offset is None else offset.detach().float())
         self.register_parameter("log_gain", None)
+
+    @property
+    def scale_bits(self) -> int:
+        """What static scales and offsets take in files."""
+        if self.scale is None:
+            return 0
+        if self.scale_format is not None:
+            return 8 * self.scale.numel() + 32 * self.scale_format.relative
+        return 32 * self.scale.numel() * (1 if self.offset is None else 2)
 
     @property
     def clip(self) -> Tensor:
@@ -123,8 +170,8 @@ class Quantizer(ExactBuffers):
         return top if self.offset is None else top + self.offset
 
     def learn_scale(self) -> None:
-        """Makes the logarithm of a factor on the scale a parameter."""
-        if self.scale is not None:
+        """Makes the logarithm of a factor on the scale a parameter, unless that would leave the scale's format."""
+        if self.scale is not None and self.scale_format is None:
             self.log_gain = nn.Parameter(torch.zeros_like(self.scale))
 
     def freeze_scale(self) -> None:
@@ -189,12 +236,15 @@ class Quantizer(ExactBuffers):
             "scale": None if self.scale is None else self.current_scale().detach(),
             "offset": self.offset,
             "token_dims": list(self.token_dims),
+            "scale_format": FLOAT32 if self.scale_format is None else self.scale_format.name,
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Quantizer:
         """The inverse of `to_state`."""
-        return cls(parse_format(state["format"]), state["scale"], state["offset"], tuple(state["token_dims"]))
+        scale_format = parse_scale_format(state.get("scale_format", FLOAT32))
+        dims = tuple(state["token_dims"])
+        return cls(parse_format(state["format"]), state["scale"], state["offset"], dims, scale_format)
 
     def extra_repr(self) -> str:
         scales = "dynamic" if self.scale is None else f"{self.scale.numel()} scales"

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fpq_lightning.formats import FAMILIES, HARDWARE_FORMATS, Format, IntFormat, parse_formats
 from fpq_lightning.quantizers import Granularity
+from fpq_lightning.scales import parse_scale_format
 
 
 @dataclass
@@ -18,7 +19,11 @@ class WeightRecipe:
         formats: a format, a family (``fp4``, ``fp6``, ``fp8``) or a list; one is chosen for each tensor. None leaves
             the weights in full precision.
         granularity: one scale for each tensor, output channel or group.
-        group_size: weights in a group, with ``granularity: group``.
+        group_size: weights in a group, with ``granularity: group``. Layers that it does not divide have one scale
+            for each output channel.
+        scale_format: what the scale of a group may be: any ``float32`` number, ``float8_e4m3fn`` times a number of the
+            tensor (as in NVFP4), or ``float8_e8m0fnu``, a power of two (as in MXFP4). The latter two are searched on
+            their own grid and not learned.
         objective: what the search of format and clip minimises: the error of the layer's ``output`` or of the
             ``tensor``; ``max`` takes the largest magnitude as the clip.
     """
@@ -26,6 +31,7 @@ class WeightRecipe:
     formats: str | list[str] | None = "fp4"
     granularity: Literal["tensor", "channel", "group"] = "channel"
     group_size: int | None = None
+    scale_format: Literal["float32", "float8_e4m3fn", "float8_e8m0fnu"] = "float32"
     objective: Literal["output", "tensor", "max"] = "output"
 
 
@@ -77,7 +83,7 @@ class RoundingRecipe:
         straight_through: share of the iterations after which the forward pass takes the hard decision while the
             gradient stays that of the rectified sigmoid; 1 is AdaRound as published.
         scale_aware: learn V in units of each weight's step (FP4DiT).
-        learn_weight_scales: learn a factor for each weight scale, too.
+        learn_weight_scales: learn a factor for each weight scale of ``scale_format: float32``, too.
         learn_activation_scales: learn static activation scales, too (LSQ).
     """
 
@@ -138,7 +144,8 @@ class Recipe:
         for name in self.components:
             self.component_formats(name)
         self.activation_formats()
-        self.granularity()
+        if parse_scale_format(self.granularity().scale_format) and any(f.min == 0 for f in self.weight_formats()):
+            raise ValueError(f"weights.scale_format {self.weights.scale_format} needs signed weights.formats")
         if not (self.weight_formats() or self.activation_formats() or self.attention_formats()):
             raise ValueError("the recipe quantizes neither weights nor activations: set a format for one of them")
         self.softmax_formats()
@@ -158,7 +165,7 @@ class Recipe:
 
     def granularity(self) -> Granularity:
         """The granularity of weight scales."""
-        return Granularity(self.weights.granularity, self.weights.group_size)
+        return Granularity(self.weights.granularity, self.weights.group_size, self.weights.scale_format)
 
     def weight_formats(self) -> tuple[Format, ...]:
         """Candidate formats of weights, empty for full precision."""

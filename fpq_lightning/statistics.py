@@ -29,8 +29,7 @@ def layer_statistics(module: nn.Module) -> list[dict[str, Any]]:
             continue
         weight, bits = layer.quantized_weight(quantization), 0
         for quantizer, rows in zip(quantization.weights, layer.weight_rows(), strict=True):
-            extra = [t for t in (quantizer.scale, quantizer.offset) if t is not None]
-            bits += rows.numel() * quantizer.format.bits + 32 * sum(t.numel() for t in extra)
+            bits += rows.numel() * quantizer.format.bits + quantizer.scale_bits
         found.append(
             {
                 "name": name,

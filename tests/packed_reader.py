@@ -60,6 +60,23 @@ def unpack(rows: np.ndarray, width: int, n: int) -> np.ndarray:
     return (codes.astype(np.int64) << np.arange(width)).sum(-1)
 
 
+def read_scale(stored: dict[str, tuple[str, np.ndarray]], part: str, scale_format: str) -> np.ndarray:
+    """The scales of a part, float32 `[rows, groups]`."""
+    if scale_format == "float32":
+        assert f"{part}.block_scale" not in stored
+        return stored[f"{part}.scale"][1]
+    assert f"{part}.scale" not in stored
+    kind, codes = stored[f"{part}.block_scale"]
+    if scale_format == "float8_e8m0fnu":
+        assert kind == "U8"
+        assert f"{part}.tensor_scale" not in stored
+        return (2.0 ** (codes.astype(np.float64) - 127)).astype(np.float32)
+    assert (kind, scale_format) == ("F8_E4M3", "float8_e4m3fn")
+    tensor_scale = stored[f"{part}.tensor_scale"][1]
+    assert tensor_scale.shape == ()
+    return values_of(scale_format).astype(np.float32)[codes] * tensor_scale
+
+
 def read_denoiser(directory: Path) -> dict[str, np.ndarray]:
     """A denoiser's tensors with weights in place of codes and scales; those of its inputs as they are."""
     config: dict[str, Any] = json.loads((directory / "config.json").read_text())["quantization_config"]
@@ -72,7 +89,7 @@ def read_denoiser(directory: Path) -> dict[str, np.ndarray]:
         for p, (entry, size) in enumerate(zip(layer["weights"], layer["splits"], strict=False)):
             kind, codes = stored[f"{name}.weights.{p}.codes"]
             assert kind == {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}.get(entry["format"], "U8")
-            scale = stored[f"{name}.weights.{p}.scale"][1]
+            scale = read_scale(stored, f"{name}.weights.{p}", entry.get("scale_format", "float32"))
             assert list(scale.shape) == entry["scales"]
             assert (scale > 0).all()
             shape = (out, size, *layer["shape"][2:])

@@ -72,7 +72,9 @@ def test_a_recipe_runs_end_to_end(file: Path, model: str, tmp_path: Path, capsys
     assert all(0 < b["error_learned"] <= b["error_nearest"] < 1 for b in report["blocks"])
     used = {f for b in report["blocks"] for names in b["weight_formats"].values() for f in names}
     inputs = {f for b in report["blocks"] for names in b["activation_formats"].values() for f in names}
-    if "hardware" in file.stem:
+    if file.stem == "fp8_fp8_hardware":
+        assert (used, inputs) == ({"float8_e4m3fn"}, {"float8_e4m3fn"})
+    elif "hardware" in file.stem or file.stem in ("nvfp4", "mxfp4"):
         assert (used, inputs) == ({"float4_e2m1fn"}, {"float8_e4m3fn"})
     elif "int" in file.stem:
         assert (used, inputs) == ({"uint4"}, {"uint8"})

@@ -26,6 +26,7 @@ from fpq_lightning import (
 from fpq_lightning.attention import quantized_attention
 from fpq_lightning.formats import parse_format
 from fpq_lightning.pipelines import load_pipeline, sample, set_sampler
+from fpq_lightning.scales import SCALE_FORMATS
 from fpq_lightning.storage.export import find_scale
 
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
@@ -155,6 +156,21 @@ def test_the_scale_of_decoded_rows_is_found_whatever_codes_they_hold(name: str, 
     scale = find_scale(rows, fmt)
     assert scale is not None
     assert torch.equal(fmt.quantize(rows / scale) * scale, rows)
+
+
+@given(st.sampled_from(list(SCALE_FORMATS)), st.integers(1, 30), st.integers(0, 10_000))
+def test_block_scales_are_found_among_the_numbers_of_their_format(name: str, n: int, seed: int) -> None:
+    fmt, scale_format = parse_format("e2m1"), SCALE_FORMATS[name]
+    generator = torch.Generator().manual_seed(seed)
+    values = fmt.grid[torch.randint(len(fmt.grid), (20, n), generator=generator)]
+    values[3] = 0
+    codes = torch.randint(60, 120, (20, 1), generator=generator)
+    rows = values * scale_format.decode(codes) * 2.0**-30
+    scale = find_scale(rows, fmt, scale_format)
+    assert scale is not None
+    assert torch.equal(fmt.quantize(rows / scale) * scale, rows)
+    scale_format.encode(scale)  # which refuses others
+    assert find_scale(values * 0.3, fmt, scale_format) is None or not values.any()
 
 
 def test_values_off_the_grid_have_no_scale() -> None:

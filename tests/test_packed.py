@@ -34,6 +34,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weights": fpq.WeightRecipe("fp6", "group", group_size=4),
         "exclude": ["conv_in"],
     },
+    "fp4 with scales in e4m3": {"weights": fpq.WeightRecipe("fp4", "group", 8, "float8_e4m3fn")},
+    "fp4 with scales in e8m0": {"weights": fpq.WeightRecipe("float4_e2m1fn", "group", 24, "float8_e8m0fnu")},
     "with offsets": {
         "weights": fpq.WeightRecipe("uint5", "tensor"),
         "activations": fpq.ActivationRecipe("e4m3", unsigned=True),
@@ -113,6 +115,10 @@ def test_files_hold_the_calibrated_layers_to_the_bit(name: str, tmp_path: Path) 
     assert max(parts) == 2
     offsets = [q["offset"] for entry in described.values() for q in [*entry["weights"], *entry["inputs"]]]
     assert any(offsets) == (name == "with offsets")
+    scales = {q.get("scale_format") for entry in described.values() for q in entry["weights"]}
+    expected = {"fp4 with scales in e4m3": "float8_e4m3fn", "fp4 with scales in e8m0": "float8_e8m0fnu"}
+    assert scales - {None} == ({expected[name]} if name in expected else set())
+    assert (None in scales) == (name != "activations only")  # conv_in has 27 weights an output channel
 
 
 def test_files_say_where_they_come_from(calibrated: tuple[DiffusionPipeline, Path]) -> None:
@@ -346,6 +352,69 @@ def test_dequantize_gives_a_plain_model_with_the_quantized_weights(tmp_path: Pat
     assert again.keys() == tiny_pipeline().unet.state_dict().keys()
     assert all(torch.equal(again[name], value) for name, value in unet.state_dict().items())
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+
+SCALES = {"float8_e4m3fn": 8, "float8_e8m0fnu": 24}  # and sizes of groups; 27 weights of conv_in fit neither
+
+
+def blocks(directory: str, scale_format: str) -> UNet2DModel:
+    config = fpq.FPQConfig("float4_e2m1fn", "group", SCALES[scale_format], scale_format=scale_format)
+    with pytest.warns(UserWarning, match=r"does not divide .* of conv_in|does not divide .*, conv_in"):
+        return UNet2DModel.from_pretrained(directory, quantization_config=config)
+
+
+@pytest.mark.parametrize("scale_format", SCALES)
+def test_blocks_are_quantized_while_a_model_is_loaded(scale_format: str, tmp_path: Path) -> None:
+    unet = blocks(save_tiny(tmp_path / "tiny") + "/unet", scale_format)
+    unet.save_pretrained(tmp_path / "packed")
+    described = quantization_config(tmp_path / "packed")["layers"]
+    formats = {name: entry["weights"][0].get("scale_format") for name, entry in described.items()}
+    assert formats["conv_in"] is None
+    assert formats["mid_block.resnets.0.conv1"] == scale_format
+    stored = read_denoiser(tmp_path / "packed")
+    for name, layer in packed_layers(unet).items():
+        assert stored[f"{name}.weight"].tobytes() == layer.decode_weight().numpy().tobytes()
+    again = UNet2DModel.from_pretrained(tmp_path / "packed")
+    assert torch.equal(output(again), output(unet))
+
+
+def _nothing(of: Any) -> None:
+    pass
+
+
+def _byte(value: int) -> Callable[[dict[str, Tensor]], Any]:
+    return lambda t: t["block_scale"].view(torch.uint8)[0].fill_(value)
+
+
+E4M3, E8M0 = SCALES
+BLOCK_DAMAGES: dict[str, tuple[str, Callable[[dict[str, Any]], Any], Callable[[dict[str, Tensor]], Any], str]] = {
+    "a block scale of zero": (E4M3, _nothing, _byte(0), "block_scale holds a scale"),
+    "a block scale that is NaN": (E4M3, _nothing, _byte(0x7F), "block_scale holds a scale"),
+    "a negative block scale": (E4M3, _nothing, _byte(0x81), "block_scale holds a scale"),
+    "a power of two that is NaN": (E8M0, _nothing, _byte(255), "block_scale holds a scale"),
+    "a tensor scale of zero": (E4M3, _nothing, lambda t: t["tensor_scale"].zero_(), "tensor_scale holds a scale"),
+    "an unknown scale format": (E4M3, lambda e: e.update(scale_format="e4m3"), _nothing, "scales .* of e4m3"),
+    "another scale format": (E4M3, lambda e: e.update(scale_format=E8M0), _nothing, "tensor_scale, which"),
+    "an offset": (E8M0, lambda e: e.update(offset=True), _nothing, "scales .* of float8_e8m0fnu"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:group_size")
+@pytest.mark.parametrize("name", BLOCK_DAMAGES)
+def test_damaged_block_scales_are_one_line(name: str, tmp_path: Path) -> None:
+    scale_format, change, spoil, message = BLOCK_DAMAGES[name]
+    unet = blocks(save_tiny(tmp_path / "tiny") + "/unet", scale_format)
+    unet.save_pretrained(tmp_path / "packed")
+    layer = "mid_block.resnets.0.conv1"
+    _config(lambda c: change(c["layers"][layer]["weights"][0]))(tmp_path / "packed")
+
+    part = f"{layer}.weights.0."
+    _tensors(lambda t: spoil({n.removeprefix(part): v for n, v in t.items() if n.startswith(part)}))(
+        tmp_path / "packed"
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        UNet2DModel.from_pretrained(tmp_path / "packed")
+    assert "\n" not in str(error.value)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

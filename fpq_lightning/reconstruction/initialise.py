@@ -19,6 +19,7 @@ from fpq_lightning.layers import LayerQuantization, QuantizedLayer, running
 from fpq_lightning.model.blocks import Unit
 from fpq_lightning.quantizers import Quantizer
 from fpq_lightning.recipes import Recipe
+from fpq_lightning.scales import parse_scale_format
 from fpq_lightning.search import search_output_error, search_tensor_error
 
 _MAX_VALUES = 2**20  # of an activation that the search looks at
@@ -86,8 +87,9 @@ def _search_weight(
     recipe: Recipe,
 ) -> Quantizer:
     rows = layer.granularity.rows(part)
+    scale_format = parse_scale_format(layer.granularity.scale_format)
     if recipe.weights.objective != "output":
-        return search_tensor_error(rows, formats, max_only=recipe.weights.objective == "max")
+        return search_tensor_error(rows, formats, recipe.weights.objective == "max", scale_format)
     per_channel = layer.granularity.kind != "tensor"
 
     def output_error(trial: Quantizer) -> Tensor:
@@ -95,7 +97,7 @@ def _search_weight(
         by_channel = _output_energy(layer, inputs(), error)
         return by_channel if per_channel else by_channel.sum(0, keepdim=True)
 
-    return search_output_error(rows, formats, output_error)
+    return search_output_error(rows, formats, output_error, scale_format=scale_format)
 
 
 def _search_tokens(layer: QuantizedLayer, x: Tensor, formats: tuple[Format, ...], passes: int) -> Quantizer:
@@ -179,7 +181,7 @@ def search_unit(unit: Unit, layer_inputs: dict[str, Tensor], weights: Tensor, re
         passes: in which output errors are computed; more need less memory.
 
     Raises:
-        ValueError: if a weight or an input holds NaN or Inf, or the group size does not divide a weight.
+        ValueError: if a weight or an input holds NaN or Inf.
     """
     found: dict[str, LayerQuantization] = {}
     by_size = sorted(unit.layers, key=lambda name: -cast(Tensor, unit.layers[name].weight).numel())

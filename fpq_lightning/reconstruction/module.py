@@ -26,6 +26,7 @@ from fpq_lightning.model.chain import parts_of
 from fpq_lightning.model.offload import Offload
 from fpq_lightning.model.trace import trace_units
 from fpq_lightning.pipelines import denoiser_name
+from fpq_lightning.quantizers import layers_without_groups, without_groups
 from fpq_lightning.recipes import Recipe
 from fpq_lightning.reconstruction.backward import Backward
 from fpq_lightning.reconstruction.components import check_components, quantize_components
@@ -126,14 +127,15 @@ class BlockReconstruction(pl.LightningModule):
         ran = {name for unit in self.units for name in unit.layers}
         if skipped := [name for name in planned if name not in ran]:
             warnings.warn(f"not called by the denoiser, so left in full precision: {', '.join(skipped)}", stacklevel=2)
+        granularity, unfit = self.recipe.granularity(), []
         for unit in self.units:
             for name, layer in unit.layers.items():
-                quantized = make_quantized(
-                    layer, self.recipe.granularity(), splits.get(name) if self.recipe.split_skips else None
-                )
-                for part in quantized.weight_parts():
-                    quantized.granularity.rows(part, name)  # an unfit group size is better found now
+                quantized = make_quantized(layer, granularity, splits.get(name) if self.recipe.split_skips else None)
+                quantized.granularity = granularity.fitting(quantized.weight_parts())
+                unfit += [name] if quantized.granularity != granularity else []
             self.reports.append(UnitReport(unit.name, unit.parameters))
+        if unfit and self.recipe.weight_formats():
+            warnings.warn(without_groups(granularity, unfit), stacklevel=2)
         quantize_components(self.pipeline, self.recipe)
         if self.recipe.attention.formats is not None:
             left = quantize_attention(self.denoiser, self.units, first, self.recipe.include, self.recipe.exclude)
@@ -142,7 +144,6 @@ class BlockReconstruction(pl.LightningModule):
 
     def _check_weights(self) -> None:
         """Finds what cannot be quantized before minutes are spent on calibration data."""
-        granularity = self.recipe.granularity()
         if adapted := next((name for name, m in self.denoiser.named_modules() if hasattr(m, "base_layer")), None):
             raise ValueError(
                 f"{adapted} is a LoRA layer: make it part of the weights with pipeline.fuse_lora() and "
@@ -150,10 +151,12 @@ class BlockReconstruction(pl.LightningModule):
             )
         if patterns := list(self.recipe.activations.token_layers):
             select_layers([name for unit in self._plan for name in unit.layers], patterns, [])
+        weights = {n: cast(Tensor, m.weight) for unit in self._plan for n, m in unit.layers.items()}
+        if self.recipe.weight_formats():
+            layers_without_groups(self.recipe.granularity(), weights)  # an unfit group size is better found now
         for unit in self._plan:
             for name, layer in unit.layers.items():
                 weight = cast(Tensor, layer.weight).detach()
-                granularity.rows(weight, name)
                 if not weight.isfinite().all():
                     raise ValueError(f"{name}: its weight holds NaN or Inf; repair the model or exclude the layer")
 

@@ -34,13 +34,14 @@ class FPQConfig(QuantizationConfigMixin):
         granularity: one scale for each ``tensor``, output ``channel`` or ``group``.
         group_size: weights in a group.
         modules_to_not_convert: names of layers or of modules around them, or glob patterns, that stay as they are.
+        scale_format: of the scales of groups: ``float32``, ``float8_e4m3fn`` (NVFP4) or ``float8_e8m0fnu`` (MXFP4).
 
     Attributes:
         layers: what the files hold for each layer (docs/format.md); None before a model was quantized.
         details: the recipe, and where the model comes from.
 
     Raises:
-        ValueError: if there is no such format or the group size does not go with the granularity.
+        ValueError: if there is no such format, or group size or scale format do not go with the granularity.
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class FPQConfig(QuantizationConfigMixin):
         granularity: Literal["tensor", "channel", "group"] = "channel",
         group_size: int | None = None,
         modules_to_not_convert: str | Sequence[str] = (),
+        scale_format: Literal["float32", "float8_e4m3fn", "float8_e8m0fnu"] = "float32",
     ) -> None:
         self.quant_method = QuantizationMethod.FPQ
         self.recipe = Recipe(
-            weights=WeightRecipe(weights, granularity, group_size, objective="tensor"),
+            weights=WeightRecipe(weights, granularity, group_size, scale_format, objective="tensor"),
             activations=ActivationRecipe(formats=None),
             rounding=RoundingRecipe(learned=False),
             split_skips=False,

@@ -43,6 +43,7 @@ def describe_attention(model: nn.Module) -> dict[str, Any]:
 
 def _describe(quantizer: Quantizer) -> dict[str, Any]:
     state = quantizer.to_state()
+    del state["scale_format"]  # of weights alone
     return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in state.items()}
 
 

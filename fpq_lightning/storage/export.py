@@ -1,4 +1,4 @@
-"""``fpq export``: a quantized pipeline from one form to the other."""
+"""``fpq export``: a quantized pipeline in another form."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fpq_lightning.formats import Format, parse_format
 from fpq_lightning.layers import LayerQuantization, QuantizedLayer
 from fpq_lightning.pipelines import denoiser_name
 from fpq_lightning.quantizers import Granularity, Quantizer
+from fpq_lightning.scales import FLOAT32, ScaleFormat, parse_scale_format
 from fpq_lightning.storage.quantized import Form, is_quantized, load_quantized, read_description, save_quantized
 
 
@@ -20,13 +21,13 @@ def export(directory: str | Path, output: str | Path, form: str) -> None:
     """Writes a quantized pipeline in another form.
 
     Args:
-        directory: of the pipeline, in either form.
+        directory: of the pipeline, packed or dequantized.
         output: a new directory.
-        form: ``fpq`` or ``dequantized``.
+        form: ``fpq``, ``dequantized``, ``modelopt``, ``nvfp4`` or ``mxfp4``.
 
     Raises:
         FileNotFoundError: if there is no quantized pipeline.
-        ValueError: if its files are damaged, or `output` holds something.
+        ValueError: if its files are damaged, no layer fits the form, or `output` holds something.
     """
     if form not in get_args(Form):
         raise ValueError(f"there is no form {form!r}: use {' or '.join(get_args(Form))}")
@@ -38,7 +39,7 @@ def export(directory: str | Path, output: str | Path, form: str) -> None:
     description = read_description(directory)
     pipeline = load_quantized(directory)
     denoiser = getattr(pipeline, denoiser_name(pipeline))
-    if form == "fpq" and "quant_method" not in description:
+    if form != "dequantized" and "quant_method" not in description:
         find_codes(denoiser, description)
     details = {
         k: v for k, v in description.items() if k not in ("quant_method", "format_version", "layers", "attention")
@@ -62,22 +63,25 @@ def find_codes(denoiser: nn.Module, description: Mapping[str, Any]) -> None:
             continue
         layer = cast(QuantizedLayer, denoiser.get_submodule(name))
         recipe = description["recipe"]["weights"]
-        layer.granularity = Granularity(recipe["granularity"], recipe["group_size"])
+        scale_name = recipe.get("scale_format", FLOAT32)
+        granularity = Granularity(recipe["granularity"], recipe["group_size"], scale_name)
+        layer.granularity = granularity.fitting(layer.weight_parts())
+        scale_format = parse_scale_format(layer.granularity.scale_format)
         quantization = cast(LayerQuantization, layer.variants["learned"])
         quantizers, codes = [], []
         for rows, format_name in zip(layer.weight_rows(), entry["weights"], strict=True):
             fmt = parse_format(format_name)
-            scale = find_scale(rows, fmt)
+            scale = find_scale(rows, fmt, scale_format)
             if scale is None:
                 raise ValueError(f"{name}: its weight is not one of {fmt} without offset; export it from packed files")
-            quantizers.append(Quantizer(fmt, scale))
+            quantizers.append(Quantizer(fmt, scale, scale_format=scale_format))
             codes.append(quantizers[-1].encode(rows))
         found = LayerQuantization(quantizers, quantization.inputs)
         found.codes = codes
         layer.variants["learned"] = found
 
 
-def find_scale(rows: Tensor, fmt: Format) -> Tensor | None:
+def find_scale(rows: Tensor, fmt: Format, scale_format: ScaleFormat | None = None) -> Tensor | None:
     """Scales that rows of values were decoded with.
 
     The largest magnitude of a row is a value of the format times the scale, rounded to float32. So the scale is that
@@ -86,22 +90,28 @@ def find_scale(rows: Tensor, fmt: Format) -> Tensor | None:
     Args:
         rows: float32 `[n_rows, n]`, each row values of the format times one scale.
         fmt: the format.
+        scale_format: of the scales, None for float32.
 
     Returns:
         `[n_rows, 1]` with which every value decodes to its bits; None if there is none.
     """
     scale = torch.ones(len(rows), 1, device=rows.device)
-    left = (rows != 0).any(1)  # a row of zeros has any scale
+    holds = (rows != 0).any(1)
+    left = holds.clone()  # a row of zeros has any scale
     for value in fmt.grid.abs().unique().flip(0)[:-1]:
         for steps in (0, 1, -1, 2, -2):
             index = left.nonzero()[:, 0]
-            if not len(index):
-                return scale
             some = rows[index]
             trial = some.abs().amax(1, keepdim=True) / value
             trial = (trial.view(torch.int32) + steps).view(torch.float32)
             quantizer = Quantizer(fmt, trial)
             fits = (quantizer.decode(quantizer.encode(some)).view(torch.int32) == some.view(torch.int32)).all(1)
+            if scale_format is not None:
+                fits &= scale_format.has_mantissa(trial)[:, 0]
             scale[index[fits]] = trial[fits]
             left[index[fits]] = False
-    return None if left.any() else scale
+            if not left.any():
+                if scale_format is not None and holds.any():
+                    scale[~holds] = scale[holds].amin()
+                return scale
+    return None

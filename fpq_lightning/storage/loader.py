@@ -5,6 +5,7 @@ Importing this module makes it known, so that ``from_pretrained`` of any model o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -15,11 +16,13 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from fpq_lightning.layers import is_quantizable
-from fpq_lightning.quantizers import ExactBuffers
+from fpq_lightning.quantizers import ExactBuffers, layers_without_groups, without_groups
+from fpq_lightning.scales import parse_scale_format
 from fpq_lightning.search import search_tensor_error
 from fpq_lightning.storage.config import FPQConfig, QuantizationMethod
 from fpq_lightning.storage.headers import StoredTensor, read_header
 from fpq_lightning.storage.packed import (
+    BlockScaledWeight,
     PackedWeight,
     make_attention_empty,
     make_empty,
@@ -27,6 +30,9 @@ from fpq_lightning.storage.packed import (
     make_plain,
     packed_layers,
 )
+
+SCALES = ("scale", "block_scale", "tensor_scale")
+"""Names of buffers that hold positive numbers."""
 
 _STORED_TYPES = {
     torch.uint8: "U8",
@@ -125,10 +131,9 @@ class FPQQuantizer(DiffusersQuantizer):
         if not chosen:
             raise ValueError(f"{type(model).__name__} has no Linear or Conv layer that is to be quantized")
         granularity = config.recipe.granularity()
-        for name in chosen:
-            granularity.rows(
-                cast(Tensor, model.get_submodule(name).weight), name
-            )  # refuses a group size that does not divide
+        weights = {name: cast(Tensor, model.get_submodule(name).weight) for name in chosen}
+        if unfit := layers_without_groups(granularity, weights):
+            warnings.warn(without_groups(granularity, unfit), stacklevel=2)
         self.selected = {f"{name}.weight" for name in chosen}
         config.recipe.exclude = sorted(excluded)
         config.details["recipe"] = config.recipe.to_dict()
@@ -153,9 +158,9 @@ class FPQQuantizer(DiffusersQuantizer):
         parent = model.get_submodule(parent_name)
         value = state_dict[param_name].to(target_device)  # `param_value` was cast to the type of the model
         if isinstance(parent, ExactBuffers):
-            if tensor_name == "scale" and not ((value > 0) & value.isfinite()).all():
-                raise ValueError(f"{param_name} holds a scale that is no positive number: the file is damaged")
             parent._buffers[tensor_name] = value
+            if tensor_name in SCALES and not _are_scales(parent, tensor_name, value):
+                raise ValueError(f"{param_name} holds a scale that is no positive number: the file is damaged")
         else:
             self._quantize(parent, value.float(), param_name)
 
@@ -164,8 +169,10 @@ class FPQQuantizer(DiffusersQuantizer):
         if not weight.isfinite().all():
             raise ValueError(f"{name} holds NaN or Inf: name its layer in modules_to_not_convert")
         recipe = self.quantization_config.recipe
-        rows = recipe.granularity().rows(weight)
-        quantizer = search_tensor_error(rows, recipe.weight_formats())
+        granularity = recipe.granularity().fitting([weight])
+        rows = granularity.rows(weight)
+        scale_format = parse_scale_format(granularity.scale_format)
+        quantizer = search_tensor_error(rows, recipe.weight_formats(), scale_format=scale_format)
         packed = PackedWeight.of(quantizer, quantizer.encode(rows), weight.shape)
         make_packed(layer, [weight.shape[1]], [packed], [])
 
@@ -181,6 +188,15 @@ class FPQQuantizer(DiffusersQuantizer):
             make_plain(layer)
         forget_config(model)
         return model
+
+
+def _are_scales(parent: nn.Module, name: str, value: Tensor) -> bool:
+    """Whether a tensor of scales holds positive numbers only."""
+    if isinstance(parent, BlockScaledWeight) and name == "block_scale":
+        low, high = parent.scale_format.codes
+        codes = value.view(torch.uint8)
+        return bool(((codes >= low) & (codes <= high)).all())
+    return bool(((value > 0) & value.isfinite()).all())
 
 
 def forget_config(model: Any) -> None:

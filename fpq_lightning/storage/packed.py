@@ -21,6 +21,7 @@ from fpq_lightning.kernels import ops
 from fpq_lightning.layers import LayerQuantization, QuantizedLayer, SplitLayer
 from fpq_lightning.packing import pack, packed_length, unpack
 from fpq_lightning.quantizers import ExactBuffers, Quantizer
+from fpq_lightning.scales import FLOAT32, SCALE_FORMATS, ScaleFormat
 
 NATIVE_TYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 """Formats whose codes are those of a torch type; all others are stored as uint8."""
@@ -48,12 +49,15 @@ class PackedWeight(ExactBuffers):
         self.format = fmt
         self.shape = tuple(shape)
         self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
+        self._keep_scale(scale)
         self.register_buffer("offset", offset)
         self.register_buffer("values", fmt.values.clone(), persistent=False)  # where the codes are
 
-    @classmethod
-    def of(cls, quantizer: Quantizer, codes: Tensor, shape: Sequence[int]) -> PackedWeight:
+    def _keep_scale(self, scale: Tensor) -> None:
+        self.register_buffer("scale", scale)
+
+    @staticmethod
+    def of(quantizer: Quantizer, codes: Tensor, shape: Sequence[int]) -> PackedWeight:
         """Packs the codes of a quantizer.
 
         Args:
@@ -66,10 +70,12 @@ class PackedWeight(ExactBuffers):
         scale = quantizer.current_scale().detach()
         rows = 1 if scale.numel() == 1 else shape[0]
         offset = None if quantizer.offset is None else quantizer.offset.reshape(rows, -1)
-        return cls(fmt, shape, packed, scale.reshape(rows, -1), offset)
+        if quantizer.scale_format is not None:
+            return BlockScaledWeight(fmt, shape, packed, scale.reshape(shape[0], -1), quantizer.scale_format)
+        return PackedWeight(fmt, shape, packed, scale.reshape(rows, -1), offset)
 
-    @classmethod
-    def empty(cls, entry: Mapping[str, Any], shape: Sequence[int]) -> PackedWeight:
+    @staticmethod
+    def empty(entry: Mapping[str, Any], shape: Sequence[int]) -> PackedWeight:
         """A weight without contents, on the meta device, from what `describe` said.
 
         Raises:
@@ -83,7 +89,12 @@ class PackedWeight(ExactBuffers):
         kind = NATIVE_TYPES.get(fmt.name, torch.uint8)
         codes = torch.empty(out, packed_length(n, fmt.bits), dtype=kind, device="meta")
         scale = torch.empty(rows, groups, dtype=torch.float32, device="meta")
-        return cls(fmt, shape, codes, scale, torch.empty_like(scale) if entry["offset"] else None)
+        name = entry.get("scale_format", FLOAT32)
+        if name != FLOAT32:
+            if name not in SCALE_FORMATS or rows != out or entry["offset"]:
+                raise ValueError(f"scales [{rows}, {groups}] of {name} do not go with a weight of {out} rows of {n}")
+            return BlockScaledWeight(fmt, shape, codes, scale, SCALE_FORMATS[name])
+        return PackedWeight(fmt, shape, codes, scale, torch.empty_like(scale) if entry["offset"] else None)
 
     def describe(self) -> dict[str, Any]:
         """Format, shape of the scales, and whether there is an offset: plain types."""
@@ -113,6 +124,48 @@ class PackedWeight(ExactBuffers):
         if self.offset is not None:
             weight = weight + self.offset[..., None]
         return weight.reshape(self.shape).to(dtype)
+
+
+class BlockScaledWeight(PackedWeight):
+    """A packed weight whose group scales have a format of their own; `scale` decodes them.
+
+    Args:
+        fmt: the number format.
+        shape: `[out, in, ...]` of the weight.
+        codes: as of `PackedWeight`.
+        scale: float32 `[out, groups]`, numbers of `scale_format`.
+        scale_format: of the scales.
+
+    Attributes:
+        block_scale: codes of the scales, `[out, groups]`, in the type of the scale format.
+        tensor_scale: float32 `[]`, a factor of all scales; None where the format has none.
+
+    Raises:
+        ValueError: if a scale is not of the format.
+    """
+
+    block_scale: Tensor
+    tensor_scale: Tensor | None
+
+    def __init__(
+        self, fmt: Format, shape: Sequence[int], codes: Tensor, scale: Tensor, scale_format: ScaleFormat
+    ) -> None:
+        self.scale_format = scale_format
+        super().__init__(fmt, shape, codes, scale, None)
+
+    def _keep_scale(self, scale: Tensor) -> None:
+        block_scale, tensor_scale = self.scale_format.encode(scale)
+        self.register_buffer("block_scale", block_scale)
+        self.register_buffer("tensor_scale", tensor_scale if self.scale_format.relative else None)
+
+    @property
+    def scale(self) -> Tensor:  # type: ignore[override]
+        """The scales that the values are multiplied by, float32 `[out, groups]`."""
+        scale = self.scale_format.decode(self.block_scale.view(torch.uint8))
+        return scale if self.tensor_scale is None else scale * self.tensor_scale
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "scale_format": self.scale_format.name}
 
 
 class PackedLayer(SplitLayer):

@@ -1,7 +1,8 @@
-"""``quantized/``: a diffusers pipeline whose denoiser is stored in one of two forms.
+"""``quantized/``: a diffusers pipeline whose denoiser is stored in one of several forms.
 
 ``fpq`` holds packed codes (docs/format.md); once this package is imported, plain `DiffusionPipeline.from_pretrained`
-opens it. ``dequantized`` holds float32 weights and needs no package (`fpq_lightning.storage.dequantized`).
+opens it. ``dequantized`` holds float32 weights and needs no package (`fpq_lightning.storage.dequantized`). The others
+are for readers of other libraries and are not read here (`fpq_lightning.storage.layouts`).
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from fpq_lightning.attention import make_attention_plain, quantized_attention
 from fpq_lightning.layers import LayerQuantization, QuantizedLayer, QuantizedModule, quantized_layers
 from fpq_lightning.pipelines import DENOISERS, denoiser_name, load_pipeline
 from fpq_lightning.storage import dequantized
+from fpq_lightning.storage.compressed_tensors import MXFP4
 from fpq_lightning.storage.config import FPQConfig, QuantizationMethod
 from fpq_lightning.storage.files import whole_directory, write_json
 from fpq_lightning.storage.headers import read_header
+from fpq_lightning.storage.layouts import Layout, apply_layout
 from fpq_lightning.storage.loader import forget_config
+from fpq_lightning.storage.modelopt import FP8, FP8_PER_CHANNEL, NVFP4
 from fpq_lightning.storage.packed import (
     PackedLayer,
     describe_attention,
@@ -36,12 +40,23 @@ from fpq_lightning.storage.packed import (
     quantized_weight,
 )
 
-Form = Literal["fpq", "dequantized"]
+Form = Literal["fpq", "dequantized", "modelopt", "nvfp4", "mxfp4"]
+
+LAYOUTS: dict[Form, tuple[Layout, ...]] = {
+    "modelopt": (FP8, FP8_PER_CHANNEL),
+    "nvfp4": (NVFP4,),
+    "mxfp4": (MXFP4,),
+}
+"""The forms that are those of other libraries."""
 
 _README = """# A quantized diffusion model
 
 Made by fpq_lightning {version} from `{base_model}`.
 
+"""
+_LAYOUT_USE = """The denoiser's Linear layers hold codes and scales in the key layout of {library};
+`quantization_config` in its `config.json` names the layers that have plain weights. docs/format.md of fpq_lightning
+says which programs read it. diffusers does not; `fpq export` of the packed files writes forms that it reads.
 """
 _USE: dict[Form, str] = {
     "fpq": """The denoiser holds packed low-bit codes. With fpq_lightning installed:
@@ -61,6 +76,9 @@ them off it; `DiffusionPipeline.from_pretrained` opens this directory as it is, 
 Activation formats and scales are in `{dequantized.FILE}`; `fpq test --model DIR`, `fpq predict --model DIR --output
 OUT` and `fpq_lightning.load_quantized(DIR)` apply them.
 """,
+    "modelopt": _LAYOUT_USE.format(library="NVIDIA ModelOpt (FP8)"),
+    "nvfp4": _LAYOUT_USE.format(library="NVIDIA ModelOpt (NVFP4)"),
+    "mxfp4": _LAYOUT_USE.format(library="compressed-tensors (mxfp4-pack-quantized)"),
 }
 
 
@@ -92,16 +110,20 @@ def _learned(model: nn.Module) -> dict[str, QuantizedLayer | PackedLayer]:
 
 def _convert(denoiser: nn.Module, form: Form, details: Mapping[str, Any]) -> None:
     """Gives the layers of a denoiser the form in which they are stored, and its configuration what belongs to it."""
-    if form == "fpq":
+    if form != "dequantized":
         for layer in _learned(denoiser).values():
             if isinstance(layer, QuantizedLayer):
                 pack_layer(layer, cast(LayerQuantization, layer.variants["learned"]))
+    if form == "fpq":
         descriptions = {name: layer.describe() for name, layer in packed_layers(denoiser).items()}
         attention = {name: describe_attention(module) for name, module in keep_learned_attention(denoiser).items()}
-        config = FPQConfig.of(descriptions, {**details, **({"attention": attention} if attention else {})})
-        cast(Any, denoiser).register_to_config(quantization_config=config)
+        packed = FPQConfig.of(descriptions, {**details, **({"attention": attention} if attention else {})})
+        cast(Any, denoiser).register_to_config(quantization_config=packed)
     else:
         forget_config(denoiser)
+        if form in LAYOUTS:
+            config = apply_layout(denoiser, LAYOUTS[form], details.get("version", "?"))
+            cast(Any, denoiser).register_to_config(quantization_config=config)
         for layer in packed_layers(denoiser).values():
             make_plain(layer)
         for module in quantized_attention(denoiser).values():
@@ -119,10 +141,10 @@ def save_quantized(
         pipeline: its denoiser's layers have the variant ``learned`` or are packed.
         directory: replaced if it exists.
         details: where it comes from: ``base_model``, ``recipe``, ``version``, ``fingerprint``.
-        form: ``fpq`` for packed codes, ``dequantized`` for float32 weights.
+        form: ``fpq`` for packed codes, ``dequantized`` for float32 weights, or one of `LAYOUTS`.
 
     Raises:
-        ValueError: if a quantized weight holds NaN or Inf.
+        ValueError: if a quantized weight holds NaN or Inf, or no layer fits the layout.
     """
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     learned = _learned(denoiser)
@@ -153,7 +175,7 @@ def save_quantized(
 
 
 def load_quantized(directory: str | Path) -> DiffusionPipeline:
-    """Opens what `save_quantized` wrote, in either form, with the formats of activations and attention in force.
+    """Opens what `save_quantized` wrote as ``fpq`` or ``dequantized``, with all activation formats in force.
 
     Raises:
         FileNotFoundError: if there is no such pipeline.
@@ -183,7 +205,7 @@ def _packed_config(directory: Path) -> Path | None:
 
 
 def is_quantized(directory: str | Path) -> bool:
-    """Whether a directory holds a quantized pipeline, in either form."""
+    """Whether a directory holds a quantized pipeline that `load_quantized` opens."""
     path = Path(directory).expanduser()
     return (path / dequantized.FILE).is_file() or _packed_config(path) is not None
 
