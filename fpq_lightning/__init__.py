@@ -7,6 +7,7 @@ from fpq_lightning.formats import FloatFormat, Format, IntFormat, parse_format
 from fpq_lightning.pipelines import SamplerConfig
 from fpq_lightning.recipes import ActivationRecipe, AttentionRecipe, Recipe, RoundingRecipe, WeightRecipe
 from fpq_lightning.storage.config import FPQConfig
+from fpq_lightning.storage.packed import set_arithmetic
 from fpq_lightning.storage.quantized import load_quantized
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "load_quantized",
     "parse_format",
     "quantize",
+    "set_arithmetic",
 ]

@@ -215,11 +215,12 @@ def _check_tensors(model: nn.Module, found: Mapping[str, StoredTensor]) -> None:
     expected = model.state_dict()
     if missing := sorted(expected.keys() - found.keys()):
         raise ValueError(f"the files lack {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
-    for name, layer in packed_layers(model).items():
-        own = layer.state_dict(prefix=f"{name}.")
-        if extra := sorted(n for n in found if n.startswith(f"{name}.") and n not in own):
-            raise ValueError(f"the files hold {extra[0]}, which quantization_config does not know of")
-        for tensor, value in own.items():
+    layers = packed_layers(model)
+    surplus = found.keys() - expected.keys()
+    if extra := sorted(tensor for tensor in surplus if any(tensor.startswith(f"{name}.") for name in layers)):
+        raise ValueError(f"the files hold {extra[0]}, which quantization_config does not know of")
+    for name, layer in layers.items():
+        for tensor, value in layer.state_dict(prefix=f"{name}.").items():
             wanted = StoredTensor(_STORED_TYPES.get(value.dtype, ""), tuple(value.shape))
             exact = isinstance(model.get_submodule(tensor.rpartition(".")[0]), ExactBuffers)
             if found[tensor].shape != wanted.shape or (exact and found[tensor].dtype != wanted.dtype):
