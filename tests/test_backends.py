@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fpq_lightning.backends import fp8, weight_only
 from fpq_lightning.backends.hardware import Hardware, hardware_of
-from fpq_lightning.backends.paths import Plan, choose, is_few
+from fpq_lightning.backends.paths import Arithmetic, choose, is_few
 from fpq_lightning.formats import FAMILIES, HARDWARE_FORMATS, parse_format
 from fpq_lightning.quantizers import Quantizer
 from fpq_lightning.storage.packed import PackedLayer, PackedWeight, make_packed, set_arithmetic
@@ -59,7 +59,7 @@ def test_fp8_products_are_those_of_the_quantized_operands(
     x = torch.randn(3, 5, sum(splits)).bfloat16()
     x[0, 0, 0] = 300.0  # beyond the clip: saturates
     assert fp8.fits(layer)
-    out, reference = fp8.linear(layer, x), exact(layer, x)
+    out, reference = fp8.linear(layer, x, fp8.scales(layer)), exact(layer, x)
     # Sums in float32; each part's and the result are rounded to bfloat16, by 2^-8 of themselves at most.
     magnitudes = layer.quantize_input(x.float(), layer.inputs).abs() @ layer.decode_weight().abs().T
     bound = magnitudes + layer.bias.abs()  # type: ignore[union-attr]
@@ -74,7 +74,7 @@ def test_fp8_products_see_every_bit_of_the_operands() -> None:
     one = torch.eye(16).bfloat16()
     layer.inputs[0].scale = torch.tensor(1.0)
     layer.bias = None
-    assert torch.equal(fp8.linear(layer, one).float(), layer.decode_weight().T.bfloat16().float())
+    assert torch.equal(fp8.linear(layer, one, fp8.scales(layer)).float(), layer.decode_weight().T.bfloat16().float())
 
 
 @pytest.mark.parametrize("name", [*HARDWARE_FORMATS, *FAMILIES["fp4"], *FAMILIES["fp6"], *FAMILIES["fp8"], "int4"])
@@ -102,18 +102,21 @@ def test_what_tensor_cores_cannot_multiply_is_no_fp8_product(options: dict) -> N
 
 
 def test_paths_follow_the_device_the_type_and_the_wish() -> None:
-    layer = packed_linear("e2m1")
+    def paths(fmt: str, hardware: Hardware, dtype: torch.dtype, arithmetic: Arithmetic = "native") -> tuple[str, str]:
+        return choose(packed_linear(fmt), hardware, dtype, arithmetic)[:2]
+
     ada_without_triton, ampere = Hardware((8, 9)), Hardware((8, 6), kernels=True)
-    assert choose(layer, HOPPER, torch.bfloat16, "native") == Plan("weight_only", "fp8")
-    assert choose(layer, ada_without_triton, torch.bfloat16, "native") == Plan("fp8", "fp8")
-    assert choose(layer, ampere, torch.bfloat16, "native") == Plan("weight_only", "decode")
-    assert choose(layer, HOPPER, torch.float16, "native") == Plan("weight_only", "decode")
-    assert choose(layer, HOPPER, torch.float32, "native") == Plan("decode", "decode")
-    assert choose(layer, HOPPER, torch.bfloat16, "simulated") == Plan("decode", "decode")
-    assert choose(packed_linear(E4M3), HOPPER, torch.bfloat16, "native") == Plan("fp8", "fp8")
-    assert choose(packed_linear("e3m4"), HOPPER, torch.bfloat16, "native") == Plan("weight_only", "decode")
-    assert choose(packed_linear("e2m2"), HOPPER, torch.bfloat16, "native") == Plan("fp8", "fp8")  # of five bits
+    assert paths("e2m1", HOPPER, torch.bfloat16) == ("weight_only", "fp8")
+    assert paths("e2m1", ada_without_triton, torch.bfloat16) == ("fp8", "fp8")
+    assert paths("e2m1", ampere, torch.bfloat16) == ("weight_only", "decode")
+    assert paths("e2m1", HOPPER, torch.float16) == ("weight_only", "decode")
+    assert paths("e2m1", HOPPER, torch.float32) == ("decode", "decode")
+    assert paths("e2m1", HOPPER, torch.bfloat16, "simulated") == ("decode", "decode")
+    assert paths(E4M3, HOPPER, torch.bfloat16) == ("fp8", "fp8")
+    assert paths("e3m4", HOPPER, torch.bfloat16) == ("decode", "decode")
+    assert paths("e2m2", HOPPER, torch.bfloat16) == ("fp8", "fp8")  # of five bits
     assert hardware_of(torch.device("cpu")) == Hardware()
+    layer = packed_linear()
     assert is_few(layer, weight_only.MAX_ROWS * 48)
     assert not is_few(layer, (weight_only.MAX_ROWS + 1) * 48)
 
@@ -121,12 +124,23 @@ def test_paths_follow_the_device_the_type_and_the_wish() -> None:
 def test_a_layer_takes_its_path_anew_when_the_wish_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fpq_lightning.storage.packed.hardware_of", lambda device: Hardware((9, 0)))
     layer, x = packed_linear("e2m1", splits=(32, 16)), torch.randn(100, 48).bfloat16()
-    assert torch.equal(layer(x), fp8.linear(layer, x))
+    assert torch.equal(layer(x), fp8.linear(layer, x, fp8.scales(layer)))
     set_arithmetic(layer, "simulated")
     assert torch.equal(layer(x), layer.simulate(x))
-    assert not torch.equal(layer.simulate(x), fp8.linear(layer, x))  # or this test says nothing
+    assert not torch.equal(layer.simulate(x), fp8.linear(layer, x, fp8.scales(layer)))  # or this test says nothing
     set_arithmetic(layer, "native")
     assert torch.equal(layer(x.float()), layer.simulate(x.float()))
+
+
+def test_what_is_kept_of_a_layer_goes_when_others_scales_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fpq_lightning.storage.packed.hardware_of", lambda device: Hardware((9, 0)))
+    layer, other, x = packed_linear(), packed_linear(), torch.randn(100, 48).bfloat16()
+    other.weights[0].scale.mul_(3)
+    other.inputs[0].scale.mul_(2)
+    before = layer(x)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), other(x))
+    assert not torch.equal(layer(x), before)
 
 
 def test_gradients_go_through_the_decoded_weight(monkeypatch: pytest.MonkeyPatch) -> None:

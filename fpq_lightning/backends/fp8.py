@@ -7,6 +7,7 @@ exponent bias, are applied to the sums.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -51,36 +52,80 @@ def _by_row(quantizer: Quantizer) -> bool:
     return quantizer.scale.numel() == 1
 
 
-def linear(layer: PackedLayer, x: Tensor) -> Tensor:
-    """The layer on `x`, bfloat16 `[..., in]`; a product for each part of the input, summed."""
+def scales(layer: PackedLayer) -> tuple[Tensor | None, ...]:
+    """What multiplies the sums of each part, but for scales of rows: float32 `[1, out]`.
+
+    A static scale of the input is in it. None where both operands have one scale, which the product takes as they are.
+    """
+    return tuple(
+        None
+        if q.scale is not None and w.scale.numel() == 1
+        else (w.scale if q.scale is None else w.scale * q.scale.reshape(()))
+        .reshape(1, -1)
+        .expand(1, w.shape[0])
+        .contiguous()
+        for w, q in zip(layer.weights, layer.inputs, strict=True)
+    )
+
+
+def linear(layer: PackedLayer, x: Tensor, columns: Sequence[Tensor | None]) -> Tensor:
+    """The layer on `x`, bfloat16 `[..., in]`; a product for each part of the input, summed.
+
+    Args:
+        layer: the layer.
+        x: its input.
+        columns: of `scales`.
+    """
     rows = x.flatten(0, -2)
-    parts = zip(layer.weights, layer.inputs, rows.split(layer.splits, dim=1), strict=True)
+    parts = [rows] if len(layer.splits) == 1 else rows.split(layer.splits, dim=1)
     bias = None if layer.bias is None else layer.bias.detach().to(x.dtype)
-    first, *rest = [_product(w, q, part, bias if i == 0 else None) for i, (w, q, part) in enumerate(parts)]
+    first, *rest = [
+        _product(w, q, part, column, bias if i == 0 else None)
+        for i, (w, q, part, column) in enumerate(zip(layer.weights, layer.inputs, parts, columns, strict=True))
+    ]
     return sum(rest, first).reshape(*x.shape[:-1], -1)
 
 
-def _product(weight: PackedWeight, quantizer: Quantizer, x: Tensor, bias: Tensor | None) -> Tensor:
-    codes, scale = _quantize(x, quantizer)
+def _product(
+    weight: PackedWeight, quantizer: Quantizer, x: Tensor, column: Tensor | None, bias: Tensor | None
+) -> Tensor:
     operand = _operand(weight).t()
-    if scale.numel() == 1 and weight.scale.numel() == 1:
-        return torch._scaled_mm(codes, operand, scale.reshape(()), weight.scale.reshape(()), bias, out_dtype=x.dtype)
-    by_row = scale.reshape(-1, 1).expand(len(x), 1).contiguous()
-    by_column = weight.scale.reshape(1, -1).expand(1, weight.shape[0]).contiguous()
-    return torch._scaled_mm(codes, operand, by_row, by_column, bias, out_dtype=x.dtype)
-
-
-def _quantize(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
-    """E4M3 values of a matrix, contiguous, and their scales, `[1, 1]` or `[rows, 1]`."""
     if quantizer.scale is None:
         scale = quantizer.token_scale(x.float())
+        codes = _round(x, scale)
     else:
-        scale = quantizer.scale
-        if not torch.compiler.is_compiling() and kernels.are_for(x):
-            from fpq_lightning.kernels.quantize import quantize  # needs Triton
+        scale = quantizer.scale.reshape(())
+        codes = _quantize(x, scale)
+        if column is None:
+            return torch._scaled_mm(codes, operand, scale, weight.scale.reshape(()), bias, out_dtype=x.dtype)
+        scale = _ones(len(x), x.device)
+    assert column is not None
+    return torch._scaled_mm(codes, operand, scale, column, bias, out_dtype=x.dtype)
 
-            return quantize(x, scale), scale
-    return (x.float() / scale).clamp(E4M3.min, E4M3.max).to(torch.float8_e4m3fn).contiguous(), scale
+
+def _quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """E4M3 values of a matrix, contiguous, with one scale."""
+    if not torch.compiler.is_compiling() and kernels.are_for(x):
+        from fpq_lightning.kernels.quantize import quantize  # needs Triton
+
+        return quantize(x, scale)
+    return _round(x, scale)
+
+
+def _round(x: Tensor, scale: Tensor) -> Tensor:
+    return (x.float() / scale).clamp(E4M3.min, E4M3.max).to(torch.float8_e4m3fn).contiguous()
+
+
+def _ones(n: int, device: torch.device) -> Tensor:
+    """Scales of `n` rows that have none of their own, `[n, 1]`."""
+    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return torch.ones(n, 1, device=device)
+    return _kept_ones(1 << (n - 1).bit_length(), device)[:n]
+
+
+@lru_cache(maxsize=16)
+def _kept_ones(n: int, device: torch.device) -> Tensor:
+    return torch.ones(n, 1, device=device)
 
 
 @lru_cache(maxsize=64)

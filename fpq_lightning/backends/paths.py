@@ -23,10 +23,17 @@ is decoded for the call."""
 
 
 class Plan(NamedTuple):
-    """The path of a layer on inputs of few rows, and of many."""
+    """The path of a layer on inputs of few rows, and of many.
+
+    Attributes:
+        few: on up to `weight_only.MAX_ROWS` rows.
+        many: on more.
+        columns: of `fp8.scales`, where a path is ``fp8``.
+    """
 
     few: Path
     many: Path
+    columns: tuple[Tensor | None, ...] = ()
 
 
 def choose(layer: PackedLayer, hardware: Hardware, dtype: torch.dtype, arithmetic: Arithmetic) -> Plan:
@@ -34,9 +41,8 @@ def choose(layer: PackedLayer, hardware: Hardware, dtype: torch.dtype, arithmeti
     if arithmetic == "simulated" or dtype not in (torch.float16, torch.bfloat16):
         return Plan("decode", "decode")
     many: Path = "fp8" if hardware.multiplies_fp8 and dtype == torch.bfloat16 and fp8.fits(layer) else "decode"
-    if not hardware.kernels or not weight_only.fits(layer) or (many == "fp8" and weight_only.bits(layer) == 8):
-        return Plan(many, many)
-    return Plan("weight_only", many)
+    few: Path = "weight_only" if hardware.kernels and weight_only.fits(layer) else many
+    return Plan(few, many, fp8.scales(layer) if many == "fp8" else ())
 
 
 def is_few(layer: PackedLayer, elements: int) -> bool:
@@ -50,5 +56,5 @@ def run(layer: PackedLayer, x: Tensor, plan: Plan) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled():
         path = "decode"
     if path == "fp8":
-        return fp8.linear(layer, x)
+        return fp8.linear(layer, x, plan.columns)
     return weight_only.linear(layer, x) if path == "weight_only" else layer.simulate(x)

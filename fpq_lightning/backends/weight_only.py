@@ -11,10 +11,10 @@ from fpq_lightning.kernels import ops
 if TYPE_CHECKING:
     from fpq_lightning.storage.packed import PackedLayer
 
-WIDTHS = (4, 6, 8)
-"""Bits of the codes that are decoded within a product."""
+WIDTH = 4
+"""Bits of the codes that are decoded within a product; with six and eight that gains nothing (docs/benchmarks.md)."""
 MAX_ROWS = 64
-"""Rows of the input up to which that is faster than decoding first (docs/benchmarks.md)."""
+"""Rows of the input up to which it is done."""
 
 
 def fits(layer: PackedLayer) -> bool:
@@ -22,13 +22,8 @@ def fits(layer: PackedLayer) -> bool:
     return (
         isinstance(layer, nn.Linear)
         and len(layer.weights) > 0
-        and all(w.format.bits in WIDTHS and w.offset is None and w.scale.shape[1] == 1 for w in layer.weights)
+        and all(w.format.bits == WIDTH and w.offset is None and w.scale.shape[1] == 1 for w in layer.weights)
     )
-
-
-def bits(layer: PackedLayer) -> int:
-    """The widest codes of a layer."""
-    return max(w.format.bits for w in layer.weights)
 
 
 def linear(layer: PackedLayer, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ A weight is never kept decoded, so that it takes the bytes of its codes and no m
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -200,6 +200,14 @@ class PackedLayer(SplitLayer):
         """Runs the layer on a decoded weight and an input that was quantized and dequantized."""
         weight = self.decode_weight(x.dtype) if len(self.weights) else self.weight
         return self.operate(self.quantize_input(x, self.inputs), weight, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
+        self._plan = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._plan = None
+        super()._load_from_state_dict(*args)
 
     def forward(self, x: Tensor) -> Tensor:
         """Runs the layer on the best path of its device."""
