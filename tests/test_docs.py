@@ -30,13 +30,14 @@ def test_the_commands_of_the_readme_run_one_after_the_other(
     model = save_tiny(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(CHECKOUT / "configs")
-    assert [command.split()[1] for command in COMMANDS] == ["fit", "fit", "test", "predict", "export", "fit"]
-    for command in COMMANDS[:5]:
+    commands = ["fit", "fit", "test", "predict", "export", "inspect", "fit"]
+    assert [command.split()[1] for command in COMMANDS] == commands
+    for command in COMMANDS[:6]:
         words = shlex.split(command.replace("PATH_OR_HUB_ID", model))[1:]
         if words[0] == "fit":
             overrides = fit_arguments(model, "runs/mine", iterations=2, n_images=2)[1:]
         else:
-            overrides = [] if words[0] == "export" else SMALL
+            overrides = [] if words[0] in ("export", "inspect") else SMALL
             overrides = [*overrides, *(["--evaluation.n_images=2"] if words[0] == "test" else [])]
         outcome = run_fpq(capsys, [*words, *overrides])
         assert outcome.code == 0, outcome.err
@@ -105,7 +106,9 @@ def test_the_notebook_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytes
     assert '"quant_method": "fpq"' in (tmp_path / "runs" / "notebook" / "fp8" / "config.json").read_text()
 
 
-@pytest.mark.parametrize("script", ["search.py", "figures.py", "multi_gpu.py", "kills.py"])
+@pytest.mark.parametrize(
+    "script", ["search.py", "figures.py", "multi_gpu.py", "kills.py", "arithmetic.py", "full_size.py"]
+)
 def test_benchmark_scripts_of_the_docs_start(script: str) -> None:
     assert f"benchmarks/{script}" in (CHECKOUT / "docs" / "benchmarks.md").read_text()
     file = CHECKOUT / "benchmarks" / script
@@ -116,4 +119,8 @@ def test_benchmark_scripts_of_the_docs_start(script: str) -> None:
 def test_links_and_pictures_of_the_readme_exist() -> None:
     targets = [t for t in re.findall(r"\]\(([^)]+)\)", README) if not t.startswith("http")]
     assert targets
-    assert [t for t in targets if not (CHECKOUT / t).exists()] == []
+    for target in targets:
+        name, _, anchor = target.partition("#")
+        assert (CHECKOUT / name).exists(), target
+        headings = re.findall(r"^#+ (.*)$", (CHECKOUT / name).read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings], target
