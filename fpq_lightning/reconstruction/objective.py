@@ -7,6 +7,7 @@ samples; what the samples are compared with (`energies`) is known to all.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from fpq_lightning.calibration.replay import NetworkReplay, sample_energies
 from fpq_lightning.distributed import sum_over_ranks
 from fpq_lightning.layers import LayerQuantization, Mode, running
 from fpq_lightning.model.leaves import output_leaves
+from fpq_lightning.reconstruction.attention_gradients import GradientsLikeOutputs
 from fpq_lightning.rounding import LearnedRounding
 
 
@@ -88,7 +90,9 @@ class UnitObjective(nn.Module):
         """
         for rounding in self._roundings():
             rounding.hardness = hardness
-        error = relative_error(error_energies(self.replay, rows).sum(0), self.energies[batch].sum(0))
+        with GradientsLikeOutputs() if rows.is_cuda else nullcontext():
+            errors = error_energies(self.replay, rows)
+        error = relative_error(errors.sum(0), self.energies[batch].sum(0))
         return error / self.nearest_error + strength * self._regulariser(beta), error.detach()
 
     def _roundings(self) -> list[LearnedRounding]:
