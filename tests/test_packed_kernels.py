@@ -11,6 +11,7 @@ from torch import Tensor
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton and the kernels are imported
 try:
     pytest.importorskip("triton", reason="needs Triton: pip install triton")
+    from fpq_lightning.kernels.codes import four_bit_assembly
     from fpq_lightning.kernels.decode import decode, translate
     from fpq_lightning.kernels.quantize import quantize
     from fpq_lightning.kernels.weight_gemm import Tiling, weight_gemm
@@ -86,3 +87,55 @@ def test_activations_become_what_a_cast_of_torch_makes_of_them(dtype: torch.dtyp
     scale = torch.tensor(0.37)
     expected = (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     assert torch.equal(quantize(x, scale).view(torch.uint8), expected.view(torch.uint8))
+
+
+def run_assembly(assembly: str, word: int) -> list[int]:
+    """What a GPU makes of a 32-bit word, by the PTX manual: the four results."""
+    registers = {"$4": word}
+
+    def value(name: str) -> int:
+        return registers[name] if name in registers else int(name, 0)
+
+    for line in assembly.splitlines():
+        operation, _, operands = line.strip().rstrip(";").partition(" ")
+        if operation in ("{", "}", ".reg"):
+            continue
+        to, *names = [name.strip() for name in operands.split(",")]
+        a, b, *rest = [value(name) for name in names]
+        if operation == "and.b32":
+            found = a & b
+        elif operation == "shr.u32":
+            found = a >> b
+        elif operation == "shl.b32":
+            found = a << b & 0xFFFFFFFF
+        elif operation == "lop3.b32":
+            assert rest[1] == (0xF0 & 0xCC) | 0xAA  # (a & b) | c
+            found = a & b | rest[0]
+        else:
+            assert operation == "prmt.b32"
+            found, eight = 0, b << 32 | a
+            for i in range(4):
+                pick = rest[0] >> 4 * i & 15
+                byte = eight >> 8 * (pick & 7) & 255
+                found |= (255 * (byte >> 7) if pick & 8 else byte) << 8 * i
+        registers[to] = found
+    return [registers[f"${i}"] for i in range(4)]
+
+
+@pytest.mark.parametrize("name", ["e2m1", "e1m2", "e3m0", "float4_e2m1fn"])
+def test_the_assembly_decodes_four_bit_codes(name: str) -> None:
+    fmt = parse_format(name)
+    codes = torch.randint(0, 16, (200, 8))
+    codes[:2] = torch.arange(16).reshape(2, 8)
+    for row in codes:
+        word = sum(int(code) << 4 * i for i, code in enumerate(row))
+        low, high = row[0::2], row[1::2]  # of the bytes
+        out = torch.tensor(run_assembly(four_bit_assembly(fmt), word)).to(torch.uint32).view(torch.bfloat16).float()
+        expected = torch.cat([fmt.values[low], fmt.values[high]])
+        assert torch.equal(out, expected)
+        assert torch.equal(out.signbit(), expected.signbit())
+
+
+@pytest.mark.parametrize("name", ["int4", "uint4", "e4m3", "ue2m2"])
+def test_other_codes_have_no_assembly(name: str) -> None:
+    assert four_bit_assembly(parse_format(name)) == ""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 import triton
 import triton.language as tl
 
@@ -42,3 +45,45 @@ def value_of(
     else:
         bits = code << (23 - MANTISSA)
     return bits.to(tl.float32, bitcast=True) * MULTIPLIER
+
+
+def four_bit_assembly(fmt: Format) -> str:
+    """PTX that turns four bytes of two codes each into bfloat16: the low codes of the bytes, then the high ones.
+
+    The byte permutation of the GPU is a table of eight bytes that is looked up four times at once: one for the low
+    bytes of the magnitudes, one for the high bytes. The sign of a code makes it repeat the sign of what it picks. About
+    two instructions a code.
+
+    Returns:
+        The instructions; empty where codes are not sign and magnitude.
+    """
+    if not (isinstance(fmt, FloatFormat) and fmt.bits == 4 and fmt.signed and not fmt.reserved):
+        return ""
+    magnitudes = fmt.values[:8].to(torch.bfloat16).view(torch.int16).tolist()
+    low = [f"0x{_word(x & 0xFF for x in half):08X}" for half in (magnitudes[:4], magnitudes[4:])]
+    high = [f"0x{_word(x >> 8 for x in half):08X}" for half in (magnitudes[:4], magnitudes[4:])]
+    return f"""{{
+    .reg .b32 m0, m1, l0, l1, h0, h1, s0, s1;
+    and.b32 m0, $4, 0x77777777;
+    shr.u32 m1, m0, 16;
+    shr.u32 s1, $4, 16;
+    prmt.b32 l0, {low[0]}, {low[1]}, m0;
+    prmt.b32 l1, {low[0]}, {low[1]}, m1;
+    prmt.b32 h0, {high[0]}, {high[1]}, m0;
+    prmt.b32 h1, {high[0]}, {high[1]}, m1;
+    prmt.b32 s0, 0x80808080, 0x80808080, $4;
+    prmt.b32 s1, 0x80808080, 0x80808080, s1;
+    shl.b32 s0, s0, 7;
+    shl.b32 s1, s1, 7;
+    lop3.b32 h0, s0, 0x80808080, h0, 0xEA;
+    lop3.b32 h1, s1, 0x80808080, h1, 0xEA;
+    prmt.b32 $0, l0, h0, 0x6240;
+    prmt.b32 $1, l1, h1, 0x6240;
+    prmt.b32 $2, l0, h0, 0x7351;
+    prmt.b32 $3, l1, h1, 0x7351;
+}}"""
+
+
+def _word(parts: Iterable[int]) -> int:
+    """Four bytes as a number, the first lowest."""
+    return sum(byte << 8 * i for i, byte in enumerate(parts))

@@ -5,6 +5,8 @@ With few rows a product takes as long as reading the weight, so that four bits a
 
 from __future__ import annotations
 
+import warnings
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fpq_lightning.formats import Format
-from fpq_lightning.kernels.codes import constants, value_of
+from fpq_lightning.kernels.codes import constants, four_bit_assembly, value_of
 
 
 class Tiling(NamedTuple):
@@ -37,34 +39,39 @@ class Tiling(NamedTuple):
 @triton.jit
 def _byte(codes_ptr, rows, unit, place, row_bytes, inside, UNIT_BYTES: tl.constexpr):
     at = rows[:, None].to(tl.int64) * row_bytes + unit[None, :] * UNIT_BYTES + place
-    return tl.load(codes_ptr + at, mask=inside, other=0).to(tl.int32)
+    return tl.load(codes_ptr + at, mask=inside, other=0)
 
 
 @triton.jit
 def _weight_tile(
-    codes_ptr, rows, start, n_out, row_bytes, K: tl.constexpr, WIDTH: tl.constexpr, MANTISSA: tl.constexpr,
-    SIGNED: tl.constexpr, MULTIPLIER: tl.constexpr, BLOCK_K: tl.constexpr,
+    codes_ptr, rows, start, n_out, row_bytes, WIDTH: tl.constexpr, MANTISSA: tl.constexpr,
+    SIGNED: tl.constexpr, MULTIPLIER: tl.constexpr, BLOCK_K: tl.constexpr, ASSEMBLY: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Values `[rows, BLOCK_K]` of input channels from `start`, a multiple of BLOCK_K; zero beyond the weight."""
+    """Values `[rows, BLOCK_K]` of input channels from `start`, a multiple of BLOCK_K; code zero beyond the weight."""
     unit_codes: tl.constexpr = 8 // WIDTH if 8 % WIDTH == 0 else 4  # of the fewest codes that are whole bytes
     unit_bytes: tl.constexpr = unit_codes * WIDTH // 8
     unit = start // unit_codes + tl.arange(0, BLOCK_K // unit_codes)
     here = rows[:, None] < n_out
     left = row_bytes - unit[None, :] * unit_bytes
     first = _byte(codes_ptr, rows, unit, 0, row_bytes, here & (left > 0), unit_bytes)
+    if ASSEMBLY != "":
+        low, high = tl.inline_asm_elementwise(
+            ASSEMBLY, "=r,=r,=r,=r,r", [first], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+        return tl.reshape(tl.join(low, high), (rows.shape[0], BLOCK_K))
+    first = first.to(tl.int32)
     if WIDTH == 8:
         codes = first
     elif WIDTH == 4:
         codes = tl.reshape(tl.join(first & 15, first >> 4), (rows.shape[0], BLOCK_K))
     else:
-        second = _byte(codes_ptr, rows, unit, 1, row_bytes, here & (left > 1), unit_bytes)
-        third = _byte(codes_ptr, rows, unit, 2, row_bytes, here & (left > 2), unit_bytes)
+        second = _byte(codes_ptr, rows, unit, 1, row_bytes, here & (left > 1), unit_bytes).to(tl.int32)
+        third = _byte(codes_ptr, rows, unit, 2, row_bytes, here & (left > 2), unit_bytes).to(tl.int32)
         even = tl.join(first & 63, ((second >> 4) | (third << 4)) & 63)  # codes 0 and 2
         odd = tl.join(((first >> 6) | (second << 2)) & 63, third >> 2)  # codes 1 and 3
         codes = tl.reshape(tl.join(even, odd), (rows.shape[0], BLOCK_K))
-    value = value_of(codes, WIDTH, MANTISSA, SIGNED, MULTIPLIER)
-    column = start + tl.arange(0, BLOCK_K)
-    return tl.where(column[None, :] < K, value, 0.0)
+    return value_of(codes, WIDTH, MANTISSA, SIGNED, MULTIPLIER).to(DTYPE)
 
 
 @triton.jit
@@ -72,7 +79,7 @@ def _gemm(
     x_ptr, codes_ptr, scale_ptr, bias_ptr, out_ptr, partial_ptr, arrived_ptr, n_rows, n_out, row_bytes, scale_stride,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, WIDTH: tl.constexpr, MANTISSA: tl.constexpr, SIGNED: tl.constexpr,
     MULTIPLIER: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
     outs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -80,11 +87,14 @@ def _gemm(
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for step in range(0, K, SPLITS * BLOCK_K):
         start = step + split * BLOCK_K
-        weight = _weight_tile(codes_ptr, outs, start, n_out, row_bytes, K, WIDTH, MANTISSA, SIGNED, MULTIPLIER, BLOCK_K)
+        weight = _weight_tile(
+            codes_ptr, outs, start, n_out, row_bytes, WIDTH, MANTISSA, SIGNED, MULTIPLIER, BLOCK_K, ASSEMBLY,
+            x_ptr.dtype.element_ty,
+        )  # fmt: skip
         column = start + tl.arange(0, BLOCK_K)
         inside = (rows[:, None] < n_rows) & (column[None, :] < K)
         x = tl.load(x_ptr + rows[:, None] * K + column[None, :], mask=inside, other=0.0)
-        total = tl.dot(weight.to(x.dtype), tl.trans(x), total)
+        total = tl.dot(weight, tl.trans(x), total)  # x is zero beyond K
     inside = (outs[:, None] < n_out) & (rows[None, :] < n_rows)
     at = rows[None, :] * n_out + outs[:, None]
     last = True
@@ -97,7 +107,6 @@ def _gemm(
             total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
             for other in range(SPLITS):  # in one order, whoever comes last
                 total += tl.load(partial_ptr + other * n_rows * n_out + at, mask=inside, cache_modifier=".cg")
-            tl.store(arrived_ptr + tile, 0)
         total = total * tl.load(scale_ptr + outs * scale_stride, mask=outs < n_out, other=0.0)[:, None]
         if HAS_BIAS:
             total += tl.load(bias_ptr + outs, mask=outs < n_out, other=0.0).to(tl.float32)[:, None]
@@ -107,6 +116,25 @@ def _gemm(
 def tiling_for(n_out: int, n_in: int) -> Tiling:
     """The tiling that was fastest on a Hopper GPU (docs/benchmarks.md)."""
     return Tiling(outputs=64, inputs=128, splits=2 if n_out * n_in < 2**25 else 1, warps=4, stages=4)
+
+
+@lru_cache(maxsize=16)
+def _assembly(fmt: Format, device: torch.device) -> str:
+    """The assembly of a format, once it has given the values of all codes on a device; empty without."""
+    assembly = four_bit_assembly(fmt)
+    if not assembly:
+        return ""
+    codes = torch.arange(16, dtype=torch.uint8, device=device)
+    one, scale = torch.eye(16, dtype=torch.bfloat16, device=device), torch.ones(1, 1, device=device)
+    try:
+        values = _launch(
+            one, (codes[0::2] | codes[1::2] << 4)[None], fmt, scale, None, Tiling(16, 32, 1, 4, 2), assembly
+        )
+    except Exception as error:  # whatever a compiler may raise
+        reason = " ".join(str(error).split())[:150]
+        warnings.warn(f"byte permutations cannot be used here ({reason}): four bits are unpacked slower", stacklevel=2)
+        return ""
+    return assembly if torch.equal(values[:, 0].float().cpu(), fmt.values) else ""
 
 
 def weight_gemm(
@@ -125,17 +153,26 @@ def weight_gemm(
     Returns:
         `[m, out]` of the type of `x`.
     """
+    cut = tiling_for(codes.shape[0], x.shape[1]) if tiling is None else tiling
+    assembly = _assembly(fmt, x.device) if x.is_cuda and x.dtype == torch.bfloat16 else ""
+    return _launch(x, codes, fmt, scale, bias, cut, assembly)
+
+
+def _launch(
+    x: Tensor, codes: Tensor, fmt: Format, scale: Tensor, bias: Tensor | None, cut: Tiling, assembly: str
+) -> Tensor:
     (m, k), n = x.shape, codes.shape[0]
-    cut = tiling_for(n, k) if tiling is None else tiling
     n_tiles = triton.cdiv(n, cut.outputs)
     out = x.new_empty(m, n)
-    # Zeroed for each call: a counter that is kept would tie calls on several streams together.
-    arrived = torch.zeros(n_tiles if cut.splits > 1 else 1, dtype=torch.int32, device=x.device)
-    partial = torch.empty(cut.splits if cut.splits > 1 else 0, m, n, device=x.device)
+    arrived = partial = codes  # not looked at without splits
+    if cut.splits > 1:
+        partial = torch.empty(cut.splits, m, n, device=x.device)
+        # Zeroed for each call: a counter that is kept would tie calls on several streams together.
+        arrived = torch.zeros(n_tiles, dtype=torch.int32, device=x.device)
     _gemm[(n_tiles, cut.splits)](
         x, codes, scale, out if bias is None else bias, out, partial, arrived, m, n, codes.shape[1],
         1 if scale.shape[0] > 1 else 0, K=k, HAS_BIAS=bias is not None, **constants(fmt), SPLITS=cut.splits,
         BLOCK_M=max(16, triton.next_power_of_2(m)), BLOCK_N=cut.outputs, BLOCK_K=cut.inputs, num_warps=cut.warps,
-        num_stages=cut.stages,
+        ASSEMBLY=assembly, num_stages=cut.stages,
     )  # fmt: skip
     return out
