@@ -310,6 +310,8 @@ def parse_format(name: str) -> Format:
     Raises:
         ValueError: if there is no such format.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"a format is a name, got {name!r}")
     key = name.strip().lower()
     if key in HARDWARE_FORMATS:
         return HARDWARE_FORMATS[key]

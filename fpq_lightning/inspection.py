@@ -66,6 +66,9 @@ def _first_call(pipeline: DiffusionPipeline, denoiser: nn.Module) -> tuple[tuple
             sample(pipeline, sampler, [0], prompts)
     except _CalledError:
         pass
+    except TypeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{type(pipeline).__name__} cannot be called to be inspected: {reason}") from error
     finally:
         handle.remove()
     if not calls:
@@ -119,6 +122,9 @@ def inspect_pipeline(directory: str | Path, hardware: Hardware, dtype: torch.dty
     handles = [layer.register_forward_hook(look(name)) for name, layer in layers.items()]
     try:
         denoiser(*_to_meta(args), **_to_meta(kwargs))
+    except (RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{type(denoiser).__name__} cannot run without data, to be inspected: {reason}") from error
     finally:
         for handle in handles:
             handle.remove()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 
 from fpq_lightning.backends import fp8, weight_only
@@ -13,7 +16,7 @@ from fpq_lightning.backends.hardware import Hardware, hardware_of
 from fpq_lightning.backends.paths import Arithmetic, choose, is_few
 from fpq_lightning.formats import FAMILIES, HARDWARE_FORMATS, parse_format
 from fpq_lightning.quantizers import Quantizer
-from fpq_lightning.storage.packed import PackedLayer, PackedWeight, make_packed, set_arithmetic
+from fpq_lightning.storage.packed import PackedLayer, PackedWeight, make_packed, make_plain, set_arithmetic
 
 HOPPER = Hardware((9, 0), kernels=True)
 E4M3 = "float8_e4m3fn"
@@ -59,7 +62,7 @@ def test_fp8_products_are_those_of_the_quantized_operands(
     x = torch.randn(3, 5, sum(splits)).bfloat16()
     x[0, 0, 0] = 300.0  # beyond the clip: saturates
     assert fp8.fits(layer)
-    out, reference = fp8.linear(layer, x, fp8.scales(layer)), exact(layer, x)
+    out, reference = fp8.linear(layer, x), exact(layer, x)
     # Sums in float32; each part's and the result are rounded to bfloat16, by 2^-8 of themselves at most.
     magnitudes = layer.quantize_input(x.float(), layer.inputs).abs() @ layer.decode_weight().abs().T
     bound = magnitudes + layer.bias.abs()  # type: ignore[union-attr]
@@ -74,7 +77,7 @@ def test_fp8_products_see_every_bit_of_the_operands() -> None:
     one = torch.eye(16).bfloat16()
     layer.inputs[0].scale = torch.tensor(1.0)
     layer.bias = None
-    assert torch.equal(fp8.linear(layer, one, fp8.scales(layer)).float(), layer.decode_weight().T.bfloat16().float())
+    assert torch.equal(fp8.linear(layer, one).float(), layer.decode_weight().T.bfloat16().float())
 
 
 @pytest.mark.parametrize("name", [*HARDWARE_FORMATS, *FAMILIES["fp4"], *FAMILIES["fp6"], *FAMILIES["fp8"], "int4"])
@@ -103,7 +106,7 @@ def test_what_tensor_cores_cannot_multiply_is_no_fp8_product(options: dict) -> N
 
 def test_paths_follow_the_device_the_type_and_the_wish() -> None:
     def paths(fmt: str, hardware: Hardware, dtype: torch.dtype, arithmetic: Arithmetic = "native") -> tuple[str, str]:
-        return choose(packed_linear(fmt), hardware, dtype, arithmetic)[:2]
+        return choose(packed_linear(fmt), hardware, dtype, arithmetic)
 
     ada_without_triton, ampere = Hardware((8, 9)), Hardware((8, 6), kernels=True)
     assert paths("e2m1", HOPPER, torch.bfloat16) == ("weight_only", "fp8")
@@ -122,18 +125,18 @@ def test_paths_follow_the_device_the_type_and_the_wish() -> None:
 
 
 def test_a_layer_takes_its_path_anew_when_the_wish_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fpq_lightning.storage.packed.hardware_of", lambda device: Hardware((9, 0)))
+    monkeypatch.setattr("fpq_lightning.backends.paths.hardware_of", lambda device: Hardware((9, 0)))
     layer, x = packed_linear("e2m1", splits=(32, 16)), torch.randn(100, 48).bfloat16()
-    assert torch.equal(layer(x), fp8.linear(layer, x, fp8.scales(layer)))
+    assert torch.equal(layer(x), fp8.linear(layer, x))
     set_arithmetic(layer, "simulated")
     assert torch.equal(layer(x), layer.simulate(x))
-    assert not torch.equal(layer.simulate(x), fp8.linear(layer, x, fp8.scales(layer)))  # or this test says nothing
+    assert not torch.equal(layer.simulate(x), fp8.linear(layer, x))  # or this test says nothing
     set_arithmetic(layer, "native")
     assert torch.equal(layer(x.float()), layer.simulate(x.float()))
 
 
 def test_what_is_kept_of_a_layer_goes_when_others_scales_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fpq_lightning.storage.packed.hardware_of", lambda device: Hardware((9, 0)))
+    monkeypatch.setattr("fpq_lightning.backends.paths.hardware_of", lambda device: Hardware((9, 0)))
     layer, other, x = packed_linear(), packed_linear(), torch.randn(100, 48).bfloat16()
     other.weights[0].scale.mul_(3)
     other.inputs[0].scale.mul_(2)
@@ -144,7 +147,7 @@ def test_what_is_kept_of_a_layer_goes_when_others_scales_are_loaded(monkeypatch:
 
 
 def test_gradients_go_through_the_decoded_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fpq_lightning.storage.packed.hardware_of", lambda device: Hardware((9, 0)))
+    monkeypatch.setattr("fpq_lightning.backends.paths.hardware_of", lambda device: Hardware((9, 0)))
     layer, x = packed_linear("e2m1", inputs=E4M3), torch.randn(4, 48).bfloat16().requires_grad_()
     layer(x).sum().backward()
     inside = x.detach().float().abs() <= layer.inputs[0].clip
@@ -152,10 +155,47 @@ def test_gradients_go_through_the_decoded_weight(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(x.grad.float(), expected, rtol=2e-2, atol=2e-2)  # type: ignore[union-attr]
 
 
-def test_a_compiled_layer_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fpq_lightning.storage.packed.hardware_of", lambda device: Hardware((9, 0)))
-    layer, x = packed_linear(E4M3, splits=(32, 16)), torch.randn(100, 48).bfloat16()
-    eager = layer(x)
+@pytest.mark.parametrize("shape", [(48,), (0, 48), (2, 0, 48), (1, 48), (2, 3, 4, 48)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inputs_of_any_shape_are_taken(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dynamic: bool) -> None:
+    monkeypatch.setattr("fpq_lightning.backends.paths.hardware_of", lambda device: Hardware((9, 0)))
+    layer = packed_linear(dynamic=dynamic).requires_grad_(False)
+    assert layer(torch.randn(shape).bfloat16()).shape == (*shape[:-1], 32)
+
+
+def test_layers_that_accelerate_offloads_run_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fpq_lightning.backends.paths.hardware_of", lambda device: Hardware((9, 0)))
+    layer, x = packed_linear("e2m1").requires_grad_(False), torch.randn(100, 48).bfloat16()
+    expected = layer.simulate(x)
+    cpu_offload(layer, execution_device=torch.device("cpu"), offload_buffers=True)
+    assert torch.equal(layer(x), expected)
+
+
+def test_a_plan_is_neither_pickled_nor_left_to_another_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fpq_lightning.backends.paths.hardware_of", lambda device: Hardware((9, 0)))
+    layer, x = packed_linear("e2m1"), torch.randn(100, 48).bfloat16()
+    layer(x)
+    copied = pickle.loads(pickle.dumps(layer))
+    monkeypatch.setattr("fpq_lightning.backends.paths.hardware_of", lambda device: Hardware())
+    assert torch.equal(copied(x), layer.simulate(x))
+    set_arithmetic(layer, "simulated")
+    make_plain(layer)
+    assert "_plan" not in vars(layer)
+    assert "arithmetic" not in vars(layer)
+
+
+def test_an_unknown_arithmetic_is_refused() -> None:
+    with pytest.raises(ValueError, match="no arithmetic 'exact'"):
+        set_arithmetic(packed_linear(), "exact")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fmt", [E4M3, "e2m1", "e3m4"])
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_compiled_layer_computes_the_same(fmt: str, warm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fpq_lightning.backends.paths.hardware_of", lambda device: Hardware((9, 0)))
+    layer, x = packed_linear(fmt, splits=(32, 16)).requires_grad_(False), torch.randn(100, 48).bfloat16()
     torch.compiler.reset()
+    if warm:
+        layer(x)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
-    assert torch.equal(eager, compiled)
+    assert torch.equal(layer(x), compiled)

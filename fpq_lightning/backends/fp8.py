@@ -7,7 +7,6 @@ exponent bias, are applied to the sums.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -52,55 +51,46 @@ def _by_row(quantizer: Quantizer) -> bool:
     return quantizer.scale.numel() == 1
 
 
-def scales(layer: PackedLayer) -> tuple[Tensor | None, ...]:
-    """What multiplies the sums of each part, but for scales of rows: float32 `[1, out]`.
-
-    A static scale of the input is in it. None where both operands have one scale, which the product takes as they are.
-    """
-    return tuple(
-        None
-        if q.scale is not None and w.scale.numel() == 1
-        else (w.scale if q.scale is None else w.scale * q.scale.reshape(()))
-        .reshape(1, -1)
-        .expand(1, w.shape[0])
-        .contiguous()
-        for w, q in zip(layer.weights, layer.inputs, strict=True)
-    )
-
-
-def linear(layer: PackedLayer, x: Tensor, columns: Sequence[Tensor | None]) -> Tensor:
-    """The layer on `x`, bfloat16 `[..., in]`; a product for each part of the input, summed.
-
-    Args:
-        layer: the layer.
-        x: its input.
-        columns: of `scales`.
-    """
-    rows = x.flatten(0, -2)
+def linear(layer: PackedLayer, x: Tensor) -> Tensor:
+    """The layer on `x`, bfloat16 `[..., in]`; a product for each part of the input, summed."""
+    rows = x.reshape(-1, x.shape[-1])
     parts = [rows] if len(layer.splits) == 1 else rows.split(layer.splits, dim=1)
     bias = None if layer.bias is None else layer.bias.detach().to(x.dtype)
     first, *rest = [
-        _product(w, q, part, column, bias if i == 0 else None)
-        for i, (w, q, part, column) in enumerate(zip(layer.weights, layer.inputs, parts, columns, strict=True))
+        _product(w, q, part, bias if i == 0 else None)
+        for i, (w, q, part) in enumerate(zip(layer.weights, layer.inputs, parts, strict=True))
     ]
-    return sum(rest, first).reshape(*x.shape[:-1], -1)
+    return sum(rest, first).reshape(*x.shape[:-1], layer.shape[0])
 
 
-def _product(
-    weight: PackedWeight, quantizer: Quantizer, x: Tensor, column: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def _product(weight: PackedWeight, quantizer: Quantizer, x: Tensor, bias: Tensor | None) -> Tensor:
     operand = _operand(weight).t()
     if quantizer.scale is None:
         scale = quantizer.token_scale(x.float())
-        codes = _round(x, scale)
-    else:
-        scale = quantizer.scale.reshape(())
-        codes = _quantize(x, scale)
-        if column is None:
-            return torch._scaled_mm(codes, operand, scale, weight.scale.reshape(()), bias, out_dtype=x.dtype)
-        scale = _ones(len(x), x.device)
-    assert column is not None
-    return torch._scaled_mm(codes, operand, scale, column, bias, out_dtype=x.dtype)
+        return torch._scaled_mm(_round(x, scale), operand, scale, _column(weight, None), bias, out_dtype=x.dtype)
+    scale = quantizer.scale.reshape(())
+    codes = _quantize(x, scale)
+    if weight.scale.numel() == 1:
+        return torch._scaled_mm(codes, operand, scale, weight.scale.reshape(()), bias, out_dtype=x.dtype)
+    ones = _ones(len(x), x.device)
+    return torch._scaled_mm(codes, operand, ones, _column(weight, quantizer.scale), bias, out_dtype=x.dtype)
+
+
+def _column(weight: PackedWeight, factor: Tensor | None) -> Tensor:
+    """What multiplies the sums of each output channel, float32 `[1, out]`: its scale, times that of the input."""
+    scale = weight.scale
+    if torch.compiler.is_compiling() or scale.is_inference():
+        return _made_column(scale, factor, weight.shape[0])
+    versions = (scale._version, None if factor is None else factor._version)
+    kept = weight.column
+    if kept is None or kept[0] is not scale or kept[1] is not factor or kept[2] != versions:
+        kept = weight.column = (scale, factor, versions, _made_column(scale, factor, weight.shape[0]))
+    return kept[3]
+
+
+def _made_column(scale: Tensor, factor: Tensor | None, n: int) -> Tensor:
+    scale = scale if factor is None else scale * factor.reshape(())
+    return scale.reshape(1, -1).expand(1, n).contiguous()
 
 
 def _quantize(x: Tensor, scale: Tensor) -> Tensor:
@@ -128,17 +118,22 @@ def _kept_ones(n: int, device: torch.device) -> Tensor:
     return torch.ones(n, 1, device=device)
 
 
-@lru_cache(maxsize=64)
-def _table(fmt: Format, device: torch.device) -> Tensor:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _table(fmt: str, device: torch.device) -> Tensor:
     """The E4M3 code of every code of a format."""
-    return E4M3.encode(fmt.values.nan_to_num()).to(device)
+    return _kept_table(fmt, device)
+
+
+@lru_cache(maxsize=64)
+def _kept_table(fmt: str, device: torch.device) -> Tensor:
+    return E4M3.encode(parse_format(fmt).values.nan_to_num()).to(device)
 
 
 def _operand(weight: PackedWeight) -> Tensor:
     """Values of a weight without its scales, float8_e4m3fn `[out, in]`."""
     if weight.format == E4M3:
         return weight.codes
-    table, n, codes = _table(weight.format, weight.codes.device), weight.shape[1], weight.codes
+    table, n, codes = _table(weight.format.name, weight.codes.device), weight.shape[1], weight.codes
     if kernels.are_for(codes):
         return ops.translate(codes, weight.format.bits, table, n).view(torch.float8_e4m3fn)
     return table[unpack(codes, weight.format.bits, n).int()].view(torch.float8_e4m3fn)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fpq_lightning import kernels
 from fpq_lightning.backends import fp8, weight_only
-from fpq_lightning.backends.hardware import Hardware
+from fpq_lightning.backends.hardware import Hardware, hardware_of
 
 if TYPE_CHECKING:
     from fpq_lightning.storage.packed import PackedLayer
@@ -23,17 +24,10 @@ is decoded for the call."""
 
 
 class Plan(NamedTuple):
-    """The path of a layer on inputs of few rows, and of many.
-
-    Attributes:
-        few: on up to `weight_only.MAX_ROWS` rows.
-        many: on more.
-        columns: of `fp8.scales`, where a path is ``fp8``.
-    """
+    """The path of a layer on inputs of few rows (up to `weight_only.MAX_ROWS`), and of many."""
 
     few: Path
     many: Path
-    columns: tuple[Tensor | None, ...] = ()
 
 
 def choose(layer: PackedLayer, hardware: Hardware, dtype: torch.dtype, arithmetic: Arithmetic) -> Plan:
@@ -42,7 +36,13 @@ def choose(layer: PackedLayer, hardware: Hardware, dtype: torch.dtype, arithmeti
         return Plan("decode", "decode")
     many: Path = "fp8" if hardware.multiplies_fp8 and dtype == torch.bfloat16 and fp8.fits(layer) else "decode"
     few: Path = "weight_only" if hardware.kernels and weight_only.fits(layer) else many
-    return Plan(few, many, fp8.scales(layer) if many == "fp8" else ())
+    return Plan(few, many)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def plan_for(layer: PackedLayer, device: torch.device, dtype: torch.dtype, arithmetic: Arithmetic) -> Plan:
+    """`choose` on a device; nothing that a compiler traces."""
+    return choose(layer, hardware_of(device), dtype, arithmetic)
 
 
 def is_few(layer: PackedLayer, elements: int) -> bool:
@@ -51,10 +51,12 @@ def is_few(layer: PackedLayer, elements: int) -> bool:
 
 
 def run(layer: PackedLayer, x: Tensor, plan: Plan) -> Tensor:
-    """Runs a layer as planned; decoded, where a gradient is wanted, which low-bit products do not have."""
+    """Runs a layer as planned; decoded, where a gradient of the input is wanted, which low-bit products do not have."""
     path = plan.few if is_few(layer, x.numel()) else plan.many
-    if x.requires_grad and torch.is_grad_enabled():
+    if path == "weight_only" and not kernels.are_for(x):  # another device is the current one
+        path = plan.many
+    if not x.numel() or (x.requires_grad and torch.is_grad_enabled()):
         path = "decode"
     if path == "fp8":
-        return fp8.linear(layer, x, plan.columns)
+        return fp8.linear(layer, x)
     return weight_only.linear(layer, x) if path == "weight_only" else layer.simulate(x)

@@ -28,10 +28,10 @@ def fits(layer: PackedLayer) -> bool:
 
 def linear(layer: PackedLayer, x: Tensor) -> Tensor:
     """The layer on few rows `x`, float16 or bfloat16 `[..., in]`; a product for each part of the input, summed."""
-    rows = layer.quantize_input(x, layer.inputs).flatten(0, -2)
+    rows = layer.quantize_input(x, layer.inputs).reshape(-1, x.shape[-1])
     bias = None if layer.bias is None else layer.bias.detach()
     total: Tensor | None = None
     for weight, part in zip(layer.weights, rows.split(layer.splits, dim=1), strict=True):
         out = ops.weight_gemm(part.contiguous(), weight.bytes, weight.format, weight.scale, bias)
         total, bias = out if total is None else total + out, None
-    return total.reshape(*x.shape[:-1], -1)  # type: ignore[union-attr]
+    return total.reshape(*x.shape[:-1], layer.shape[0])  # type: ignore[union-attr]

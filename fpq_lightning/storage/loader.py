@@ -105,7 +105,10 @@ class FPQQuantizer(DiffusersQuantizer):
             except (ValueError, KeyError, TypeError, RuntimeError) as error:
                 reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
                 raise ValueError(f"quantization_config does not fit {name}: {reason}") from error
-        for name, operands in self.quantization_config.details.get("attention", {}).items():
+        attention = self.quantization_config.details.get("attention", {})
+        if not isinstance(attention, Mapping):
+            raise ValueError("quantization_config does not say what attention holds: it is damaged")
+        for name, operands in attention.items():
             if name not in modules or is_quantizable(modules[name]):
                 raise ValueError(f"quantization_config names {name}, which is no attention module of the model")
             try:
@@ -196,7 +199,8 @@ def _are_scales(parent: nn.Module, name: str, value: Tensor) -> bool:
         low, high = parent.scale_format.codes
         codes = value.view(torch.uint8)
         return bool(((codes >= low) & (codes <= high)).all())
-    return bool(((value > 0) & value.isfinite()).all())
+    top = value * parent.scale_format.values.nan_to_num().max() if isinstance(parent, BlockScaledWeight) else value
+    return bool(((value > 0) & top.isfinite()).all())
 
 
 def forget_config(model: Any) -> None:

@@ -6,16 +6,15 @@ A weight is never kept decoded, so that it takes the bytes of its codes and no m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fpq_lightning import kernels
 from fpq_lightning.attention import OPERANDS, QuantizedAttention, make_attention_quantized, quantized_attention
-from fpq_lightning.backends.hardware import hardware_of
-from fpq_lightning.backends.paths import Arithmetic, Plan, choose, run
+from fpq_lightning.backends.paths import Arithmetic, Plan, plan_for, run
 from fpq_lightning.formats import Format, parse_format
 from fpq_lightning.kernels import ops
 from fpq_lightning.layers import LayerQuantization, QuantizedLayer, SplitLayer
@@ -43,6 +42,7 @@ class PackedWeight(ExactBuffers):
     scale: Tensor
     offset: Tensor | None
     values: Tensor
+    column: tuple[Tensor, Tensor | None, Any, Tensor] | None = None  # of the FP8 path, after what it was made from
 
     def __init__(self, fmt: Format, shape: Sequence[int], codes: Tensor, scale: Tensor, offset: Tensor | None) -> None:
         super().__init__()
@@ -201,20 +201,18 @@ class PackedLayer(SplitLayer):
         weight = self.decode_weight(x.dtype) if len(self.weights) else self.weight
         return self.operate(self.quantize_input(x, self.inputs), weight, self.bias)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
-        self._plan = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._plan = None
-        super()._load_from_state_dict(*args)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plan": None}  # of this machine
 
     def forward(self, x: Tensor) -> Tensor:
         """Runs the layer on the best path of its device."""
+        if any(part.codes.device != x.device for part in self.weights):
+            return self.simulate(x)  # calls the parts, whose hooks bring them to the device
+        if torch.compiler.is_compiling():
+            return run(self, x, plan_for(self, x.device, x.dtype, self.arithmetic))
         planned = self._plan
-        if planned is None or planned[0] != x.device or planned[1] != x.dtype:
-            plan = choose(self, hardware_of(x.device), x.dtype, self.arithmetic)
-            planned = self._plan = (x.device, x.dtype, plan)
+        if planned is None or planned[:2] != (x.device, x.dtype):
+            planned = self._plan = (x.device, x.dtype, plan_for(self, x.device, x.dtype, self.arithmetic))
         return run(self, x, planned[2])
 
     def describe(self) -> dict[str, Any]:
@@ -240,6 +238,8 @@ def empty_quantizer(entry: Mapping[str, Any]) -> Quantizer:
     """A quantizer whose tensors are to be loaded."""
     scale, offset = (torch.empty((), dtype=torch.float32, device="meta") for _ in range(2))
     dims = entry["token_dims"]
+    if dims is not None and not all(isinstance(d, int) and abs(d) < 6 for d in dims):
+        raise ValueError(f"token_dims {dims} are no dimensions")
     scales = (scale if dims is None else None, offset if entry["offset"] else None)
     return Quantizer(parse_format(entry["format"]), *scales, *(() if dims is None else (tuple(dims),)))
 
@@ -275,7 +275,12 @@ def set_arithmetic(module: nn.Module, arithmetic: Arithmetic) -> None:
         module: a model, or a part of one.
         arithmetic: ``native`` for the best path of the device; ``simulated`` for decoded weights and inputs that were
             quantized and dequantized, as the model was calibrated.
+
+    Raises:
+        ValueError: if there is no such arithmetic.
     """
+    if arithmetic not in get_args(Arithmetic):
+        raise ValueError(f"there is no arithmetic {arithmetic!r}: use {' or '.join(get_args(Arithmetic))}")
     for layer in packed_layers(module).values():
         layer.arithmetic, layer._plan = arithmetic, None
 
@@ -392,5 +397,5 @@ def _strip(layer: nn.Module) -> None:
     """Leaves of a calibrated or packed layer what a plain Linear or Conv layer has."""
     layer._modules.clear()
     layer._buffers.clear()
-    for name in ("splits", "shape", "granularity", "mode", "_effective_weight"):
+    for name in ("splits", "shape", "granularity", "mode", "_effective_weight", "arithmetic", "_plan"):
         layer.__dict__.pop(name, None)
