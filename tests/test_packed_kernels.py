@@ -66,7 +66,7 @@ def test_codes_are_translated_one_by_one(width: int) -> None:
 
 @pytest.mark.parametrize("tiling", [Tiling(16, 32, 1, 4, 2), Tiling(32, 64, 3, 4, 2)])
 @pytest.mark.parametrize(("n_out", "n_in", "m"), [(5, 12, 3), (70, 130, 17), (64, 37, 1)])
-@pytest.mark.parametrize("name", ["e2m1", "e3m0", "e2m3", "e4m3", "float8_e4m3fn", "int4", "uint4", "int8"])
+@pytest.mark.parametrize("name", ["e2m1", "e1m2", "e3m0", "ue2m2", "int4", "uint4"])
 def test_products_are_those_of_the_decoded_weight(name: str, n_out: int, n_in: int, m: int, tiling: Tiling) -> None:
     torch.manual_seed(0)
     fmt = parse_format(name)

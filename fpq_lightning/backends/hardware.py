@@ -29,7 +29,6 @@ class Hardware:
         return self.capability is not None and self.capability >= _FP8
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def hardware_of(device: torch.device) -> Hardware:
     """What a device can do."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.cuda else None

@@ -1,6 +1,6 @@
 """The kernels of packed weights as torch operators, so that `torch.compile` takes them as they are.
 
-Eager calls go to a kernel directly, which is quicker than by way of the operator.
+Eager calls go to a kernel directly, without the work of an operator.
 """
 
 from __future__ import annotations

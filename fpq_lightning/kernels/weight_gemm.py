@@ -1,6 +1,7 @@
-"""Products of few rows with a packed weight, which is decoded inside: its bytes are read once and never written.
+"""Products of few rows with a weight in four-bit codes, which are decoded inside: read once and never written.
 
-With few rows a product takes as long as reading the weight, so that four bits are up to four times as fast as sixteen.
+With few rows a product could take as long as reading the weight, a quarter of the time that sixteen bits take. How far
+it is from that is in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -37,41 +38,23 @@ class Tiling(NamedTuple):
 
 
 @triton.jit
-def _byte(codes_ptr, rows, unit, place, row_bytes, inside, UNIT_BYTES: tl.constexpr):
-    at = rows[:, None].to(tl.int64) * row_bytes + unit[None, :] * UNIT_BYTES + place
-    return tl.load(codes_ptr + at, mask=inside, other=0)
-
-
-@triton.jit
 def _weight_tile(
     codes_ptr, rows, start, n_out, row_bytes, WIDTH: tl.constexpr, MANTISSA: tl.constexpr,
     SIGNED: tl.constexpr, MULTIPLIER: tl.constexpr, BLOCK_K: tl.constexpr, ASSEMBLY: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Values `[rows, BLOCK_K]` of input channels from `start`, a multiple of BLOCK_K; code zero beyond the weight."""
-    unit_codes: tl.constexpr = 8 // WIDTH if 8 % WIDTH == 0 else 4  # of the fewest codes that are whole bytes
-    unit_bytes: tl.constexpr = unit_codes * WIDTH // 8
-    unit = start // unit_codes + tl.arange(0, BLOCK_K // unit_codes)
-    here = rows[:, None] < n_out
-    left = row_bytes - unit[None, :] * unit_bytes
-    first = _byte(codes_ptr, rows, unit, 0, row_bytes, here & (left > 0), unit_bytes)
+    place = start // 2 + tl.arange(0, BLOCK_K // 2)
+    inside = (rows[:, None] < n_out) & (place[None, :] < row_bytes)
+    pairs = tl.load(codes_ptr + rows[:, None].to(tl.int64) * row_bytes + place[None, :], mask=inside, other=0)
     if ASSEMBLY != "":
         low, high = tl.inline_asm_elementwise(
-            ASSEMBLY, "=r,=r,=r,=r,r", [first], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+            ASSEMBLY, "=r,=r,=r,=r,r", [pairs], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )
-        return tl.reshape(tl.join(low, high), (rows.shape[0], BLOCK_K))
-    first = first.to(tl.int32)
-    if WIDTH == 8:
-        codes = first
-    elif WIDTH == 4:
-        codes = tl.reshape(tl.join(first & 15, first >> 4), (rows.shape[0], BLOCK_K))
     else:
-        second = _byte(codes_ptr, rows, unit, 1, row_bytes, here & (left > 1), unit_bytes).to(tl.int32)
-        third = _byte(codes_ptr, rows, unit, 2, row_bytes, here & (left > 2), unit_bytes).to(tl.int32)
-        even = tl.join(first & 63, ((second >> 4) | (third << 4)) & 63)  # codes 0 and 2
-        odd = tl.join(((first >> 6) | (second << 2)) & 63, third >> 2)  # codes 1 and 3
-        codes = tl.reshape(tl.join(even, odd), (rows.shape[0], BLOCK_K))
-    return value_of(codes, WIDTH, MANTISSA, SIGNED, MULTIPLIER).to(DTYPE)
+        low = value_of((pairs & 15).to(tl.int32), WIDTH, MANTISSA, SIGNED, MULTIPLIER).to(DTYPE)
+        high = value_of((pairs >> 4).to(tl.int32), WIDTH, MANTISSA, SIGNED, MULTIPLIER).to(DTYPE)
+    return tl.reshape(tl.join(low, high), (rows.shape[0], BLOCK_K))
 
 
 @triton.jit
@@ -114,7 +97,7 @@ def _gemm(
 
 
 def tiling_for(n_out: int, n_in: int) -> Tiling:
-    """The tiling that was fastest on a Hopper GPU (docs/benchmarks.md)."""
+    """A tiling by size; others have not been compared yet (``benchmarks/arithmetic.py tilings``)."""
     return Tiling(outputs=64, inputs=128, splits=2 if n_out * n_in < 2**25 else 1, warps=4, stages=4)
 
 
@@ -125,16 +108,17 @@ def _assembly(fmt: Format, device: torch.device) -> str:
     if not assembly:
         return ""
     codes = torch.arange(16, dtype=torch.uint8, device=device)
+    pairs = (codes[0::2] | codes[1::2] << 4)[None]
     one, scale = torch.eye(16, dtype=torch.bfloat16, device=device), torch.ones(1, 1, device=device)
     try:
-        values = _launch(
-            one, (codes[0::2] | codes[1::2] << 4)[None], fmt, scale, None, Tiling(16, 32, 1, 4, 2), assembly
-        )
+        values = _launch(one, pairs, fmt, scale, None, Tiling(16, 32, 1, 4, 2), assembly)
+        if torch.equal(values[:, 0].float().cpu(), fmt.values):
+            return assembly
+        reason = "they give other values"
     except Exception as error:  # whatever a compiler may raise
         reason = " ".join(str(error).split())[:150]
-        warnings.warn(f"byte permutations cannot be used here ({reason}): four bits are unpacked slower", stacklevel=2)
-        return ""
-    return assembly if torch.equal(values[:, 0].float().cpu(), fmt.values) else ""
+    warnings.warn(f"byte permutations cannot be used here ({reason}): four bits are unpacked slower", stacklevel=2)
+    return ""
 
 
 def weight_gemm(
@@ -144,8 +128,8 @@ def weight_gemm(
 
     Args:
         x: float16 or bfloat16 `[m, in]`, contiguous; all rows lie in one tile, so few.
-        codes: uint8 `[out, bytes]`, packed rows of 4, 6 or 8 bits a code.
-        fmt: the number format.
+        codes: uint8 `[out, bytes]`, packed rows.
+        fmt: the number format, of four bits.
         scale: float32 `[1, 1]` or `[out, 1]`.
         bias: `[out]`, or None.
         tiling: how it is cut; by size if None.
