@@ -30,7 +30,6 @@ from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 import fpq_lightning as fpq
-from fpq_lightning.backends import fp8
 from fpq_lightning.formats import parse_format
 from fpq_lightning.layers import LayerQuantization, is_quantizable, make_quantized, quantized_layers, running
 from fpq_lightning.quantizers import Granularity, Quantizer
@@ -273,7 +272,9 @@ def steps(name: str, seconds: float, torchao: bool) -> list[dict[str, Any]]:
         for n in chosen:
             pack(model.get_submodule(n), fmt, largest[n])
         torch.cuda.empty_cache()
-        share = sum(work[n] for n, m in packed_layers(model).items() if fp8.fits(m)) / total
+        share = (
+            sum(work[n] for n, m in packed_layers(model).items() if {"fp8", "fp8_conv"} & {*m.low_bit_paths}) / total
+        )
         rows.append(measure(label, model, inputs, False, share))
         rows.append(measure(label, model, inputs, True, share))
     return rows

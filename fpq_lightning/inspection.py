@@ -19,7 +19,7 @@ from fpq_lightning.backends.paths import choose, is_few
 from fpq_lightning.pipelines import SamplerConfig, denoiser_name, load_pipeline, sample, using_sampler
 from fpq_lightning.storage.packed import PackedLayer, packed_layers
 
-LOW_BIT: tuple[ExecutionPath, ...] = ("fp8", "weight_only")
+LOW_BIT: tuple[ExecutionPath, ...] = ("fp8", "fp8_conv", "weight_only")
 """Paths whose products read low-bit operands."""
 
 
@@ -130,7 +130,7 @@ def inspect_pipeline(directory: str | Path, hardware: Hardware, dtype: torch.dty
             handle.remove()
     found = []
     for name, layer in layers.items():
-        plan = choose(layer, hardware, dtype, layer.arithmetic)
+        plan = choose(layer.low_bit_paths, hardware, dtype, layer.arithmetic)
         found.append(
             LayerSummary(
                 name,

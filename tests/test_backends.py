@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fpq_lightning.backends import fp8, weight_only
 from fpq_lightning.backends.hardware import Hardware, hardware_of
-from fpq_lightning.backends.paths import Arithmetic, choose, is_few
+from fpq_lightning.backends.paths import Arithmetic, choose, is_few, low_bit_paths
 from fpq_lightning.formats import FAMILIES, HARDWARE_FORMATS, parse_format
 from fpq_lightning.quantizers import Quantizer
 from fpq_lightning.storage.packed import PackedLayer, PackedWeight, make_packed, make_plain, set_arithmetic
@@ -62,7 +62,7 @@ def test_fp8_products_are_those_of_the_quantized_operands(
     x = torch.randn(3, 5, sum(splits)).bfloat16()
     x[0, 0, 0] = 300.0  # beyond the clip: saturates
     assert fp8.fits(layer)
-    out, reference = fp8.linear(layer, x), exact(layer, x)
+    out, reference = fp8.run(layer, x), exact(layer, x)
     # Sums in float32; each part's and the result are rounded to bfloat16, by 2^-8 of themselves at most.
     magnitudes = layer.quantize_input(x.float(), layer.inputs).abs() @ layer.decode_weight().abs().T
     bound = magnitudes + layer.bias.abs()  # type: ignore[union-attr]
@@ -77,7 +77,7 @@ def test_fp8_products_see_every_bit_of_the_operands() -> None:
     one = torch.eye(16).bfloat16()
     layer.inputs[0].scale = torch.tensor(1.0)
     layer.bias = None
-    assert torch.equal(fp8.linear(layer, one).float(), layer.decode_weight().T.bfloat16().float())
+    assert torch.equal(fp8.run(layer, one).float(), layer.decode_weight().T.bfloat16().float())
 
 
 @pytest.mark.parametrize("name", [*HARDWARE_FORMATS, *FAMILIES["fp4"], *FAMILIES["fp6"], *FAMILIES["fp8"], "int4"])
@@ -95,18 +95,23 @@ def test_a_format_embeds_in_e4m3_when_a_cast_keeps_its_values(name: str) -> None
         {"fmt": "e4m3"},
         {"outputs": 24},
         {"splits": (24, 24)},
-        {"layer": nn.Conv2d(48, 32, 1)},
+        {"layer": nn.Conv1d(48, 32, 1)},
+        {"layer": nn.Conv2d(48, 32, 3, dilation=2)},
+        {"layer": nn.Conv2d(48, 32, 3, stride=(1, 2))},
+        {"layer": nn.Conv2d(48, 32, 3, padding="same")},
+        {"layer": nn.Conv2d(48, 32, 3, padding=1, padding_mode="circular")},
+        {"layer": nn.Conv2d(48, 32, 1), "splits": (24, 24)},
+        {"layer": nn.Conv2d(48, 32, 1), "dynamic": True},
     ],
 )
 def test_what_tensor_cores_cannot_multiply_is_no_fp8_product(options: dict) -> None:
     layer = packed_linear(**options)
-    assert not fp8.fits(layer)
-    assert choose(layer, HOPPER, torch.bfloat16, "native").many == "decode"
+    assert choose(low_bit_paths(layer), HOPPER, torch.bfloat16, "native").many == "decode"
 
 
 def test_paths_follow_the_device_the_type_and_the_wish() -> None:
     def paths(fmt: str, hardware: Hardware, dtype: torch.dtype, arithmetic: Arithmetic = "native") -> tuple[str, str]:
-        return choose(packed_linear(fmt), hardware, dtype, arithmetic)
+        return choose(low_bit_paths(packed_linear(fmt)), hardware, dtype, arithmetic)
 
     ada_without_triton, ampere = Hardware((8, 9)), Hardware((8, 6), kernels=True)
     assert paths("e2m1", HOPPER, torch.bfloat16) == ("weight_only", "fp8")
@@ -119,6 +124,13 @@ def test_paths_follow_the_device_the_type_and_the_wish() -> None:
     assert paths("e3m4", HOPPER, torch.bfloat16) == ("decode", "decode")
     assert paths("e2m2", HOPPER, torch.bfloat16) == ("fp8", "fp8")  # of five bits
     assert hardware_of(torch.device("cpu")) == Hardware()
+    convolution = packed_linear(outputs=24, layer=nn.Conv2d(48, 24, 3))
+    for hardware, path in (
+        (HOPPER, "fp8_conv"),
+        (Hardware((9, 0)), "decode"),
+        (Hardware((8, 9), kernels=True), "decode"),
+    ):
+        assert choose(low_bit_paths(convolution), hardware, torch.bfloat16, "native") == (path, path)
     layer = packed_linear()
     assert is_few(layer, weight_only.MAX_ROWS * 48)
     assert not is_few(layer, (weight_only.MAX_ROWS + 1) * 48)
@@ -127,10 +139,10 @@ def test_paths_follow_the_device_the_type_and_the_wish() -> None:
 def test_a_layer_takes_its_path_anew_when_the_wish_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fpq_lightning.backends.paths.hardware_of", lambda device: Hardware((9, 0)))
     layer, x = packed_linear("e2m1", splits=(32, 16)), torch.randn(100, 48).bfloat16()
-    assert torch.equal(layer(x), fp8.linear(layer, x))
+    assert torch.equal(layer(x), fp8.run(layer, x))
     set_arithmetic(layer, "simulated")
     assert torch.equal(layer(x), layer.simulate(x))
-    assert not torch.equal(layer.simulate(x), fp8.linear(layer, x))  # or this test says nothing
+    assert not torch.equal(layer.simulate(x), fp8.run(layer, x))  # or this test says nothing
     set_arithmetic(layer, "native")
     assert torch.equal(layer(x.float()), layer.simulate(x.float()))
 

@@ -81,11 +81,12 @@ def test_paths_are_those_of_the_hardware(packed: Path) -> None:
     unet = DiffusionPipeline.from_pretrained(packed).unet
     for layer in on_hopper:
         assert layer.weights == ("float4_e2m1fn",) * len(layer.weights)
-        if isinstance(unet.get_submodule(layer.name), nn.Linear):
+        module = unet.get_submodule(layer.name)
+        if isinstance(module, nn.Linear):
             assert layer.path in ("fp8", "weight_only")
-        else:
-            assert layer.path == "decode"
-    assert {layer.path for layer in on_hopper} == {"fp8", "weight_only", "decode"}
+        else:  # the first convolution has four channels
+            assert layer.path == ("decode" if module.in_channels % 16 else "fp8_conv")
+    assert {layer.path for layer in on_hopper} == {"fp8", "fp8_conv", "weight_only", "decode"}
     assert 0 < low_bit_share(on_hopper) < 1
     assert low_bit_share(inspect_pipeline(packed, Hardware(), torch.bfloat16)) == 0
     assert low_bit_share(inspect_pipeline(packed, HOPPER, torch.float32)) == 0

@@ -12,15 +12,20 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when Triton and the kernels are imp
 try:
     pytest.importorskip("triton", reason="needs Triton: pip install triton")
     from fpq_lightning.kernels.codes import four_bit_assembly
+    from fpq_lightning.kernels.conv import Tiling as ConvTiling
+    from fpq_lightning.kernels.conv import conv
     from fpq_lightning.kernels.decode import decode, translate
     from fpq_lightning.kernels.quantize import quantize
     from fpq_lightning.kernels.weight_gemm import Tiling, weight_gemm
 finally:
     del os.environ["TRITON_INTERPRET"]  # other tests are not to use them
 
+from fpq_lightning.backends.hardware import Hardware
 from fpq_lightning.formats import Format, parse_format
+from fpq_lightning.kernels import ops
 from fpq_lightning.packing import pack
-from fpq_lightning.storage.packed import PackedWeight
+from fpq_lightning.quantizers import Quantizer
+from fpq_lightning.storage.packed import PackedLayer, PackedWeight, make_packed
 
 FORMATS = ["e2m1", "e3m0", "e3m2", "e4m1", "e4m3", "e5m2", "e2m5", "e7m0", "float8_e4m3fn", "float8_e5m2", "ue4m4"]
 FORMATS += ["e2m2", "e4m2", "int3", "int4", "uint4", "int8", "uint8"]
@@ -62,6 +67,92 @@ def test_codes_are_translated_one_by_one(width: int) -> None:
     codes = torch.randint(0, 2**width, (3, 29)).to(torch.uint8)
     table = torch.randperm(256)[: 2**width].to(torch.uint8)
     assert torch.equal(translate(pack(codes, width), width, table, 29), table[codes.long()])
+
+
+@pytest.mark.parametrize("width", [4, 6, 8])
+def test_codes_of_filters_are_translated_place_by_place(width: int) -> None:
+    torch.manual_seed(0)
+    codes = torch.randint(0, 2**width, (3, 70, 3, 2)).to(torch.uint8)
+    table = torch.randperm(256)[: 2**width].to(torch.uint8)
+    packed, expected = pack(codes.flatten(1), width), codes.permute(0, 2, 3, 1).reshape(3, -1)
+    assert torch.equal(translate(packed, width, table, 70, 6), table[expected.int()])
+    assert torch.equal(translate(packed, width, None, 70, 6), expected)
+
+
+CONVOLUTIONS = [  # pixels, channels, outputs, filter, stride, padding
+    ((2, 8, 8), 32, 24, (3, 3), 1, (1, 1)),
+    ((1, 10, 12), 16, 40, (3, 3), 2, (1, 1)),
+    ((2, 9, 20), 48, 70, (3, 5), 1, (0, 2)),
+    ((1, 12, 6), 80, 16, (1, 1), 1, (0, 0)),
+    ((1, 12, 12), 32, 16, (3, 3), 3, (1, 0)),
+    ((2, 8, 8), 32, 16, (4, 4), 2, (1, 1)),
+]
+
+
+@pytest.mark.parametrize("tiling", [None, ConvTiling(4, 8, 64, 32, 4, 2)])
+@pytest.mark.parametrize(("pixels", "c", "n", "taps", "stride", "padding"), CONVOLUTIONS)
+def test_convolutions_are_those_of_torch(
+    pixels: tuple[int, int, int], c: int, n: int, taps: tuple[int, int], stride: int, padding: tuple[int, int],
+    tiling: ConvTiling | None,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    x, weight = torch.randn(*pixels, c).to(torch.float8_e4m3fn), torch.randn(n, *taps, c).to(torch.float8_e4m3fn)
+    scale, bias = torch.rand(n) + 0.1, torch.randn(n)
+    out = conv(x, weight, scale, bias, stride, padding, torch.float32, tiling)
+    inputs, filters = x.double().permute(0, 3, 1, 2), weight.double().permute(0, 3, 1, 2)
+    sums = torch.nn.functional.conv2d(inputs, filters, stride=stride, padding=padding).permute(0, 2, 3, 1)
+    largest = torch.nn.functional.conv2d(inputs.abs(), filters.abs(), stride=stride, padding=padding).max()
+    assert out.shape == sums.shape
+    assert ((out - sums * scale - bias).abs() <= 2**-20 * largest).all()
+    with torch._subclasses.FakeTensorMode() as fake:
+        operands = (fake.from_tensor(t) for t in (x, weight, scale, bias))
+        assert torch.ops.fpq.conv(*operands, stride, padding, torch.float32).shape == out.shape
+
+
+def packed_conv(fmt: str, splits: tuple[int, ...], layer: torch.nn.Conv2d) -> PackedLayer:
+    weights, inputs = [], []
+    for i, n in enumerate(splits):
+        rows = torch.randn(layer.out_channels, n * layer.weight[0, 0].numel())
+        quantizer = Quantizer(parse_format(fmt), rows.abs().amax(1, keepdim=True) / parse_format(fmt).max)
+        shape = (layer.out_channels, n, *layer.kernel_size)
+        weights.append(PackedWeight.of(quantizer, quantizer.encode(rows), shape))
+        inputs.append(Quantizer(parse_format("float8_e4m3fn"), torch.tensor(0.01 * (i + 1))))
+    return make_packed(layer.bfloat16(), splits, weights, inputs).requires_grad_(False)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("options", "splits", "size"),
+    [
+        ({"padding": 1}, (48,), (6, 7)),
+        ({"padding": 1}, (32, 16), (6, 7)),
+        ({"stride": 2}, (48,), (7, 9)),  # as of a downsampler that pads before
+        ({"stride": 2, "padding": 1}, (48,), (7, 8)),
+        ({"kernel_size": 2, "stride": 2}, (48,), (9, 9)),
+    ],
+)
+@pytest.mark.parametrize("fmt", ["float8_e4m3fn", "e2m1"])
+def test_packed_convolutions_are_products_of_the_quantized_operands(
+    fmt: str, options: dict, splits: tuple[int, ...], size: tuple[int, int], memory_format: torch.memory_format,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    monkeypatch.delenv("FPQ_KERNELS")
+    monkeypatch.setattr("fpq_lightning.backends.paths.hardware_of", lambda device: Hardware((9, 0), kernels=True))
+    layer = packed_conv(fmt, splits, torch.nn.Conv2d(48, 24, **{"kernel_size": 3, **options}))
+    x = torch.randn(2, 48, *size).bfloat16().to(memory_format=memory_format)
+    calls = []
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "conv", lambda *args: calls.append(1) or conv(*args))
+        out = layer(x)
+    assert len(calls) == len(splits)
+    inputs, weight = layer.quantize_input(x.float(), layer.inputs).double(), layer.decode_weight().double()
+    expected = layer.operate(inputs, weight, layer.bias.double())
+    magnitudes = layer.operate(inputs.abs(), weight.abs(), layer.bias.double().abs())
+    assert out.shape == expected.shape
+    assert ((out.double() - expected).abs() <= 2**-7 * magnitudes).all()
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), out)
 
 
 @pytest.mark.parametrize("tiling", [Tiling(16, 32, 1, 4, 2), Tiling(32, 64, 3, 4, 2)])

@@ -1,12 +1,15 @@
-"""E4M3 by E4M3 on tensor cores.
+"""E4M3 by E4M3 on tensor cores: Linear layers, by `torch._scaled_mm`.
 
 Only the hardware's own E4M3 can be an operand. A weight in four or six bits can, when every value of its format is one
 of E4M3, too: it stays packed in memory, and its codes are translated for each call. The scales, hence a searched real
-exponent bias, are applied to the sums.
+exponent bias, are applied to the sums. Tensor cores add with some 14 bits (`use_fast_accum`), as is usual for
+inference: what that loses is far less than the rounding of the inputs (docs/benchmarks.md).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -23,7 +26,8 @@ if TYPE_CHECKING:
     from fpq_lightning.storage.packed import PackedLayer, PackedWeight
 
 E4M3 = parse_format("float8_e4m3fn")
-_ALIGNMENT = 16  # of rows and columns of the weight, in bytes
+ALIGNMENT = 16
+"""Bytes that rows and columns of operands are multiples of."""
 
 
 @lru_cache(maxsize=64)
@@ -34,49 +38,63 @@ def embeds(fmt: Format) -> bool:
 
 
 def fits(layer: PackedLayer) -> bool:
-    """Whether both operands of a layer are E4M3 up to scales of output channels and of rows of the input."""
+    """Whether both operands of a Linear layer are E4M3 up to scales of output channels and of rows of the input."""
     return (
         isinstance(layer, nn.Linear)
-        and len(layer.weights) > 0
-        and len(layer.inputs) > 0
-        and all(embeds(w.format) and w.offset is None and w.scale.shape[1] == 1 for w in layer.weights)
-        and all(q.format == E4M3 and q.offset is None and _by_row(q) for q in layer.inputs)
-        and all(n % _ALIGNMENT == 0 for n in (layer.shape[0], *layer.splits))
+        and operands_fit(layer)
+        and layer.shape[0] % ALIGNMENT == 0
+        and all(has_one_scale(q) or q.token_dims == (-1,) for q in layer.inputs)
     )
 
 
-def _by_row(quantizer: Quantizer) -> bool:
-    if quantizer.scale is None:
-        return quantizer.token_dims == (-1,)
-    return quantizer.scale.numel() == 1
+def operands_fit(layer: PackedLayer) -> bool:
+    """Whether the values of weight and input are E4M3's, and their numbers of channels what copies ask for."""
+    return (
+        len(layer.weights) > 0
+        and len(layer.inputs) > 0
+        and all(embeds(w.format) and w.offset is None and w.scale.shape[1] == 1 for w in layer.weights)
+        and all(q.format == E4M3 and q.offset is None for q in layer.inputs)
+        and all(n % ALIGNMENT == 0 for n in layer.splits)
+    )
 
 
-def linear(layer: PackedLayer, x: Tensor) -> Tensor:
-    """The layer on `x`, bfloat16 `[..., in]`; a product for each part of the input, summed."""
+def has_one_scale(quantizer: Quantizer) -> bool:
+    """Whether it is static, with one scale."""
+    return quantizer.scale is not None and quantizer.scale.numel() == 1
+
+
+def run(layer: PackedLayer, x: Tensor) -> Tensor:
+    """The layer on `x`, bfloat16 `[..., in]`."""
     rows = x.reshape(-1, x.shape[-1])
-    parts = [rows] if len(layer.splits) == 1 else rows.split(layer.splits, dim=1)
+    return sum_of_parts(layer, rows, _product).reshape(*x.shape[:-1], layer.shape[0])
+
+
+def sum_of_parts(layer: PackedLayer, x: Tensor, product: Callable[..., Tensor]) -> Tensor:
+    """A product for each part of the input, summed; `product` takes weight, quantizer, input and bias."""
+    parts = [x] if len(layer.splits) == 1 else x.split(layer.splits, dim=layer.channel_dim)
     bias = None if layer.bias is None else layer.bias.detach().to(x.dtype)
     first, *rest = [
-        _product(w, q, part, bias if i == 0 else None)
+        product(w, q, part, bias if i == 0 else None)
         for i, (w, q, part) in enumerate(zip(layer.weights, layer.inputs, parts, strict=True))
     ]
-    return sum(rest, first).reshape(*x.shape[:-1], layer.shape[0])
+    return sum(rest, first)
 
 
 def _product(weight: PackedWeight, quantizer: Quantizer, x: Tensor, bias: Tensor | None) -> Tensor:
-    operand = _operand(weight).t()
     if quantizer.scale is None:
         scale = quantizer.token_scale(x.float())
-        return torch._scaled_mm(_round(x, scale), operand, scale, _column(weight, None), bias, out_dtype=x.dtype)
-    scale = quantizer.scale.reshape(())
-    codes = _quantize(x, scale)
-    if weight.scale.numel() == 1:
-        return torch._scaled_mm(codes, operand, scale, weight.scale.reshape(()), bias, out_dtype=x.dtype)
-    ones = _ones(len(x), x.device)
-    return torch._scaled_mm(codes, operand, ones, _column(weight, quantizer.scale), bias, out_dtype=x.dtype)
+        codes, column = _round(x, scale), column_scale(weight, None)
+    else:
+        scale = quantizer.scale.reshape(())
+        codes = quantize(x, scale)
+        if weight.scale.numel() == 1:
+            column = weight.scale.reshape(())
+        else:
+            scale, column = _ones(len(x), x.device), column_scale(weight, quantizer.scale)
+    return torch._scaled_mm(codes, operand(weight).t(), scale, column, bias, out_dtype=x.dtype, use_fast_accum=True)
 
 
-def _column(weight: PackedWeight, factor: Tensor | None) -> Tensor:
+def column_scale(weight: PackedWeight, factor: Tensor | None) -> Tensor:
     """What multiplies the sums of each output channel, float32 `[1, out]`: its scale, times that of the input."""
     scale = weight.scale
     if torch.compiler.is_compiling() or scale.is_inference():
@@ -93,12 +111,12 @@ def _made_column(scale: Tensor, factor: Tensor | None, n: int) -> Tensor:
     return scale.reshape(1, -1).expand(1, n).contiguous()
 
 
-def _quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """E4M3 values of a matrix, contiguous, with one scale."""
+def quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """E4M3 values with one scale, contiguous."""
     if not torch.compiler.is_compiling() and kernels.are_for(x):
-        from fpq_lightning.kernels.quantize import quantize  # needs Triton
+        from fpq_lightning.kernels import quantize as kernel  # needs Triton
 
-        return quantize(x, scale)
+        return kernel.quantize(x, scale)
     return _round(x, scale)
 
 
@@ -129,11 +147,16 @@ def _kept_table(fmt: str, device: torch.device) -> Tensor:
     return E4M3.encode(parse_format(fmt).values.nan_to_num()).to(device)
 
 
-def _operand(weight: PackedWeight) -> Tensor:
-    """Values of a weight without its scales, float8_e4m3fn `[out, in]`."""
-    if weight.format == E4M3:
+def operand(weight: PackedWeight) -> Tensor:
+    """Values of a weight without its scales, float8_e4m3fn `[out, in]`, of a filter `[out, places * in]`."""
+    native, taps = weight.format == E4M3, math.prod(weight.shape[2:])
+    if native and taps == 1:
         return weight.codes
-    table, n, codes = _table(weight.format.name, weight.codes.device), weight.shape[1], weight.codes
-    if kernels.are_for(codes):
-        return ops.translate(codes, weight.format.bits, table, n).view(torch.float8_e4m3fn)
-    return table[unpack(codes, weight.format.bits, n).int()].view(torch.float8_e4m3fn)
+    table = None if native else _table(weight.format.name, weight.codes.device)
+    if kernels.are_for(weight.codes):
+        translated = ops.translate(weight.bytes, weight.format.bits, table, weight.shape[1], taps)
+    else:
+        codes = unpack(weight.bytes, weight.format.bits, weight.shape[1] * taps)
+        translated = codes if table is None else table[codes.int()]
+        translated = translated.reshape(weight.shape[0], -1, taps).transpose(1, 2).reshape(weight.shape[0], -1)
+    return translated.view(torch.float8_e4m3fn)

@@ -8,7 +8,8 @@ import torch
 
 from fpq_lightning import kernels
 
-_FP8 = (8, 9)  # Ada; Hopper is 9.0
+_FP8 = (8, 9)  # Ada
+_COPY_ENGINE = (9, 0)  # Hopper
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Hardware:
     def multiplies_fp8(self) -> bool:
         """Whether it has tensor cores for E4M3."""
         return self.capability is not None and self.capability >= _FP8
+
+    @property
+    def convolves_fp8(self) -> bool:
+        """Whether our convolutions of E4M3 run there, whose rectangles of pixels the copy engine fetches."""
+        return self.kernels and self.capability is not None and self.capability >= _COPY_ENGINE
 
 
 def hardware_of(device: torch.device) -> Hardware:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fpq_lightning import kernels
-from fpq_lightning.backends import fp8, weight_only
+from fpq_lightning.backends import fp8, fp8_conv, weight_only
 from fpq_lightning.backends.hardware import Hardware, hardware_of
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ Arithmetic = Literal["native", "simulated"]
 """``native`` takes the best path that a device has; ``simulated`` is equal to the calibrated model's, to the bits of
 products in the type of the input."""
 
-Path = Literal["fp8", "weight_only", "decode"]
-"""``fp8``: E4M3 by E4M3 on tensor cores. ``weight_only``: codes are decoded within the product. ``decode``: the weight
-is decoded for the call."""
+Path = Literal["fp8", "fp8_conv", "weight_only", "decode"]
+"""``fp8``, ``fp8_conv``: E4M3 by E4M3 on tensor cores. ``weight_only``: codes are decoded within the product.
+``decode``: the weight is decoded for the call."""
 
 
 class Plan(NamedTuple):
@@ -30,19 +30,39 @@ class Plan(NamedTuple):
     many: Path
 
 
-def choose(layer: PackedLayer, hardware: Hardware, dtype: torch.dtype, arithmetic: Arithmetic) -> Plan:
-    """The paths of a layer on inputs of a type. Those in float32 ask for its precision, so the weight is decoded."""
+def low_bit_paths(layer: PackedLayer) -> tuple[Path, ...]:
+    """The low-bit paths that the formats and scales of a layer allow. Looked at once: compilers need not follow."""
+    allowed: dict[Path, bool] = {
+        "fp8": fp8.fits(layer), "fp8_conv": fp8_conv.fits(layer), "weight_only": weight_only.fits(layer)
+    }  # fmt: skip
+    return tuple(path for path, fits in allowed.items() if fits)
+
+
+def choose(allowed: tuple[Path, ...], hardware: Hardware, dtype: torch.dtype, arithmetic: Arithmetic) -> Plan:
+    """The paths of a layer on inputs of a type. Those in float32 ask for its precision, so the weight is decoded.
+
+    Args:
+        allowed: by `low_bit_paths`.
+        hardware: where it is to run.
+        dtype: of the input.
+        arithmetic: what is wished for.
+    """
     if arithmetic == "simulated" or dtype not in (torch.float16, torch.bfloat16):
         return Plan("decode", "decode")
-    many: Path = "fp8" if hardware.multiplies_fp8 and dtype == torch.bfloat16 and fp8.fits(layer) else "decode"
-    few: Path = "weight_only" if hardware.kernels and weight_only.fits(layer) else many
-    return Plan(few, many)
+    runs: dict[Path, bool] = {
+        "fp8": hardware.multiplies_fp8 and dtype == torch.bfloat16,
+        "fp8_conv": hardware.convolves_fp8 and dtype == torch.bfloat16,
+        "weight_only": hardware.kernels,
+    }
+    possible = [path for path in allowed if runs[path]]
+    many: Path = next((path for path in possible if path != "weight_only"), "decode")
+    return Plan("weight_only" if "weight_only" in possible else many, many)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def plan_for(layer: PackedLayer, device: torch.device, dtype: torch.dtype, arithmetic: Arithmetic) -> Plan:
+def plan_for(allowed: tuple[Path, ...], device: torch.device, dtype: torch.dtype, arithmetic: Arithmetic) -> Plan:
     """`choose` on a device; nothing that a compiler traces."""
-    return choose(layer, hardware_of(device), dtype, arithmetic)
+    return choose(allowed, hardware_of(device), dtype, arithmetic)
 
 
 def is_few(layer: PackedLayer, elements: int) -> bool:
@@ -53,10 +73,10 @@ def is_few(layer: PackedLayer, elements: int) -> bool:
 def run(layer: PackedLayer, x: Tensor, plan: Plan) -> Tensor:
     """Runs a layer as planned; decoded, where a gradient of the input is wanted, which low-bit products do not have."""
     path = plan.few if is_few(layer, x.numel()) else plan.many
-    if path == "weight_only" and not kernels.are_for(x):  # another device is the current one
-        path = plan.many
+    if path in ("weight_only", "fp8_conv") and not kernels.are_for(x):  # another device is the current one
+        path = plan.many if path == "weight_only" else "decode"
     if not x.numel() or (x.requires_grad and torch.is_grad_enabled()):
         path = "decode"
-    if path == "fp8":
-        return fp8.linear(layer, x)
-    return weight_only.linear(layer, x) if path == "weight_only" else layer.simulate(x)
+    if path == "decode":
+        return layer.simulate(x)
+    return {"fp8": fp8, "fp8_conv": fp8_conv, "weight_only": weight_only}[path].run(layer, x)

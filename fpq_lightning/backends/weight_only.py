@@ -26,7 +26,7 @@ def fits(layer: PackedLayer) -> bool:
     )
 
 
-def linear(layer: PackedLayer, x: Tensor) -> Tensor:
+def run(layer: PackedLayer, x: Tensor) -> Tensor:
     """The layer on few rows `x`, float16 or bfloat16 `[..., in]`; a product for each part of the input, summed."""
     rows = layer.quantize_input(x, layer.inputs).reshape(-1, x.shape[-1])
     bias = None if layer.bias is None else layer.bias.detach()

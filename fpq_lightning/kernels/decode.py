@@ -45,12 +45,18 @@ def _decode(
 
 
 @triton.jit
-def _translate(codes_ptr, table_ptr, out_ptr, n, row_bytes, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _translate(
+    codes_ptr, table_ptr, out_ptr, n, row_bytes, WIDTH: tl.constexpr, TAPS: tl.constexpr, BLOCK_TAPS: tl.constexpr,
+    LOOK_UP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < n
-    code = _code_at(codes_ptr + row * row_bytes, column, inside, WIDTH)
-    tl.store(out_ptr + row * n + column, tl.load(table_ptr + code, mask=inside, other=0), mask=inside)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tap = tl.arange(0, BLOCK_TAPS)[:, None]
+    inside = (channel < n) & (tap < TAPS)
+    code = _code_at(codes_ptr + row * row_bytes, channel * TAPS + tap, inside, WIDTH)
+    if LOOK_UP:
+        code = tl.load(table_ptr + code, mask=inside, other=0)
+    tl.store(out_ptr + (row * TAPS + tap) * n + channel, code.to(tl.uint8), mask=inside)
 
 
 def decode(
@@ -79,20 +85,23 @@ def decode(
     return out
 
 
-def translate(codes: Tensor, width: int, table: Tensor, n: int) -> Tensor:
+def translate(codes: Tensor, width: int, table: Tensor | None, n: int, taps: int = 1) -> Tensor:
     """Packed codes of one format to the codes of another, a byte each.
 
     Args:
-        codes: uint8 `[rows, bytes]`, packed rows.
+        codes: uint8 `[rows, bytes]`, packed rows of codes `[n, taps]`.
         width: bits of a code.
-        table: uint8 `[2^width]`, the new code of every code.
-        n: codes of a row.
+        table: uint8 `[2^width]`, the new code of every code; None leaves them as they are.
+        n: input channels of a row.
+        taps: places of the filter of a convolution.
 
     Returns:
-        uint8 `[rows, n]`.
+        uint8 `[rows, taps * n]`, the channels of a place next to each other.
     """
-    out = torch.empty(codes.shape[0], n, dtype=torch.uint8, device=codes.device)
-    _translate[(codes.shape[0], triton.cdiv(n, _BLOCK))](
-        codes, table, out, n, codes.shape[1], WIDTH=width, BLOCK=_BLOCK
-    )
+    out = torch.empty(codes.shape[0], taps * n, dtype=torch.uint8, device=codes.device)
+    block = max(64, _BLOCK // triton.next_power_of_2(taps))
+    _translate[(codes.shape[0], triton.cdiv(n, block))](
+        codes, codes if table is None else table, out, n, codes.shape[1], WIDTH=width, TAPS=taps,
+        BLOCK_TAPS=triton.next_power_of_2(taps), LOOK_UP=table is not None, BLOCK=block,
+    )  # fmt: skip
     return out

@@ -30,15 +30,35 @@ def _(
 
 
 @torch.library.custom_op("fpq::translate", mutates_args=())
-def _translate(codes: Tensor, width: int, table: Tensor, n: int) -> Tensor:
+def _translate(codes: Tensor, width: int, table: Tensor | None, n: int, taps: int) -> Tensor:
     from fpq_lightning.kernels.decode import translate
 
-    return translate(codes, width, table, n)
+    return translate(codes, width, table, n, taps)
 
 
 @_translate.register_fake
-def _(codes: Tensor, width: int, table: Tensor, n: int) -> Tensor:
-    return codes.new_empty(codes.shape[0], n)
+def _(codes: Tensor, width: int, table: Tensor | None, n: int, taps: int) -> Tensor:
+    return codes.new_empty(codes.shape[0], taps * n)
+
+
+@torch.library.custom_op("fpq::conv", mutates_args=())
+def _conv(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    from fpq_lightning.kernels.conv import conv
+
+    return conv(x, weight, scale, bias, stride, (padding[0], padding[1]), dtype)
+
+
+@_conv.register_fake
+def _(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    sizes = zip(x.shape[1:3], padding, weight.shape[1:3], strict=True)
+    height, width = ((size + 2 * pad - taps) // stride + 1 for size, pad, taps in sizes)
+    return x.new_empty(x.shape[0], height, width, weight.shape[0], dtype=dtype)
 
 
 @torch.library.custom_op("fpq::weight_gemm", mutates_args=())
@@ -64,13 +84,25 @@ def decode(
     return kernel.decode(codes, fmt, shape, scale, offset, dtype)
 
 
-def translate(codes: Tensor, width: int, table: Tensor, n: int) -> Tensor:
+def translate(codes: Tensor, width: int, table: Tensor | None, n: int, taps: int = 1) -> Tensor:
     """See `fpq_lightning.kernels.decode.translate`."""
     if torch.compiler.is_compiling():
-        return torch.ops.fpq.translate(codes, width, table, n)  # type: ignore[no-any-return]
+        return torch.ops.fpq.translate(codes, width, table, n, taps)  # type: ignore[no-any-return]
     from fpq_lightning.kernels import decode as kernel
 
-    return kernel.translate(codes, width, table, n)
+    return kernel.translate(codes, width, table, n, taps)
+
+
+def conv(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """See `fpq_lightning.kernels.conv.conv`."""
+    if torch.compiler.is_compiling():
+        return torch.ops.fpq.conv(x, weight, scale, bias, stride, padding, dtype)  # type: ignore[no-any-return]
+    from fpq_lightning.kernels import conv as kernel
+
+    return kernel.conv(x, weight, scale, bias, stride, padding, dtype)
 
 
 def weight_gemm(x: Tensor, codes: Tensor, fmt: Format, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,8 +5,10 @@ Importing this module makes it known, so that ``from_pretrained`` of any model o
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -23,6 +25,7 @@ from fpq_lightning.storage.config import FPQConfig, QuantizationMethod
 from fpq_lightning.storage.headers import StoredTensor, read_header
 from fpq_lightning.storage.packed import (
     BlockScaledWeight,
+    PackedLayer,
     PackedWeight,
     make_attention_empty,
     make_empty,
@@ -33,6 +36,9 @@ from fpq_lightning.storage.packed import (
 
 SCALES = ("scale", "block_scale", "tensor_scale")
 """Names of buffers that hold positive numbers."""
+
+SMALLEST = 2.0**-149
+"""Positive number of float32."""
 
 _STORED_TYPES = {
     torch.uint8: "U8",
@@ -57,6 +63,7 @@ class FPQQuantizer(DiffusersQuantizer):
         self.pre_quantized = quantization_config.layers is not None
         self.files: list[str] = []
         self.selected: set[str] = set()  # weights to quantize
+        self.modules: dict[str, nn.Module] = {}  # of the model, by name: a network has thousands
 
     @property
     def is_serializable(self) -> bool:
@@ -91,9 +98,11 @@ class FPQQuantizer(DiffusersQuantizer):
         self, model: nn.Module, keep_in_fp32_modules: Sequence[str] = (), **kwargs: Any
     ) -> None:
         if self.pre_quantized:
-            self._prepare_packed(model)
+            with _no_garbage_collection():
+                self._prepare_packed(model)
         else:
             self._select(model, [name for name in keep_in_fp32_modules if name])
+        self.modules = dict(model.named_modules())
 
     def _prepare_packed(self, model: nn.Module) -> None:
         modules = dict(model.named_modules())
@@ -144,7 +153,7 @@ class FPQQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Mapping[str, Any], **kwargs: Any
     ) -> bool:
-        parent = model.get_submodule(param_name.rpartition(".")[0])
+        parent = self.modules.get(param_name.rpartition(".")[0])
         return param_name in self.selected or isinstance(parent, ExactBuffers)
 
     def create_quantized_param(
@@ -158,12 +167,10 @@ class FPQQuantizer(DiffusersQuantizer):
         **kwargs: Any,
     ) -> None:
         parent_name, _, tensor_name = param_name.rpartition(".")
-        parent = model.get_submodule(parent_name)
+        parent = self.modules[parent_name]
         value = state_dict[param_name].to(target_device)  # `param_value` was cast to the type of the model
         if isinstance(parent, ExactBuffers):
             parent._buffers[tensor_name] = value
-            if tensor_name in SCALES and not _are_scales(parent, tensor_name, value):
-                raise ValueError(f"{param_name} holds a scale that is no positive number: the file is damaged")
         else:
             self._quantize(parent, value.float(), param_name)
 
@@ -180,7 +187,9 @@ class FPQQuantizer(DiffusersQuantizer):
         make_packed(layer, [weight.shape[1]], [packed], [])
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
-        if not self.pre_quantized:
+        if self.pre_quantized:
+            _check_scales(self.modules)
+        else:
             self.quantization_config.layers = {name: m.describe() for name, m in packed_layers(model).items()}
         model.register_to_config(quantization_config=self.quantization_config)
         model.is_quantized = False  # or diffusers refuses to cast it, which codes and scales take no harm from
@@ -193,14 +202,49 @@ class FPQQuantizer(DiffusersQuantizer):
         return model
 
 
-def _are_scales(parent: nn.Module, name: str, value: Tensor) -> bool:
-    """Whether a tensor of scales holds positive numbers only."""
-    if isinstance(parent, BlockScaledWeight) and name == "block_scale":
-        low, high = parent.scale_format.codes
-        codes = value.view(torch.uint8)
-        return bool(((codes >= low) & (codes <= high)).all())
-    top = value * parent.scale_format.values.nan_to_num().max() if isinstance(parent, BlockScaledWeight) else value
-    return bool(((value > 0) & top.isfinite()).all())
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Thousands of objects are made, none of which is garbage: looking for it would take longer than making them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _check_scales(modules: Mapping[str, nn.Module]) -> None:
+    """Looks whether all scales are positive numbers, many at a time.
+
+    Raises:
+        ValueError: if one is not.
+    """
+    found: dict[tuple[Any, ...], dict[str, Tensor]] = {}
+    for name, parent in modules.items():
+        if isinstance(parent, ExactBuffers):
+            for scale in SCALES:
+                if (value := parent._buffers.get(scale)) is not None and value.numel():
+                    key = (value.device, value.dtype, *_bounds(parent, scale))
+                    found.setdefault(key, {})[f"{name}.{scale}"] = value
+
+    def inside(values: Iterable[Tensor], low: float, high: float) -> bool:
+        every = torch.cat([v.view(torch.uint8 if v.itemsize == 1 else v.dtype).flatten() for v in values])
+        return bool(((every >= low) & (every <= high)).all())
+
+    for (_, _, low, high), scales in found.items():
+        if not inside(scales.values(), low, high):
+            name = next(name for name, value in scales.items() if not inside([value], low, high))
+            raise ValueError(f"{name} holds a scale that is no positive number: the file is damaged")
+
+
+def _bounds(parent: nn.Module, name: str) -> tuple[float, float]:
+    """What the numbers of a buffer of scales are between; codes where it has a format of its own."""
+    if not isinstance(parent, BlockScaledWeight):
+        return SMALLEST, torch.finfo(torch.float32).max
+    if name == "block_scale":
+        return parent.scale_format.codes
+    return SMALLEST, torch.finfo(torch.float32).max / float(parent.scale_format.values.nan_to_num().max())
 
 
 def forget_config(model: Any) -> None:
@@ -219,14 +263,22 @@ def _check_tensors(model: nn.Module, found: Mapping[str, StoredTensor]) -> None:
     expected = model.state_dict()
     if missing := sorted(expected.keys() - found.keys()):
         raise ValueError(f"the files lack {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
-    layers = packed_layers(model)
-    surplus = found.keys() - expected.keys()
-    if extra := sorted(tensor for tensor in surplus if any(tensor.startswith(f"{name}.") for name in layers)):
+    modules = dict(model.named_modules())
+    layers = {name for name, module in modules.items() if isinstance(module, PackedLayer)}
+
+    def packed(tensor: str) -> str:
+        """The packed layer that a tensor belongs to, if any."""
+        name = tensor.rpartition(".")[0]
+        while name and name not in layers:
+            name = name.rpartition(".")[0]
+        return name
+
+    if extra := sorted(tensor for tensor in found.keys() - expected.keys() if packed(tensor)):
         raise ValueError(f"the files hold {extra[0]}, which quantization_config does not know of")
-    for name, layer in layers.items():
-        for tensor, value in layer.state_dict(prefix=f"{name}.").items():
+    for tensor, value in expected.items():
+        if packed(tensor):
             wanted = StoredTensor(_STORED_TYPES.get(value.dtype, ""), tuple(value.shape))
-            exact = isinstance(model.get_submodule(tensor.rpartition(".")[0]), ExactBuffers)
+            exact = isinstance(modules[tensor.rpartition(".")[0]], ExactBuffers)
             if found[tensor].shape != wanted.shape or (exact and found[tensor].dtype != wanted.dtype):
                 raise ValueError(f"{tensor} is {found[tensor]} in the files, but should be {wanted}")
 

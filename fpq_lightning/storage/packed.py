@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, cast, get_args
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from fpq_lightning import kernels
 from fpq_lightning.attention import OPERANDS, QuantizedAttention, make_attention_quantized, quantized_attention
-from fpq_lightning.backends.paths import Arithmetic, Plan, plan_for, run
+from fpq_lightning.backends.paths import Arithmetic, Path, Plan, low_bit_paths, plan_for, run
 from fpq_lightning.formats import Format, parse_format
 from fpq_lightning.kernels import ops
 from fpq_lightning.layers import LayerQuantization, QuantizedLayer, SplitLayer
@@ -41,7 +42,6 @@ class PackedWeight(ExactBuffers):
     codes: Tensor
     scale: Tensor
     offset: Tensor | None
-    values: Tensor
     column: tuple[Tensor, Tensor | None, Any, Tensor] | None = None  # of the FP8 path, after what it was made from
 
     def __init__(self, fmt: Format, shape: Sequence[int], codes: Tensor, scale: Tensor, offset: Tensor | None) -> None:
@@ -51,7 +51,6 @@ class PackedWeight(ExactBuffers):
         self.register_buffer("codes", codes)
         self._keep_scale(scale)
         self.register_buffer("offset", offset)
-        self.register_buffer("values", fmt.values.clone(), persistent=False)  # where the codes are
 
     def _keep_scale(self, scale: Tensor) -> None:
         self.register_buffer("scale", scale)
@@ -119,11 +118,22 @@ class PackedWeight(ExactBuffers):
             values = self.codes.float()
         else:
             codes = unpack(self.codes, self.format.bits, math.prod(self.shape[1:]))
-            values = self.values.index_select(0, codes.flatten().int())
+            values = _values(self.format.name, codes.device).index_select(0, codes.flatten().int())
         weight = values.reshape(self.shape[0], self.scale.shape[1], -1) * self.scale[..., None]
         if self.offset is not None:
             weight = weight + self.offset[..., None]
         return weight.reshape(self.shape).to(dtype)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _values(fmt: str, device: torch.device) -> Tensor:
+    """The values of a format, where its codes are."""
+    return _kept_values(fmt, device)
+
+
+@lru_cache(maxsize=64)
+def _kept_values(fmt: str, device: torch.device) -> Tensor:
+    return parse_format(fmt).values.to(device)
 
 
 class BlockScaledWeight(PackedWeight):
@@ -175,6 +185,7 @@ class PackedLayer(SplitLayer):
         shape: `[out, in, ...]` of the weight.
         weights: the packed parts of the weight; empty where the weight is in full precision.
         inputs: the quantizers of the parts of the input; empty where it is in full precision.
+        low_bit_paths: those that its formats and scales allow.
         arithmetic: what it may run on; see `set_arithmetic`.
     """
 
@@ -182,6 +193,7 @@ class PackedLayer(SplitLayer):
     weights: Sequence[PackedWeight]
     inputs: Sequence[Quantizer]
     type_of_weight: Tensor
+    low_bit_paths: tuple[Path, ...]
     arithmetic: Arithmetic = "native"
     _plan: tuple[torch.device, torch.dtype, Plan] | None = None
 
@@ -209,10 +221,10 @@ class PackedLayer(SplitLayer):
         if any(part.codes.device != x.device for part in self.weights):
             return self.simulate(x)  # calls the parts, whose hooks bring them to the device
         if torch.compiler.is_compiling():
-            return run(self, x, plan_for(self, x.device, x.dtype, self.arithmetic))
+            return run(self, x, plan_for(self.low_bit_paths, x.device, x.dtype, self.arithmetic))
         planned = self._plan
         if planned is None or planned[:2] != (x.device, x.dtype):
-            planned = self._plan = (x.device, x.dtype, plan_for(self, x.device, x.dtype, self.arithmetic))
+            planned = self._plan = (x.device, x.dtype, plan_for(self.low_bit_paths, x.device, x.dtype, self.arithmetic))
         return run(self, x, planned[2])
 
     def describe(self) -> dict[str, Any]:
@@ -311,6 +323,7 @@ def make_packed(
     packed.weights = cast(Sequence[PackedWeight], nn.ModuleList(weights))
     packed.inputs = cast(Sequence[Quantizer], nn.ModuleList(inputs))
     packed.register_buffer("type_of_weight", torch.empty(0, dtype=weight.dtype, device=device), persistent=False)
+    packed.low_bit_paths = low_bit_paths(packed)
     return packed
 
 
@@ -397,5 +410,5 @@ def _strip(layer: nn.Module) -> None:
     """Leaves of a calibrated or packed layer what a plain Linear or Conv layer has."""
     layer._modules.clear()
     layer._buffers.clear()
-    for name in ("splits", "shape", "granularity", "mode", "_effective_weight", "arithmetic", "_plan"):
+    for name in ("splits", "shape", "granularity", "mode", "_effective_weight", "arithmetic", "low_bit_paths", "_plan"):
         layer.__dict__.pop(name, None)

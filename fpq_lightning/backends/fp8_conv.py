@@ -1,0 +1,56 @@
+"""E4M3 by E4M3 on tensor cores: two-dimensional convolutions, by our own kernel."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  the usual name
+
+from fpq_lightning.backends import fp8
+from fpq_lightning.kernels import ops
+from fpq_lightning.quantizers import Quantizer
+
+if TYPE_CHECKING:
+    from fpq_lightning.storage.packed import PackedLayer, PackedWeight
+
+
+def fits(layer: PackedLayer) -> bool:
+    """Whether it is a plain convolution of operands that are E4M3 up to scales of output channels and of the input."""
+    return (
+        isinstance(layer, nn.Conv2d)
+        and fp8.operands_fit(layer)
+        and (layer.groups, layer.dilation, layer.padding_mode) == (1, (1, 1), "zeros")
+        and layer.stride[0] == layer.stride[1]
+        and not isinstance(layer.padding, str)
+        and all(map(fp8.has_one_scale, layer.inputs))
+    )
+
+
+def run(layer: PackedLayer, x: Tensor) -> Tensor:
+    """The layer on `x`, bfloat16 `[b, in, h, w]`; the result is in the memory format of channels last."""
+    conv = cast(nn.Conv2d, layer)
+    return fp8.sum_of_parts(layer, x, partial(_product, conv.stride[0], cast("tuple[int, int]", conv.padding)))
+
+
+def _product(
+    stride: int, padding: tuple[int, int], weight: PackedWeight, quantizer: Quantizer, x: Tensor, bias: Tensor | None
+) -> Tensor:
+    scale, pixels = cast(Tensor, quantizer.scale).reshape(()), x.permute(0, 2, 3, 1)
+    # Where channels are not neighbours, a byte each is turned around rather than two.
+    dense = pixels.is_contiguous() or torch.compiler.is_compiling()
+    codes = fp8.quantize(pixels, scale) if dense else fp8.quantize(x, scale).permute(0, 2, 3, 1).contiguous()
+    (height, width), taps = x.shape[2:], weight.shape[2:]
+    down, across = -height % stride, -width % stride
+    if down or across:
+        codes = F.pad(codes.view(torch.uint8), (0, 0, 0, across, 0, down)).view(codes.dtype)
+    operand = fp8.operand(weight).view(weight.shape[0], *taps, weight.shape[1])
+    column = fp8.column_scale(weight, quantizer.scale).reshape(-1)
+    out = ops.conv(codes, operand, column, bias, stride, padding, x.dtype)
+    if down or across:  # what was added is not to be seen
+        high = (height + 2 * padding[0] - taps[0]) // stride + 1
+        wide = (width + 2 * padding[1] - taps[1]) // stride + 1
+        out = out[:, :high, :wide]
+    return out.permute(0, 3, 1, 2)

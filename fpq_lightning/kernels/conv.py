@@ -1,0 +1,115 @@
+"""Two-dimensional convolutions of E4M3 by E4M3, as a product for each place of the filter, summed in one program.
+
+The pixels of an output tile read a rectangle of the input for each place of the filter, which the GPU's copy engine
+fetches whole, with zeros beyond the edges; so nothing is ever unfolded or padded in memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class Tiling(NamedTuple):
+    """How a convolution is cut.
+
+    Attributes:
+        height, width: pixels of the output of a program.
+        outputs: output channels of a program.
+        inputs: input channels of a step.
+        warps: of a program.
+        stages: of its pipeline.
+    """
+
+    height: int
+    width: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _conv(
+    x_desc, weight_desc, scale_ptr, bias_ptr, out_ptr, height, width, n_out, tiles_down, tiles_across,
+    C: tl.constexpr, TAPS: tl.constexpr, TAPS_ACROSS: tl.constexpr, STRIDE: tl.constexpr, PAD_DOWN: tl.constexpr,
+    PAD_ACROSS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    first_out = tl.program_id(1) * BLOCK_N
+    image = tile // (tiles_down * tiles_across)
+    top = tile // tiles_across % tiles_down * BLOCK_H
+    left = tile % tiles_across * BLOCK_W
+    total = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), dtype=tl.float32)
+    steps: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    for step in range(TAPS * steps):
+        tap = step // steps
+        channel = step % steps * BLOCK_C
+        # In units of the stride, rounded down: moved by whole strides so that no number is negative.
+        down = tap // TAPS_ACROSS + (STRIDE - 1) * PAD_DOWN
+        across = tap % TAPS_ACROSS + (STRIDE - 1) * PAD_ACROSS
+        place = [
+            image, top + down // STRIDE - PAD_DOWN, down % STRIDE,
+            left + across // STRIDE - PAD_ACROSS, across % STRIDE * C + channel,
+        ]  # fmt: skip
+        x = x_desc.load(place).reshape(BLOCK_H * BLOCK_W, BLOCK_C)
+        weight = weight_desc.load([first_out, tap, channel]).reshape(BLOCK_N, BLOCK_C)
+        total = tl.dot(x, weight.T, total)
+    outs = first_out + tl.arange(0, BLOCK_N)
+    total = total * tl.load(scale_ptr + outs, mask=outs < n_out, other=0.0)[None, :]
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + outs, mask=outs < n_out, other=0.0).to(tl.float32)[None, :]
+    pixel = tl.arange(0, BLOCK_H * BLOCK_W)
+    y, x = top + pixel // BLOCK_W, left + pixel % BLOCK_W
+    inside = ((y < height) & (x < width))[:, None] & (outs < n_out)[None, :]
+    at = ((image * height + y) * width + x).to(tl.int64)[:, None] * n_out + outs[None, :]
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def tiling_for(height: int, width: int, n_in: int, n_out: int) -> Tiling:
+    """A tiling by size."""
+    across = min(16, max(8, triton.next_power_of_2(width)))
+    return Tiling(128 // across, across, 128 if n_out > 64 else 64, 128 if n_in % 128 == 0 else 64, 8, 4)
+
+
+def conv(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, int],
+    dtype: torch.dtype, tiling: Tiling | None = None,
+) -> Tensor:  # fmt: skip
+    """The convolution of `x` with `weight`, times `scale`, plus `bias`; summed in float32.
+
+    Args:
+        x: float8_e4m3fn `[b, h, w, in]`, contiguous; height and width multiples of the stride, channels of 16.
+        weight: float8_e4m3fn `[out, down, across, in]`, contiguous.
+        scale: float32, `out` values: of each output channel's sums.
+        bias: `[out]`, or None.
+        stride: of both directions.
+        padding: zeros around height and width.
+        dtype: of the result.
+        tiling: how it is cut; by size if None.
+
+    Returns:
+        `[b, h', w', out]`.
+    """
+    (b, h, w, c), (n, down, across, _) = x.shape, weight.shape
+    height, width = (h + 2 * padding[0] - down) // stride + 1, (w + 2 * padding[1] - across) // stride + 1
+    cut = tiling_for(height, width, c, n) if tiling is None else tiling
+    out = torch.empty(b, height, width, n, dtype=dtype, device=x.device)
+    # Pixels by what is left of their place when divided by the stride, so that those of a tile are neighbours.
+    pixels = x.view(b, h // stride, stride, w // stride, stride * c)
+    tiles = triton.cdiv(height, cut.height), triton.cdiv(width, cut.width)
+    _conv[(b * tiles[0] * tiles[1], triton.cdiv(n, cut.outputs))](
+        TensorDescriptor.from_tensor(pixels, [1, cut.height, 1, cut.width, cut.inputs]),
+        TensorDescriptor.from_tensor(weight.view(n, down * across, c), [cut.outputs, 1, cut.inputs]),
+        scale, scale if bias is None else bias, out, height, width, n, *tiles, C=c, TAPS=down * across,
+        TAPS_ACROSS=across, STRIDE=stride, PAD_DOWN=padding[0], PAD_ACROSS=padding[1], HAS_BIAS=bias is not None,
+        BLOCK_H=cut.height, BLOCK_W=cut.width, BLOCK_N=cut.outputs, BLOCK_C=cut.inputs, num_warps=cut.warps,
+        num_stages=cut.stages,
+    )  # fmt: skip
+    return out
