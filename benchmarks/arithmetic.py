@@ -1,16 +1,18 @@
 """Speed and memory of packed layers on a GPU, against the same layers in bfloat16.
 
     python benchmarks/arithmetic.py linears
+    python benchmarks/arithmetic.py convolutions
     python benchmarks/arithmetic.py tilings
     python benchmarks/arithmetic.py model --network sdxl
     python benchmarks/arithmetic.py model --network flux
     python benchmarks/arithmetic.py loading
     python benchmarks/arithmetic.py simulation
 
-`linears` and `tilings` time single products whose weights are not in the L2 cache: a CUDA graph goes through copies of
-a layer that are several times as large as the cache. `model` times a step of a network at its real configuration with
-random weights (hence no quality), 1024 px, in bfloat16, eager and under `torch.compile`, then with its Linear and Conv
-layers packed in the hardware's E4M3 with E4M3 inputs, and with E2M1 weights. Medians; every table names the device.
+`linears`, `convolutions` and `tilings` time single products whose weights are not in the L2 cache: a CUDA graph goes
+through copies of a layer that are several times as large as the cache. `model` times a step of a network at its real
+configuration with random weights (hence no quality), 1024 px, in bfloat16, eager and under `torch.compile`, then with
+its Linear and Conv layers packed in the hardware's E4M3 with E4M3 inputs, and with E2M1 weights. Medians; every table
+names the device.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from fpq_lightning.storage.packed import PackedWeight, make_packed, packed_layer
 
 SHAPES = [(3072, 12288), (3072, 3072), (1280, 10240)]  # in, out
 ROWS = [1, 2, 16, 64, 256, 8192]
+FILTERS = [(320, 320, 128), (640, 640, 64), (1280, 1280, 32), (960, 320, 128), (1920, 640, 64), (2560, 1280, 32)]
 L2_BYTES = 2**26
 WARM_UP, REPEATS = 3, 20
 E4M3 = parse_format("float8_e4m3fn")
@@ -92,16 +95,17 @@ def timed(run: Callable[[], object]) -> float:
 # --- single products -------------------------------------------------------------------------------------------
 
 
-def packed_linear(k: int, n: int, fmt: str, inputs: bool) -> nn.Linear:
+def packed_linear(k: int, n: int, fmt: str, inputs: bool, per_channel: bool = True) -> nn.Linear:
     layer = nn.Linear(k, n, bias=False, device="cuda", dtype=torch.bfloat16)
-    return pack(layer, fmt, torch.tensor(3.0) if inputs else None)
+    return pack(layer, fmt, torch.tensor(3.0) if inputs else None, per_channel)
 
 
-def pack(layer: Any, fmt: str, largest_input: Tensor | None) -> Any:
-    """Packs a layer: a scale an output channel from its largest weight, one for the input from what it was."""
+def pack(layer: Any, fmt: str, largest_input: Tensor | None, per_channel: bool) -> Any:
+    """Packs a layer: scales from its largest weights, one for the input from what it was."""
     form = parse_format(fmt)
     rows = layer.weight.detach().float().flatten(1)
-    quantizer = Quantizer(form, (rows.abs().amax(1, keepdim=True) / form.max).clamp(min=1e-12))
+    top = rows.abs().amax(1, keepdim=True) if per_channel else rows.abs().amax().reshape(1, 1)
+    quantizer = Quantizer(form, (top / form.max).clamp(min=1e-12))
     weight = PackedWeight.of(quantizer, quantizer.encode(rows), layer.weight.shape)
     inputs = [] if largest_input is None else [Quantizer(E4M3, largest_input.float().clamp(min=1e-6) / E4M3.max)]
     return make_packed(layer, [layer.weight.shape[1]], [weight], inputs).to(layer.type_of_weight.device)
@@ -118,9 +122,8 @@ def linears() -> list[dict[str, Any]]:
         plain = copies(lambda: nn.Linear(k, n, bias=False, device="cuda", dtype=torch.bfloat16), 2 * k * n)  # noqa: B023
         kinds = {
             "FP4 weight only": copies(lambda: packed_linear(k, n, "float4_e2m1fn", False), k * n / 2),  # noqa: B023
-            "FP6 weight only": copies(lambda: packed_linear(k, n, "float6_e3m2fn", False), k * n * 0.75),  # noqa: B023
-            "FP8 weight only": copies(lambda: packed_linear(k, n, "float8_e4m3fn", False), k * n),  # noqa: B023
             "FP8/FP8": copies(lambda: packed_linear(k, n, "float8_e4m3fn", True), k * n),  # noqa: B023
+            "FP8 per tensor/FP8": copies(lambda: packed_linear(k, n, "float8_e4m3fn", True, False), k * n),  # noqa: B023
             "FP4/FP8": copies(lambda: packed_linear(k, n, "float4_e2m1fn", True), k * n / 2),  # noqa: B023
         }
         for m in ROWS:
@@ -132,6 +135,45 @@ def linears() -> list[dict[str, Any]]:
                 row[name] = f"{us:.2f} ({base / us:.2f}x)"
             rows.append(row)
             say(row)
+    return rows
+
+
+@torch.no_grad()
+def convolutions() -> list[dict[str, Any]]:
+    """Filters of 3 by 3, inputs and weights in the memory format of channels last, against cuDNN; the best tilings."""
+    from fpq_lightning.kernels.conv import Tiling, conv, tiling_for  # needs Triton
+
+    rows = []
+    for c, n, size in FILTERS:
+        make = lambda: nn.Conv2d(c, n, 3, padding=1, device="cuda", dtype=torch.bfloat16)  # noqa: B023, E731
+        plain = [layer.to(memory_format=torch.channels_last) for layer in copies(make, 18 * c * n)]
+        fp8, fp4 = (
+            copies(lambda: pack(make(), fmt, torch.tensor(3.0), fmt == "float4_e2m1fn"), width * 9 * c * n)  # noqa: B023
+            for fmt, width in (("float8_e4m3fn", 1), ("float4_e2m1fn", 0.5))
+        )
+        x = torch.randn(2, c, size, size, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        base = graphed(lambda: [layer(x) for layer in plain], len(plain))  # noqa: B023
+        row: dict[str, Any] = {"filter": f"{c} to {n} at {size}", "bf16 us": round(base, 1)}
+        for name, layers in (("FP8/FP8", fp8), ("FP4/FP8", fp4)):
+            us = graphed(lambda: [layer(x) for layer in layers], len(layers))  # noqa: B023
+            row[name] = f"{us:.1f} ({base / us:.2f}x)"
+        codes = x.permute(0, 2, 3, 1).to(torch.float8_e4m3fn)
+        weights = [torch.randn(n, 3, 3, c, device="cuda").to(torch.float8_e4m3fn) for _ in fp8]
+        scale, found = torch.ones(n, device="cuda"), []
+        shapes = [(16, 64, 4), (16, 128, 8), (16, 256, 8), (32, 64, 8), (32, 128, 8), (8, 128, 4)]
+        for (height, outputs, warps), inputs, stages in product(shapes, (64, 128), (3, 4)):
+            cut = Tiling(height // 2, 16, outputs, inputs, warps, stages)
+            run = lambda: [conv(codes, w, scale, None, 1, (1, 1), torch.bfloat16, cut) for w in weights]  # noqa: B023, E731
+            try:
+                found.append((graphed(run, len(weights)), tuple(cut)))
+            except Exception as error:  # what does not fit the chip
+                say("left out", cut, str(error)[:80])
+        ours = tuple(tiling_for(size, size, c, n))
+        row["kernel us"] = next((round(us, 1) for us, cut in found if cut == ours), None)
+        row["TFLOP/s"] = round(2 * 9 * c * n * 2 * size**2 / min(found)[0] / 1e6)
+        row["best tilings"] = "; ".join(f"{us:.1f} {cut}" for us, cut in sorted(found)[:3])
+        rows.append(row)
+        say(row)
     return rows
 
 
@@ -250,33 +292,40 @@ def measure(name: str, model: nn.Module, inputs: dict[str, Any], compiled: bool,
     return row
 
 
+KINDS = {  # formats of the weights, whether they have a scale for each channel, whether convolutions stay as they are
+    "fp8": ("FP8/FP8", "float8_e4m3fn", False, False),
+    "fp8_linear": ("FP8/FP8, convolutions in bf16", "float8_e4m3fn", False, True),
+    "fp8_channel": ("FP8 per channel/FP8", "float8_e4m3fn", True, False),
+    "fp4": ("FP4 per channel/FP8", "float4_e2m1fn", True, False),
+}
+
+
 @torch.no_grad()
-def steps(name: str, seconds: float, torchao: bool) -> list[dict[str, Any]]:
+def steps(name: str, kinds: list[str], eager: bool) -> list[dict[str, Any]]:
     model, inputs = network(name)
     say("made", name, f"{sum(p.numel() for p in model.parameters()) / 1e9:.3f} B")
-    rows = [measure("bf16", model, inputs, False, 0.0), measure("bf16", model, inputs, True, 0.0)]
+    rows = []
+    for how in (False, True) if "bf16" in kinds else ():
+        rows.append(measure("bf16", model, inputs, how, 0.0))
     largest, work = ranges(model, inputs)
     total = sum(work.values())
     linear = {n for n, m in layers_of(model).items() if isinstance(m, nn.Linear)}
     say(f"share of Linear layers in the products: {sum(work[n] for n in linear) / total:.3f}")
-    variants = [("FP8/FP8, convolutions in bf16", "float8_e4m3fn", linear)] if len(linear) < len(work) else []
-    variants += [("FP8/FP8", "float8_e4m3fn", set(work)), ("FP4/FP8", "float4_e2m1fn", set(work))]
-    for i, (label, fmt, chosen) in enumerate(variants):
-        if torchao and i == 1:
+    for kind in kinds:
+        if kind == "torchao":
             rows.append(against_torchao(name, sum(work[n] for n in linear) / total))
-        if time.perf_counter() - START > seconds:
-            break
+        if kind not in KINDS:
+            continue
+        label, fmt, per_channel, linear_only = KINDS[kind]
         del model
         torch.cuda.empty_cache()
         model, inputs = network(name)
-        for n in chosen:
-            pack(model.get_submodule(n), fmt, largest[n])
+        for n in linear if linear_only else work:
+            pack(model.get_submodule(n), fmt, largest[n], per_channel)
         torch.cuda.empty_cache()
-        share = (
-            sum(work[n] for n, m in packed_layers(model).items() if {"fp8", "fp8_conv"} & {*m.low_bit_paths}) / total
-        )
-        rows.append(measure(label, model, inputs, False, share))
-        rows.append(measure(label, model, inputs, True, share))
+        share = sum(work[n] for n, m in packed_layers(model).items() if {*m.low_bit_paths} - {"weight_only"}) / total
+        for how in (False, True) if eager else (True,):
+            rows.append(measure(label, model, inputs, how, share))
     return rows
 
 
@@ -324,9 +373,13 @@ def loading() -> list[dict[str, Any]]:
             say(fmt, "quantized at load in", round(time.perf_counter() - begin, 1), "s")
             packed.save_pretrained(f"{place}/{fmt}", max_shard_size="20GB")
             del packed
+        begin = time.perf_counter()
+        with torch.device("meta"):
+            UNet2DConditionModel(**SDXL)
+        say("modules alone are made in", round(time.perf_counter() - begin, 2), "s")
         for kind in ("bf16", "float8_e4m3fn", "float4_e2m1fn"):
             times = []
-            for _ in range(3):
+            for _ in range(5):
                 torch.cuda.empty_cache()
                 begin = time.perf_counter()
                 model = UNet2DConditionModel.from_pretrained(
@@ -348,18 +401,22 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+SINGLE = {f.__name__: f for f in (linears, convolutions, tilings, simulation, loading)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["linears", "tilings", "model", "simulation", "loading"])
+    parser.add_argument("what", choices=[*SINGLE, "model"])
     parser.add_argument("--network", choices=["sdxl", "flux"], default="sdxl")
-    parser.add_argument("--torchao", action="store_true", help="compare with torchao's FP8, too")
-    parser.add_argument("--seconds", type=float, default=3600, help="begin nothing further after this long")
+    every = ["bf16", "fp8", "torchao", "fp8_linear", "fp8_channel", "fp4"]
+    parser.add_argument("--kinds", nargs="+", choices=every, default=[kind for kind in every if kind != "torchao"])
+    parser.add_argument("--no_eager", action="store_true", help="time compiled packed networks only")
     parser.add_argument("--output", help="a JSON file")
     options = parser.parse_args()
     if options.what == "model":
-        rows = steps(options.network, options.seconds, options.torchao)
+        rows = steps(options.network, options.kinds, not options.no_eager)
     else:
-        rows = {"linears": linears, "tilings": tilings, "simulation": simulation, "loading": loading}[options.what]()
+        rows = SINGLE[options.what]()
     device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     print(f"\n{device}\n\n{table(rows)}")
     if options.output:

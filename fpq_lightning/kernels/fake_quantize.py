@@ -5,6 +5,7 @@ Bit-equal to `Format.quantize` between the scalings of `Quantizer`; gradients ag
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fpq_lightning.formats import Spacing
+from fpq_lightning.kernels.launch import Launcher
 
 _BLOCK = 1024
 
@@ -30,7 +32,7 @@ def round_to_grid(y, LOW: tl.constexpr, HIGH: tl.constexpr, NORMAL: tl.constexpr
     else:
         binade = (bits & 0x7F800000).to(tl.float32, bitcast=True)
         step = tl.maximum(binade, NORMAL, propagate_nan=tl.PropagateNan.ALL) * RELATIVE
-        rounded = ((tl.div_rn(magnitude, step) + 12582912.0) - 12582912.0) * step
+        rounded = (magnitude + 12582912.0 * step) - 12582912.0 * step
     if RELATIVE == 0.0:  # two's complement has no negative zero
         return tl.where(bits < 0, 0.0 - rounded, rounded)
     return (rounded.to(tl.int32, bitcast=True) | (bits & -2147483648)).to(tl.float32, bitcast=True)
@@ -81,12 +83,9 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, spacing: Spacing) -> Tensor:  # type: ignore[override]
         x = x.contiguous()
-        out = torch.empty_like(x)
         ctx.spacing, ctx.has_offset = spacing, offset is not None
-        offset = scale if offset is None else offset  # not read
-        ctx.save_for_backward(x, scale, offset)
-        _launch(_forward, x.numel(), spacing, ctx.has_offset, x, scale, offset, out)
-        return out
+        ctx.save_for_backward(x, scale, scale if offset is None else offset)
+        return _quantized(x, scale, offset, spacing)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
@@ -97,10 +96,22 @@ class _FakeQuantize(torch.autograd.Function):
         return dx, partial.sum().reshape(scale.shape), None, None
 
 
+def _quantized(x: Tensor, scale: Tensor, offset: Tensor | None, spacing: Spacing) -> Tensor:
+    out = torch.empty_like(x)
+    # Without an offset its pointer is not read.
+    _launch(_forward, x.numel(), spacing, offset is not None, x, scale, scale if offset is None else offset, out)
+    return out
+
+
 def _launch(kernel: Any, n: int, spacing: Spacing, has_offset: bool, *tensors: Tensor) -> None:
+    _launcher(kernel, spacing, has_offset)((-(-n // _BLOCK), 1, 1), *tensors, n)
+
+
+@lru_cache(maxsize=256)
+def _launcher(kernel: Any, spacing: Spacing, has_offset: bool) -> Launcher:
     # Fused multiply-adds would round once where torch rounds twice.
-    kernel[(triton.cdiv(n, _BLOCK),)](
-        *tensors, n, HAS_OFFSET=has_offset, LOW=spacing.low, HIGH=spacing.high, NORMAL=spacing.smallest_normal,
+    return Launcher(
+        kernel, HAS_OFFSET=has_offset, LOW=spacing.low, HIGH=spacing.high, NORMAL=spacing.smallest_normal,
         RELATIVE=spacing.relative_step, BLOCK=_BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -117,4 +128,6 @@ def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, spacing: Spac
     Returns:
         The shape and dtype of `x`.
     """
-    return _FakeQuantize.apply(x, scale, offset, spacing)
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+        return _FakeQuantize.apply(x, scale, offset, spacing)
+    return _quantized(x.detach().contiguous(), scale, offset, spacing)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fpq_lightning.formats import Spacing, parse_format
 from fpq_lightning.kernels.fake_quantize import round_to_grid
+from fpq_lightning.kernels.launch import Launcher
 
-_BLOCK = 1024
-_SPACING = cast(Spacing, parse_format("float8_e4m3fn").spacing)
+_BLOCK = 2048  # 16 elements a thread: whole memory transactions of either type
 
 
 @triton.jit
@@ -23,13 +23,21 @@ def _quantize(
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < n, other=0.0).to(tl.float32)
-    # On the grid already, so that the conversion has nothing to round.
-    y = round_to_grid(tl.div_rn(x, tl.load(scale_ptr)), LOW, HIGH, NORMAL, RELATIVE)
+    # By the reciprocal, for divisions would take longer than reading the tensor. On the grid already, so that the
+    # conversion has nothing to round, which Triton's interpreter does otherwise.
+    y = round_to_grid(x * tl.div_rn(1.0, tl.load(scale_ptr)), LOW, HIGH, NORMAL, RELATIVE)
     tl.store(out_ptr + at, y.to(tl.float8e4nv), mask=at < n)
 
 
+_SPACING = cast(Spacing, parse_format("float8_e4m3fn").spacing)
+_launch = Launcher(
+    _quantize, LOW=_SPACING.low, HIGH=_SPACING.high, NORMAL=_SPACING.smallest_normal, RELATIVE=_SPACING.relative_step,
+    BLOCK=_BLOCK,
+)  # fmt: skip
+
+
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """E4M3 values nearest to ``x / scale``, ties to even, saturating.
+    """E4M3 values nearest to ``x * (1 / scale)``, ties to even, saturating.
 
     Args:
         x: any shape, float32, float16 or bfloat16.
@@ -40,8 +48,5 @@ def quantize(x: Tensor, scale: Tensor) -> Tensor:
     """
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    _quantize[(triton.cdiv(x.numel(), _BLOCK),)](
-        x, scale, out, x.numel(), LOW=_SPACING.low, HIGH=_SPACING.high, NORMAL=_SPACING.smallest_normal,
-        RELATIVE=_SPACING.relative_step, BLOCK=_BLOCK,
-    )  # fmt: skip
+    _launch((-(-x.numel() // _BLOCK), 1, 1), x, scale, out, x.numel())
     return out
