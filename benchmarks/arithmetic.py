@@ -160,9 +160,8 @@ def convolutions() -> list[dict[str, Any]]:
         codes = x.permute(0, 2, 3, 1).to(torch.float8_e4m3fn)
         weights = [torch.randn(n, 3, 3, c, device="cuda").to(torch.float8_e4m3fn) for _ in fp8]
         scale, found = torch.ones(n, device="cuda"), []
-        shapes = [(16, 64, 4), (16, 128, 8), (16, 256, 8), (32, 64, 8), (32, 128, 8), (8, 128, 4)]
-        for (height, outputs, warps), inputs, stages in product(shapes, (64, 128), (3, 4)):
-            cut = Tiling(height // 2, 16, outputs, inputs, warps, stages)
+        for pixels, outputs, warps in ((128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8)):
+            cut = Tiling(pixels // 16, 16, outputs, 128 if c % 128 == 0 else 64, warps, 4)
             run = lambda: [conv(codes, w, scale, None, 1, (1, 1), torch.bfloat16, cut) for w in weights]  # noqa: B023, E731
             try:
                 found.append((graphed(run, len(weights)), tuple(cut)))

@@ -17,7 +17,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -186,7 +186,7 @@ class FloatFormat(Format):
     def smallest_step(self) -> float:
         return 2.0 ** (self._min_exponent - self.mantissa)
 
-    @property
+    @cached_property
     def spacing(self) -> Spacing | None:
         relative_step = 2.0**-self.mantissa
         return Spacing(self.min, self.max, 2.0**self._min_exponent, relative_step) if self.mantissa else None
@@ -260,7 +260,7 @@ class IntFormat(Format):
     def smallest_step(self) -> float:
         return 1.0
 
-    @property
+    @cached_property
     def spacing(self) -> Spacing:
         return Spacing(self.min, self.max, 1.0, 0.0)
 

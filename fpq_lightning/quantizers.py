@@ -182,9 +182,10 @@ class Quantizer(ExactBuffers):
 
     def current_scale(self) -> Tensor:
         """The static scale, with the factor that is being learned."""
-        if self.scale is None:
+        scale, gain = self.scale, self.log_gain
+        if scale is None:
             raise ValueError("a dynamic quantizer has no scale of its own")
-        return self.scale if self.log_gain is None else self.scale * self.log_gain.exp()
+        return scale if gain is None else scale * gain.exp()
 
     def token_scale(self, x: Tensor) -> Tensor:
         """The scale of each token of a float32 tensor, so that its largest magnitude is that of the format."""
@@ -205,15 +206,15 @@ class Quantizer(ExactBuffers):
         The gradient with respect to a learned scale is that of LSQ (Esser et al. 2020):
         ``value - x / scale`` inside the range and the bound outside.
         """
-        spacing = self.format.spacing
-        one_scale = self.scale is not None and self.scale.numel() == 1
+        spacing, scale = self.format.spacing, self.scale
+        one_scale = scale is not None and scale.numel() == 1
         # A compiler fuses the plain operations with what surrounds them.
         if spacing is not None and one_scale and not torch.compiler.is_compiling() and kernels.are_for(x):
             from fpq_lightning.kernels.fake_quantize import fake_quantize  # needs Triton
 
             return fake_quantize(x, self.current_scale(), self.offset, spacing)
-        y, scale = self._normalised(x)
-        return self._placed(_StraightThrough.apply(y, self.format), scale).to(x.dtype)
+        y, placed = self._normalised(x)
+        return self._placed(_StraightThrough.apply(y, self.format), placed).to(x.dtype)
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes (uint8, the shape of `x`) of the nearest values.

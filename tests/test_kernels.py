@@ -15,6 +15,7 @@ try:
     pytest.importorskip("triton", reason="needs Triton: pip install triton")
     import fpq_lightning.kernels.fake_quantize
     import fpq_lightning.kernels.learned_rounding  # noqa: F401
+    from fpq_lightning.kernels.launch import Launcher
 finally:
     del os.environ["TRITON_INTERPRET"]  # other tests are not to use them
 
@@ -126,3 +127,42 @@ def test_learned_rounding_and_its_regulariser_agree_with_their_gradients(
 
     for plain, kernel in zip(*_both(monkeypatch, run), strict=True):
         assert torch.allclose(plain, kernel, rtol=1e-4, atol=2e-5)
+
+
+class RecordedKernel:
+    """Stands in for a kernel of Triton: keeps the arguments that it was built for and started with."""
+
+    arg_names = ("x", "n", "BLOCK")
+
+    def __init__(self) -> None:
+        self.built: list[tuple] = []
+        self.started: list[tuple] = []
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable:
+        def run(*arguments: object, **constants: object) -> RecordedKernel:
+            self.built.append((grid, *arguments, constants))
+            return self
+
+        def again(*arguments: object) -> None:
+            self.started.append((grid, *arguments))
+
+        return lambda *arguments, **constants: run(*arguments, **constants) if constants else again(*arguments)
+
+
+def test_a_launcher_builds_each_variant_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    kernel = RecordedKernel()
+    launch, grid, x = Launcher(kernel, BLOCK=8, num_warps=4), (2, 1, 1), torch.zeros(64)
+    launch(grid, x, 32)
+    assert kernel.built == [(grid, x, 32, {"BLOCK": 8, "num_warps": 4})]
+    launch((3, 1, 1), x, 48)
+    assert kernel.started == [((3, 1, 1), x, 48, 8)]  # with the compile-time arguments, which take part in its place
+    # What Triton builds another variant for: types, addresses and numbers that 16 does not divide, one, 64 bits.
+    for others in ((x.half(), 32), (x[1:], 32), (x, 33), (x, 1), (x, 2**31)):
+        before = len(kernel.built)
+        launch(grid, *others)
+        assert len(kernel.built) == before + 1
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    launch(grid, x, 32)
+    assert len(kernel.built) == 7
+    assert len(kernel.started) == 1
