@@ -11,13 +11,14 @@
 `linears`, `convolutions` and `tilings` time single products whose weights are not in the L2 cache: a CUDA graph goes
 through copies of a layer that are several times as large as the cache. `model` times a step of a network at its real
 configuration with random weights (hence no quality), 1024 px, in bfloat16, eager and under `torch.compile`, then with
-its Linear and Conv layers packed in the hardware's E4M3 with E4M3 inputs, and with E2M1 weights. Medians; every table
-names the device.
+its Linear and Conv layers packed in the hardware's E4M3 with E4M3 inputs, and with E2M1 weights; as the host launches
+it, and as one CUDA graph. Medians; every table names the device.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -260,10 +261,17 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
 
 
-def measure(name: str, model: nn.Module, inputs: dict[str, Any], compiled: bool, share: float) -> dict[str, Any]:
-    """Time, memory of the weights and peak of a step, memory after the third."""
+def measure(
+    name: str, model: Any, inputs: dict[str, Any], compiled: str | None, share: float
+) -> dict[str, Any]:  # fmt: skip
+    """Time, memory of the weights and peak of a step, memory after the third.
+
+    `compiled` is ``whole`` for `torch.compile`, ``blocks`` for diffusers' `compile_repeated_blocks`, None for eager.
+    """
     torch.compiler.reset()
-    step = torch.compile(model) if compiled else model
+    step = torch.compile(model) if compiled == "whole" else model
+    if compiled == "blocks":
+        model.compile_repeated_blocks(fullgraph=True)
     begin = time.perf_counter()
     try:
         for _ in range(3):
@@ -274,13 +282,20 @@ def measure(name: str, model: nn.Module, inputs: dict[str, Any], compiled: bool,
         say(row)
         return row
     ready = time.perf_counter() - begin
+    gc.collect()
     torch.cuda.reset_peak_memory_stats()
     ms = timed(lambda: step(**inputs))
-    row = {
-        "what": name, "compiled": compiled, "ms": round(ms, 2), "weights GB": round(weight_bytes(model) / 1e9, 3),
-        "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 2), "low-bit FLOPs": round(share, 3),
-        "ready after s": round(ready, 1),
+    row: dict[str, Any] = {
+        "what": name, "compiled": compiled, "ms": round(ms, 2), "ms as CUDA graph": None,
+        "weights GB": round(weight_bytes(model) / 1e9, 3), "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "low-bit FLOPs": round(share, 3), "ready after s": round(ready, 1),
     }  # fmt: skip
+    say(row)
+    try:
+        row["ms as CUDA graph"] = round(graphed(lambda: step(**inputs), 1) / 1e3, 2)
+    except Exception as error:  # what asks the device for something on the way
+        say("no graph:", " ".join(str(error).split())[-200:])
+        torch.cuda.synchronize()
     say(row)
     if compiled:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -300,19 +315,17 @@ KINDS = {  # formats of the weights, whether they have a scale for each channel,
 
 
 @torch.no_grad()
-def steps(name: str, kinds: list[str], eager: bool) -> list[dict[str, Any]]:
+def steps(name: str, kinds: list[str], ways: list[str | None]) -> list[dict[str, Any]]:
     model, inputs = network(name)
     say("made", name, f"{sum(p.numel() for p in model.parameters()) / 1e9:.3f} B")
-    rows = []
-    for how in (False, True) if "bf16" in kinds else ():
-        rows.append(measure("bf16", model, inputs, how, 0.0))
     largest, work = ranges(model, inputs)
+    rows = [measure("bf16", model, inputs, how, 0.0) for how in ways if "bf16" in kinds]
     total = sum(work.values())
     linear = {n for n, m in layers_of(model).items() if isinstance(m, nn.Linear)}
     say(f"share of Linear layers in the products: {sum(work[n] for n in linear) / total:.3f}")
     for kind in kinds:
         if kind == "torchao":
-            rows.append(against_torchao(name, sum(work[n] for n in linear) / total))
+            rows += [against_torchao(name, how, sum(work[n] for n in linear) / total) for how in ways if how]
         if kind not in KINDS:
             continue
         label, fmt, per_channel, linear_only = KINDS[kind]
@@ -323,26 +336,25 @@ def steps(name: str, kinds: list[str], eager: bool) -> list[dict[str, Any]]:
             pack(model.get_submodule(n), fmt, largest[n], per_channel)
         torch.cuda.empty_cache()
         share = sum(work[n] for n, m in packed_layers(model).items() if {*m.low_bit_paths} - {"weight_only"}) / total
-        for how in (False, True) if eager else (True,):
-            rows.append(measure(label, model, inputs, how, share))
+        rows += [measure(label, model, inputs, how, share) for how in ways]
     return rows
 
 
-def against_torchao(name: str, share: float) -> dict[str, Any]:
+def against_torchao(name: str, how: str, share: float) -> dict[str, Any]:
     """Linear layers in torchao's FP8 with dynamic activations, a scale a row."""
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     model, inputs = network(name)
     fits = lambda m, _: isinstance(m, nn.Linear) and m.in_features % 16 == 0 and m.out_features % 16 == 0  # noqa: E731
     quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=fits)
-    return measure("torchao FP8 dynamic", model, inputs, True, share)
+    return measure("torchao FP8 dynamic", model, inputs, how, share)
 
 
 @torch.no_grad()
 def simulation() -> list[dict[str, Any]]:
     """A forward with fake-quantized inputs, weights on the grid already, against bfloat16, both eager."""
     model, inputs = network("sdxl")
-    rows = [measure("bf16", model, inputs, False, 0.0)]
+    rows = [measure("bf16", model, inputs, None, 0.0)]
     largest, _ = ranges(model, inputs)
     for n, layer in layers_of(model).items():
         quantized = make_quantized(layer, Granularity("channel"))
@@ -350,7 +362,7 @@ def simulation() -> list[dict[str, Any]]:
         quantized.variants["learned"] = LayerQuantization([], quantizers).to("cuda")
     assert quantized_layers(model)
     with running(model, "learned"):
-        rows.append(measure("FP8 inputs, simulated", model, inputs, False, 0.0))
+        rows.append(measure("FP8 inputs, simulated", model, inputs, None, 0.0))
     return rows
 
 
@@ -409,11 +421,12 @@ def main() -> None:
     parser.add_argument("--network", choices=["sdxl", "flux"], default="sdxl")
     every = ["bf16", "fp8", "torchao", "fp8_linear", "fp8_channel", "fp4"]
     parser.add_argument("--kinds", nargs="+", choices=every, default=[kind for kind in every if kind != "torchao"])
-    parser.add_argument("--no_eager", action="store_true", help="time compiled packed networks only")
+    parser.add_argument("--ways", nargs="+", choices=["eager", "blocks", "whole"], default=["eager", "whole"])
     parser.add_argument("--output", help="a JSON file")
     options = parser.parse_args()
     if options.what == "model":
-        rows = steps(options.network, options.kinds, not options.no_eager)
+        ways = [None if way == "eager" else way for way in options.ways]
+        rows = steps(options.network, options.kinds, ways)
     else:
         rows = SINGLE[options.what]()
     device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"

@@ -24,8 +24,9 @@ Mode = Literal["full_precision", "nearest", "learned"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def _modules(modules: Sequence[M]) -> Sequence[M]:
-    return cast(Sequence[M], nn.ModuleList(modules))
+def as_modules(modules: Sequence[M]) -> Sequence[M]:
+    """Modules to be held as an attribute; a network has thousands of such, most of them empty, which are no module."""
+    return cast(Sequence[M], nn.ModuleList(modules) if len(modules) else ())
 
 
 class LayerQuantization(nn.Module):
@@ -48,9 +49,9 @@ class LayerQuantization(nn.Module):
 
     def __init__(self, weights: Sequence[Quantizer] = (), inputs: Sequence[Quantizer] = ()) -> None:
         super().__init__()
-        self.weights = _modules(weights)
-        self.inputs = _modules(inputs)
-        self.roundings = _modules([])
+        self.weights = as_modules(weights)
+        self.inputs = as_modules(inputs)
+        self.roundings = cast(Sequence[LearnedRounding], nn.ModuleList())
         self.codes: list[Tensor] | None = None
         self.register_parameter("bias", None)
 
@@ -76,13 +77,13 @@ class LayerQuantization(nn.Module):
             scale_aware: see `LearnedRounding`.
         """
         pairs = zip(self.weights, rows, strict=True)
-        self.roundings = _modules([LearnedRounding(q, part, scale_aware) for q, part in pairs])
+        self.roundings = as_modules([LearnedRounding(q, part, scale_aware) for q, part in pairs])
 
     def finish_learning(self) -> None:
         """Hardens the rounding variables to codes and freezes everything."""
         if self.roundings:
             self.codes = [rounding.codes() for rounding in self.roundings]
-        self.roundings = _modules([])
+        self.roundings = cast(Sequence[LearnedRounding], nn.ModuleList())
         for quantizer in [*self.weights, *self.inputs]:
             quantizer.freeze_scale()
         if self.bias is not None:

@@ -69,14 +69,17 @@ def test_codes_are_translated_one_by_one(width: int) -> None:
     assert torch.equal(translate(pack(codes, width), width, table, 29), table[codes.long()])
 
 
+@pytest.mark.parametrize("channels", [70, 80])
+@pytest.mark.parametrize("taps", [(1, 1), (3, 2), (3, 3)])
 @pytest.mark.parametrize("width", [4, 6, 8])
-def test_codes_of_filters_are_translated_place_by_place(width: int) -> None:
+def test_codes_of_filters_are_translated_place_by_place(width: int, taps: tuple[int, int], channels: int) -> None:
     torch.manual_seed(0)
-    codes = torch.randint(0, 2**width, (3, 70, 3, 2)).to(torch.uint8)
+    codes = torch.randint(0, 2**width, (3, channels, *taps)).to(torch.uint8)
     table = torch.randperm(256)[: 2**width].to(torch.uint8)
     packed, expected = pack(codes.flatten(1), width), codes.permute(0, 2, 3, 1).reshape(3, -1)
-    assert torch.equal(translate(packed, width, table, 70, 6), table[expected.int()])
-    assert torch.equal(translate(packed, width, None, 70, 6), expected)
+    places = taps[0] * taps[1]
+    assert torch.equal(translate(packed, width, table, channels, places), table[expected.int()])
+    assert torch.equal(translate(packed, width, None, channels, places), expected)
 
 
 CONVOLUTIONS = [  # pixels, channels, outputs, filter, stride, padding

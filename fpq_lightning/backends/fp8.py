@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fpq_lightning.storage.packed import PackedLayer, PackedWeight
 
 E4M3 = parse_format("float8_e4m3fn")
+_LOWEST, _HIGHEST = E4M3.min, E4M3.max
 ALIGNMENT = 16
 """Bytes that rows and columns of operands are multiples of."""
 
@@ -65,32 +66,35 @@ def has_one_scale(quantizer: Quantizer) -> bool:
 
 def run(layer: PackedLayer, x: Tensor) -> Tensor:
     """The layer on `x`, bfloat16 `[..., in]`."""
-    rows = x.reshape(-1, x.shape[-1])
-    return sum_of_parts(layer, rows, _product).reshape(*x.shape[:-1], layer.shape[0])
+    if x.ndim == 2:
+        return sum_of_parts(layer, x, _product)
+    return sum_of_parts(layer, x.reshape(-1, x.shape[-1]), _product).reshape(*x.shape[:-1], layer.shape[0])
 
 
 def sum_of_parts(layer: PackedLayer, x: Tensor, product: Callable[..., Tensor]) -> Tensor:
     """A product for each part of the input, summed; `product` takes weight, quantizer, input and bias."""
-    parts = [x] if len(layer.splits) == 1 else x.split(layer.splits, dim=layer.channel_dim)
-    bias = None if layer.bias is None else layer.bias.detach().to(x.dtype)
-    first, *rest = [
-        product(w, q, part, bias if i == 0 else None)
-        for i, (w, q, part) in enumerate(zip(layer.weights, layer.inputs, parts, strict=True))
-    ]
-    return sum(rest, first)
+    bias = layer.bias
+    if bias is not None and (bias.requires_grad or bias.dtype != x.dtype):
+        bias = bias.detach().to(x.dtype)
+    total = product(layer.weights[0], layer.inputs[0], x if len(layer.splits) == 1 else _part(layer, x, 0), bias)
+    for i in range(1, len(layer.splits)):
+        total = total + product(layer.weights[i], layer.inputs[i], _part(layer, x, i), None)
+    return total
+
+
+def _part(layer: PackedLayer, x: Tensor, i: int) -> Tensor:
+    return x.narrow(layer.channel_dim, sum(layer.splits[:i]), layer.splits[i])
 
 
 def _product(weight: PackedWeight, quantizer: Quantizer, x: Tensor, bias: Tensor | None) -> Tensor:
-    if quantizer.scale is None:
+    scale = quantizer.scale
+    if scale is None:
         scale = quantizer.token_scale(x.float())
         codes, column = _round(x, scale), column_scale(weight, None)
     else:
-        scale = quantizer.scale.reshape(())
-        codes = quantize(x, scale)
-        if weight.scale.numel() == 1:
-            column = weight.scale.reshape(())
-        else:
-            scale, column = _ones(len(x), x.device), column_scale(weight, quantizer.scale)
+        codes, column = quantize(x, scale), weight.scale
+        if column.numel() > 1:
+            scale, column = _ones(len(x), x.device), column_scale(weight, scale)
     return torch._scaled_mm(codes, operand(weight).t(), scale, column, bias, out_dtype=x.dtype, use_fast_accum=True)
 
 
@@ -121,7 +125,7 @@ def quantize(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _round(x: Tensor, scale: Tensor) -> Tensor:
-    return (x.float() / scale).clamp(E4M3.min, E4M3.max).to(torch.float8_e4m3fn).contiguous()
+    return (x.float() / scale).clamp(_LOWEST, _HIGHEST).to(torch.float8_e4m3fn).contiguous()
 
 
 def _ones(n: int, device: torch.device) -> Tensor:
@@ -149,9 +153,10 @@ def _kept_table(fmt: str, device: torch.device) -> Tensor:
 
 def operand(weight: PackedWeight) -> Tensor:
     """Values of a weight without its scales, float8_e4m3fn `[out, in]`, of a filter `[out, places * in]`."""
-    native, taps = weight.format == E4M3, math.prod(weight.shape[2:])
-    if native and taps == 1:
+    native = weight.codes.dtype == torch.float8_e4m3fn
+    if native and len(weight.shape) == 2:
         return weight.codes
+    taps = math.prod(weight.shape[2:])
     table = None if native else _table(weight.format.name, weight.codes.device)
     if kernels.are_for(weight.codes):
         translated = ops.translate(weight.bytes, weight.format.bits, table, weight.shape[1], taps)

@@ -77,6 +77,8 @@ def run(layer: PackedLayer, x: Tensor, plan: Plan) -> Tensor:
         path = plan.many if path == "weight_only" else "decode"
     if not x.numel() or (x.requires_grad and torch.is_grad_enabled()):
         path = "decode"
-    if path == "decode":
-        return layer.simulate(x)
-    return {"fp8": fp8, "fp8_conv": fp8_conv, "weight_only": weight_only}[path].run(layer, x)
+    if path == "fp8":
+        return fp8.run(layer, x)
+    if path == "fp8_conv":
+        return fp8_conv.run(layer, x)
+    return weight_only.run(layer, x) if path == "weight_only" else layer.simulate(x)

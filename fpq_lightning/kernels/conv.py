@@ -6,6 +6,7 @@ fetches whole, with zeros beyond the edges; so nothing is ever unfolded or padde
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fpq_lightning.kernels.launch import Launcher
 
 
 class Tiling(NamedTuple):
@@ -73,9 +76,11 @@ def _conv(
 
 
 def tiling_for(height: int, width: int, n_in: int, n_out: int) -> Tiling:
-    """A tiling by size."""
+    """A tiling by size: the fastest of five at the sizes of Stable Diffusion XL (``benchmarks/arithmetic.py``)."""
     across = min(16, max(8, triton.next_power_of_2(width)))
-    return Tiling(128 // across, across, 128 if n_out > 64 else 64, 128 if n_in % 128 == 0 else 64, 8, 4)
+    if n_in % 128:
+        return Tiling(256 // across, across, 128 if n_out > 64 else 64, 64, 8, 4)
+    return Tiling(128 // across, across, 256 if n_out % 256 == 0 else 128, 128, 8, 4)
 
 
 def conv(
@@ -104,12 +109,21 @@ def conv(
     # Pixels by what is left of their place when divided by the stride, so that those of a tile are neighbours.
     pixels = x.view(b, h // stride, stride, w // stride, stride * c)
     tiles = triton.cdiv(height, cut.height), triton.cdiv(width, cut.width)
-    _conv[(b * tiles[0] * tiles[1], triton.cdiv(n, cut.outputs))](
+    _launcher(cut, c, down * across, across, stride, padding, bias is not None)(
+        (b * tiles[0] * tiles[1], triton.cdiv(n, cut.outputs), 1),
         TensorDescriptor.from_tensor(pixels, [1, cut.height, 1, cut.width, cut.inputs]),
         TensorDescriptor.from_tensor(weight.view(n, down * across, c), [cut.outputs, 1, cut.inputs]),
-        scale, scale if bias is None else bias, out, height, width, n, *tiles, C=c, TAPS=down * across,
-        TAPS_ACROSS=across, STRIDE=stride, PAD_DOWN=padding[0], PAD_ACROSS=padding[1], HAS_BIAS=bias is not None,
-        BLOCK_H=cut.height, BLOCK_W=cut.width, BLOCK_N=cut.outputs, BLOCK_C=cut.inputs, num_warps=cut.warps,
-        num_stages=cut.stages,
+        scale, scale if bias is None else bias, out, height, width, n, *tiles,
     )  # fmt: skip
     return out
+
+
+@lru_cache(maxsize=256)
+def _launcher(
+    cut: Tiling, channels: int, taps: int, across: int, stride: int, padding: tuple[int, int], has_bias: bool
+) -> Launcher:
+    return Launcher(
+        _conv, C=channels, TAPS=taps, TAPS_ACROSS=across, STRIDE=stride, PAD_DOWN=padding[0], PAD_ACROSS=padding[1],
+        HAS_BIAS=has_bias, BLOCK_H=cut.height, BLOCK_W=cut.width, BLOCK_N=cut.outputs, BLOCK_C=cut.inputs,
+        num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from fpq_lightning.formats import Format
 from fpq_lightning.kernels.codes import constants, value_of
+from fpq_lightning.kernels.launch import Launcher
 
 _BLOCK = 1024
+_BLOCK_WORDS = 128
 
 
 @triton.jit
@@ -59,6 +62,21 @@ def _translate(
     tl.store(out_ptr + (row * TAPS + tap) * n + channel, code.to(tl.uint8), mask=inside)
 
 
+@triton.jit
+def _reorder(words_ptr, out_ptr, n, TAPS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * n * TAPS
+    four = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # channels, of which a word has a byte each
+    inside = four < n
+    words = ()
+    for i in tl.static_range(TAPS):
+        words += (tl.load(words_ptr + row + four * TAPS + i, mask=inside, other=0),)
+    for tap in tl.static_range(TAPS):
+        word = words[tap // 4] >> (tap % 4 * 8) & 255
+        for i in tl.static_range(1, 4):
+            word |= (words[(i * TAPS + tap) // 4] >> ((i * TAPS + tap) % 4 * 8) & 255) << (i * 8)
+        tl.store(out_ptr + row + tap * n + four, word, mask=inside)
+
+
 def decode(
     codes: Tensor, fmt: Format, shape: Sequence[int], scale: Tensor, offset: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -78,11 +96,16 @@ def decode(
     n = math.prod(shape[1:])
     out = torch.empty(tuple(shape), dtype=dtype, device=codes.device)
     per_row = scale.shape[1] if scale.shape[0] > 1 or shape[0] == 1 else 0
-    _decode[(shape[0], triton.cdiv(n, _BLOCK))](
-        codes, scale, scale if offset is None else offset, out, n, codes.shape[1], per_row, n // scale.shape[1],
-        HAS_OFFSET=offset is not None, **constants(fmt), BLOCK=_BLOCK, enable_fp_fusion=False,
+    _decoder(fmt, offset is not None)(
+        (shape[0], -(-n // _BLOCK), 1), codes, scale, scale if offset is None else offset, out, n, codes.shape[1],
+        per_row, n // scale.shape[1],
     )  # fmt: skip
     return out
+
+
+@lru_cache(maxsize=64)
+def _decoder(fmt: Format, has_offset: bool) -> Launcher:
+    return Launcher(_decode, HAS_OFFSET=has_offset, **constants(fmt), BLOCK=_BLOCK, enable_fp_fusion=False)
 
 
 def translate(codes: Tensor, width: int, table: Tensor | None, n: int, taps: int = 1) -> Tensor:
@@ -99,9 +122,23 @@ def translate(codes: Tensor, width: int, table: Tensor | None, n: int, taps: int
         uint8 `[rows, taps * n]`, the channels of a place next to each other.
     """
     out = torch.empty(codes.shape[0], taps * n, dtype=torch.uint8, device=codes.device)
-    block = max(64, _BLOCK // triton.next_power_of_2(taps))
-    _translate[(codes.shape[0], triton.cdiv(n, block))](
-        codes, codes if table is None else table, out, n, codes.shape[1], WIDTH=width, TAPS=taps,
-        BLOCK_TAPS=triton.next_power_of_2(taps), LOOK_UP=table is not None, BLOCK=block,
-    )  # fmt: skip
+    if table is None and width == 8 and n % 4 == 0 and codes.data_ptr() % 4 == 0:  # bytes, four at a time
+        grid = codes.shape[0], -(-n // (4 * _BLOCK_WORDS)), 1
+        _reorderer(taps)(grid, codes.view(torch.int32), out.view(torch.int32), n // 4)
+        return out
+    block = max(64, _BLOCK >> (taps - 1).bit_length())
+    _translator(width, taps, table is not None, block)(
+        (codes.shape[0], -(-n // block), 1), codes, codes if table is None else table, out, n, codes.shape[1]
+    )
     return out
+
+
+@lru_cache(maxsize=64)
+def _translator(width: int, taps: int, look_up: bool, block: int) -> Launcher:
+    places = triton.next_power_of_2(taps)
+    return Launcher(_translate, WIDTH=width, TAPS=taps, BLOCK_TAPS=places, LOOK_UP=look_up, BLOCK=block)
+
+
+@lru_cache(maxsize=16)
+def _reorderer(taps: int) -> Launcher:
+    return Launcher(_reorder, TAPS=taps, BLOCK=_BLOCK_WORDS)

@@ -16,16 +16,16 @@ class Launcher:
 
     Args:
         kernel: of `triton.jit`; its compile-time arguments come last.
-        constants: its compile-time arguments, in order, then options of the compiler.
+        constants: its compile-time arguments, and options of the compiler.
     """
 
     def __init__(self, kernel: Any, **constants: Any) -> None:
         self.kernel, self.constants = kernel, constants
-        self.values = [value for name, value in constants.items() if name in kernel.arg_names]
+        self.values = [constants[name] for name in kernel.arg_names if name in constants]
         self.built: dict[tuple[Any, ...], Any] = {}
 
-    def __call__(self, grid: tuple[int, int, int], *arguments: Tensor | int) -> None:
-        """Starts it on the current device."""
+    def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
+        """Starts it on the current device, with tensors, descriptors of tensors, and numbers."""
         variant = (torch.cuda.current_device() if self.built else None, *map(_variant_of, arguments))
         built = self.built.get(variant)
         if built is not None:
@@ -36,8 +36,10 @@ class Launcher:
             self.built[torch.cuda.current_device(), *map(_variant_of, arguments)] = built
 
 
-def _variant_of(argument: Tensor | int) -> tuple[Any, ...]:
+def _variant_of(argument: Any) -> tuple[Any, ...]:
     """What Triton specialises a kernel for."""
     if isinstance(argument, int):
         return argument % 16 == 0, argument == 1, argument >= 2**31
-    return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return argument.base.dtype, tuple(argument.block_shape)

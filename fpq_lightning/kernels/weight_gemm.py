@@ -1,7 +1,8 @@
 """Products of few rows with a weight in four-bit codes, which are decoded inside: read once and never written.
 
 With few rows a product could take as long as reading the weight, a quarter of the time that sixteen bits take. How far
-it is from that is in docs/benchmarks.md.
+it is from that is in docs/benchmarks.md. Hopper has a kernel in CUDA C++ (`few_rows`); here is Triton's, for all
+sizes, types and formats of four bits.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fpq_lightning.formats import Format
+from fpq_lightning.kernels import few_rows
 from fpq_lightning.kernels.codes import constants, four_bit_assembly, value_of
 
 
@@ -132,11 +134,13 @@ def weight_gemm(
         fmt: the number format, of four bits.
         scale: float32 `[1, 1]` or `[out, 1]`.
         bias: `[out]`, or None.
-        tiling: how it is cut; by size if None.
+        tiling: how Triton's kernel, which is taken then, cuts it; if None, the kernel and how are chosen here.
 
     Returns:
         `[m, out]` of the type of `x`.
     """
+    if tiling is None and few_rows.fits(x, codes, fmt, bias) and few_rows.works(fmt, x.device):
+        return few_rows.few_rows(x, codes, fmt, scale, bias)
     cut = tiling_for(codes.shape[0], x.shape[1]) if tiling is None else tiling
     assembly = _assembly(fmt, x.device) if x.is_cuda and x.dtype == torch.bfloat16 else ""
     return _launch(x, codes, fmt, scale, bias, cut, assembly)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from enum import Enum
 from importlib.metadata import version
 from typing import Any, Literal
@@ -91,7 +90,7 @@ class FPQConfig(QuantizationConfigMixin):
             details: further entries: ``base_model``, ``recipe``, ``version``, ``fingerprint``.
         """
         config = cls()
-        config.layers, config.details = deepcopy(dict(layers)), deepcopy(dict(details))
+        config.layers, config.details = dict(layers), dict(details)
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,8 +98,8 @@ class FPQConfig(QuantizationConfigMixin):
         return {
             "quant_method": self.quant_method.value,
             "format_version": FORMAT_VERSION,
-            **deepcopy(self.details),
-            "layers": deepcopy(self.layers),
+            **self.details,
+            "layers": self.layers,
         }
 
     def __repr__(self) -> str:

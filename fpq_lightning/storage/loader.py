@@ -63,7 +63,8 @@ class FPQQuantizer(DiffusersQuantizer):
         self.pre_quantized = quantization_config.layers is not None
         self.files: list[str] = []
         self.selected: set[str] = set()  # weights to quantize
-        self.modules: dict[str, nn.Module] = {}  # of the model, by name: a network has thousands
+        self.modules: dict[str, nn.Module] = {}  # of the model, by name, while it is loaded: a network has thousands
+        self.devices: Mapping[str, Any] = {"": "cpu"}  # of modules and all below them
 
     @property
     def is_serializable(self) -> bool:
@@ -87,8 +88,10 @@ class FPQQuantizer(DiffusersQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         device_map = kwargs.get("device_map")
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ValueError("fpq: layers cannot be offloaded to the disk: choose a device_map without disk")
+        if isinstance(device_map, dict):
+            if "disk" in device_map.values():
+                raise ValueError("fpq: layers cannot be offloaded to the disk: choose a device_map without disk")
+            self.devices = device_map
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self.files = [str(file) for file in checkpoint_files]
@@ -101,8 +104,8 @@ class FPQQuantizer(DiffusersQuantizer):
             with _no_garbage_collection():
                 self._prepare_packed(model)
         else:
+            self.modules = dict(model.named_modules())
             self._select(model, [name for name in keep_in_fp32_modules if name])
-        self.modules = dict(model.named_modules())
 
     def _prepare_packed(self, model: nn.Module) -> None:
         modules = dict(model.named_modules())
@@ -126,13 +129,14 @@ class FPQQuantizer(DiffusersQuantizer):
                 raise ValueError(f"quantization_config does not fit the attention of {name}: {error}") from error
         if foreign := [file for file in self.files if not file.endswith(".safetensors")]:
             raise ValueError(f"{foreign[0]} is no safetensors file, and no other is read")
+        self.modules = dict(model.named_modules())
         if self.files:
             found = {name: tensor for file in self.files for name, tensor in read_header(file).items()}
-            _check_tensors(model, found)
+            _check_tensors(self.modules, found)
 
     def _select(self, model: nn.Module, kept: Sequence[str]) -> None:
         config = self.quantization_config
-        names = [name for name, module in model.named_modules() if is_quantizable(module)]
+        names = [name for name, module in self.modules.items() if is_quantizable(module)]
         excluded: set[str] = set()
         for pattern in [*config.modules_to_not_convert, *kept]:
             matched = {name for name in names if fnmatchcase(f".{name}.", f"*.{pattern}.*")}
@@ -143,19 +147,37 @@ class FPQQuantizer(DiffusersQuantizer):
         if not chosen:
             raise ValueError(f"{type(model).__name__} has no Linear or Conv layer that is to be quantized")
         granularity = config.recipe.granularity()
-        weights = {name: cast(Tensor, model.get_submodule(name).weight) for name in chosen}
+        weights = {name: cast(Tensor, self.modules[name].weight) for name in chosen}
         if unfit := layers_without_groups(granularity, weights):
             warnings.warn(without_groups(granularity, unfit), stacklevel=2)
         self.selected = {f"{name}.weight" for name in chosen}
         config.recipe.exclude = sorted(excluded)
         config.details["recipe"] = config.recipe.to_dict()
 
+    def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        # Codes and scales are put in their places here: diffusers would cast them, and takes long for each tensor.
+        left = {}
+        with _no_garbage_collection():
+            for name, value in state_dict.items():
+                parent_name, _, tensor_name = name.rpartition(".")
+                parent = self.modules.get(parent_name)
+                if isinstance(parent, ExactBuffers):
+                    parent._buffers[tensor_name] = value.to(self._device_of(parent_name), non_blocking=True)
+                else:
+                    left[name] = value
+        return left
+
+    def _device_of(self, module: str) -> Any:
+        while module not in self.devices:
+            module = module.rpartition(".")[0]
+        return self.devices[module]
+
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Mapping[str, Any], **kwargs: Any
     ) -> bool:
-        parent = self.modules.get(param_name.rpartition(".")[0])
-        return param_name in self.selected or isinstance(parent, ExactBuffers)
+        return param_name in self.selected
 
+    @torch.no_grad()
     def create_quantized_param(
         self,
         model: nn.Module,
@@ -166,31 +188,23 @@ class FPQQuantizer(DiffusersQuantizer):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        parent_name, _, tensor_name = param_name.rpartition(".")
-        parent = self.modules[parent_name]
-        value = state_dict[param_name].to(target_device)  # `param_value` was cast to the type of the model
-        if isinstance(parent, ExactBuffers):
-            parent._buffers[tensor_name] = value
-        else:
-            self._quantize(parent, value.float(), param_name)
-
-    @torch.no_grad()
-    def _quantize(self, layer: nn.Module, weight: Tensor, name: str) -> None:
+        weight = state_dict[param_name].to(target_device).float()  # `param_value` was cast to the type of the model
         if not weight.isfinite().all():
-            raise ValueError(f"{name} holds NaN or Inf: name its layer in modules_to_not_convert")
+            raise ValueError(f"{param_name} holds NaN or Inf: name its layer in modules_to_not_convert")
         recipe = self.quantization_config.recipe
         granularity = recipe.granularity().fitting([weight])
         rows = granularity.rows(weight)
         scale_format = parse_scale_format(granularity.scale_format)
         quantizer = search_tensor_error(rows, recipe.weight_formats(), scale_format=scale_format)
         packed = PackedWeight.of(quantizer, quantizer.encode(rows), weight.shape)
-        make_packed(layer, [weight.shape[1]], [packed], [])
+        make_packed(self.modules[param_name.rpartition(".")[0]], [weight.shape[1]], [packed], [])
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         if self.pre_quantized:
             _check_scales(self.modules)
         else:
             self.quantization_config.layers = {name: m.describe() for name, m in packed_layers(model).items()}
+        self.modules = {}  # the model has this quantizer: each would keep the other until garbage is collected
         model.register_to_config(quantization_config=self.quantization_config)
         model.is_quantized = False  # or diffusers refuses to cast it, which codes and scales take no harm from
         return model
@@ -254,31 +268,35 @@ def forget_config(model: Any) -> None:
     )
 
 
-def _check_tensors(model: nn.Module, found: Mapping[str, StoredTensor]) -> None:
-    """Compares what files hold with what a model needs.
+def _check_tensors(modules: Mapping[str, nn.Module], found: Mapping[str, StoredTensor]) -> None:
+    """Compares what files hold with what the modules of a model need.
 
     Raises:
         ValueError: if a tensor is missing, or one of a packed layer is too much or of another type or shape.
     """
-    expected = model.state_dict()
+    expected = {
+        f"{name}.{key}".lstrip("."): (module, value)
+        for name, module in modules.items()
+        for key, value in (module._parameters | module._buffers).items()
+        if value is not None and key not in module._non_persistent_buffers_set
+    }
     if missing := sorted(expected.keys() - found.keys()):
         raise ValueError(f"the files lack {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
-    modules = dict(model.named_modules())
-    layers = {name for name, module in modules.items() if isinstance(module, PackedLayer)}
 
-    def packed(tensor: str) -> str:
-        """The packed layer that a tensor belongs to, if any."""
-        name = tensor.rpartition(".")[0]
-        while name and name not in layers:
+    def packed(name: str) -> bool:
+        """Whether a tensor belongs to a packed layer."""
+        while name:
             name = name.rpartition(".")[0]
-        return name
+            if isinstance(modules.get(name), PackedLayer):
+                return True
+        return False
 
     if extra := sorted(tensor for tensor in found.keys() - expected.keys() if packed(tensor)):
         raise ValueError(f"the files hold {extra[0]}, which quantization_config does not know of")
-    for tensor, value in expected.items():
-        if packed(tensor):
+    for tensor, (module, value) in expected.items():
+        exact = isinstance(module, ExactBuffers)
+        if exact or isinstance(module, PackedLayer):
             wanted = StoredTensor(_STORED_TYPES.get(value.dtype, ""), tuple(value.shape))
-            exact = isinstance(modules[tensor.rpartition(".")[0]], ExactBuffers)
             if found[tensor].shape != wanted.shape or (exact and found[tensor].dtype != wanted.dtype):
                 raise ValueError(f"{tensor} is {found[tensor]} in the files, but should be {wanted}")
 

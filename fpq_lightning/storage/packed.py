@@ -18,7 +18,7 @@ from fpq_lightning.attention import OPERANDS, QuantizedAttention, make_attention
 from fpq_lightning.backends.paths import Arithmetic, Path, Plan, low_bit_paths, plan_for, run
 from fpq_lightning.formats import Format, parse_format
 from fpq_lightning.kernels import ops
-from fpq_lightning.layers import LayerQuantization, QuantizedLayer, SplitLayer
+from fpq_lightning.layers import LayerQuantization, QuantizedLayer, SplitLayer, as_modules
 from fpq_lightning.packing import pack, packed_length, unpack
 from fpq_lightning.quantizers import ExactBuffers, Quantizer
 from fpq_lightning.scales import FLOAT32, SCALE_FORMATS, ScaleFormat
@@ -218,7 +218,7 @@ class PackedLayer(SplitLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Runs the layer on the best path of its device."""
-        if any(part.codes.device != x.device for part in self.weights):
+        if len(self.weights) and self.weights[0].codes.device != x.device:
             return self.simulate(x)  # calls the parts, whose hooks bring them to the device
         if torch.compiler.is_compiling():
             return run(self, x, plan_for(self.low_bit_paths, x.device, x.dtype, self.arithmetic))
@@ -320,8 +320,7 @@ def make_packed(
         del layer._parameters["weight"]
     layer.__class__ = next(cls for plain, cls in PACKED_CLASSES.items() if isinstance(layer, plain))
     packed.shape, packed.splits = tuple(weight.shape), tuple(splits)
-    packed.weights = cast(Sequence[PackedWeight], nn.ModuleList(weights))
-    packed.inputs = cast(Sequence[Quantizer], nn.ModuleList(inputs))
+    packed.weights, packed.inputs = as_modules(weights), as_modules(inputs)
     packed.register_buffer("type_of_weight", torch.empty(0, dtype=weight.dtype, device=device), persistent=False)
     packed.low_bit_paths = low_bit_paths(packed)
     return packed
@@ -406,9 +405,15 @@ def quantized_weight(layer: PackedLayer | QuantizedLayer) -> Tensor:
     return layer.weight
 
 
+_OWN_ATTRIBUTES = (
+    "splits", "shape", "granularity", "mode", "_effective_weight", "arithmetic", "low_bit_paths", "_plan", "weights",
+    "inputs",
+)  # fmt: skip
+
+
 def _strip(layer: nn.Module) -> None:
     """Leaves of a calibrated or packed layer what a plain Linear or Conv layer has."""
     layer._modules.clear()
     layer._buffers.clear()
-    for name in ("splits", "shape", "granularity", "mode", "_effective_weight", "arithmetic", "low_bit_paths", "_plan"):
+    for name in _OWN_ATTRIBUTES:
         layer.__dict__.pop(name, None)
