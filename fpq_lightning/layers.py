@@ -51,7 +51,7 @@ class LayerQuantization(nn.Module):
         super().__init__()
         self.weights = as_modules(weights)
         self.inputs = as_modules(inputs)
-        self.roundings = cast(Sequence[LearnedRounding], nn.ModuleList())
+        self.roundings = ()
         self.codes: list[Tensor] | None = None
         self.register_parameter("bias", None)
 
@@ -83,7 +83,8 @@ class LayerQuantization(nn.Module):
         """Hardens the rounding variables to codes and freezes everything."""
         if self.roundings:
             self.codes = [rounding.codes() for rounding in self.roundings]
-        self.roundings = cast(Sequence[LearnedRounding], nn.ModuleList())
+            del self.roundings
+            self.roundings = ()
         for quantizer in [*self.weights, *self.inputs]:
             quantizer.freeze_scale()
         if self.bias is not None:
@@ -123,7 +124,9 @@ class QuantizedModule(nn.Module):
     @property
     def quantization(self) -> LayerQuantization | None:
         """The quantization in force, None in full precision."""
-        return None if self.mode == "full_precision" else cast(LayerQuantization, self.variants[self.mode])
+        mode = self.mode
+        # By attribute and item it takes the host several times as long, here and in `forward`.
+        return None if mode == "full_precision" else cast(Any, self._modules["variants"]._modules[mode])  # type: ignore[union-attr]
 
     def set_mode(self, mode: Mode) -> None:
         """Chooses the variant that `forward` runs."""
@@ -156,17 +159,21 @@ class SplitLayer(nn.Module):
 
     def quantize_input(self, x: Tensor, quantizers: Sequence[Quantizer]) -> Tensor:
         """Quantizes each part of the input; leaves it as it is without quantizers."""
-        if not quantizers:
+        if not len(quantizers):
             return x
-        if len(quantizers) == 1:
-            return quantizers[0](x)
+        first, *others = quantizers
+        if not others:
+            return first(x)
         parts = zip(quantizers, x.split(self.splits, dim=self.channel_dim), strict=True)
         return torch.cat([q(part) for q, part in parts], dim=self.channel_dim)
 
     def operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's linear operation with another weight."""
-        weight = weight.to(x.dtype)
-        bias = None if bias is None else bias.to(x.dtype)
+        dtype = x.dtype
+        if weight.dtype != dtype:
+            weight = weight.to(dtype)
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
         if isinstance(self, nn.Linear):
             return nn.functional.linear(x, weight, bias)
         return self._conv_forward(x, weight, bias)  # type: ignore[operator]
@@ -230,7 +237,9 @@ class QuantizedLayer(SplitLayer, QuantizedModule):
             if kept is None or kept.device != x.device or kept.dtype != x.dtype:
                 kept = self._effective_weight = self.quantized_weight(quantization).detach().to(x.device, x.dtype)
             weight = kept
-        bias = self.bias if quantization.bias is None else quantization.bias
+        bias = quantization._parameters["bias"]
+        if bias is None:
+            bias = self._parameters["bias"]
         return self.operate(self.quantize_input(x, quantization.inputs), weight, bias)
 
 

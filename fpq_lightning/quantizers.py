@@ -146,6 +146,7 @@ class Quantizer(ExactBuffers):
     ) -> None:
         super().__init__()
         self.format = fmt
+        self.spacing = fmt.spacing
         self.token_dims = token_dims
         self.scale_format = scale_format
         self.register_buffer("scale", None if scale is None else scale.detach().float())
@@ -206,13 +207,13 @@ class Quantizer(ExactBuffers):
         The gradient with respect to a learned scale is that of LSQ (Esser et al. 2020):
         ``value - x / scale`` inside the range and the bound outside.
         """
-        spacing, scale = self.format.spacing, self.scale
-        one_scale = scale is not None and scale.numel() == 1
         # A compiler fuses the plain operations with what surrounds them.
-        if spacing is not None and one_scale and not torch.compiler.is_compiling() and kernels.are_for(x):
-            from fpq_lightning.kernels.fake_quantize import fake_quantize  # needs Triton
-
-            return fake_quantize(x, self.current_scale(), self.offset, spacing)
+        if self.spacing is not None and not torch.compiler.is_compiling() and kernels.are_for(x):
+            # By attribute each would take the host as long as starting the kernel.
+            scale, offset, gain = self._buffers["scale"], self._buffers["offset"], self._parameters["log_gain"]
+            if scale is not None and scale.numel() == 1:
+                scale = scale if gain is None else scale * gain.exp()
+                return kernels.fake_quantize.fake_quantize(x, scale, offset, self.spacing)
         y, placed = self._normalised(x)
         return self._placed(_StraightThrough.apply(y, self.format), placed).to(x.dtype)
 

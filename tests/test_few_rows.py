@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -95,7 +96,7 @@ def test_operands_that_the_kernel_takes() -> None:
     assert not few_rows.fits(*operands(m=0))
     assert not few_rows.fits(*operands(n=24))
     assert not few_rows.fits(*operands(k=192))
-    assert not few_rows.fits(*operands(dtype=torch.float16))
+    assert not few_rows.fits(*operands(dtype=torch.float16)[:3], None)
     assert not few_rows.fits(x, codes, fmt, bias.float())
     assert not few_rows.fits(misaligned(x), codes, fmt, bias)
     assert not few_rows.fits(x, misaligned(codes), fmt, bias)
@@ -197,5 +198,5 @@ def test_the_kernel_builds_and_keeps_all_in_registers(columns: int) -> None:
             nvrtc.nvrtcGetProgramLog(program, log)
             text = log.decode()
             assert result == nvrtc.nvrtcResult.NVRTC_SUCCESS, text
-            assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text
+            assert re.search(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", text)
             assert "warning" not in text.lower()

@@ -73,7 +73,7 @@ def run(layer: PackedLayer, x: Tensor) -> Tensor:
 
 def sum_of_parts(layer: PackedLayer, x: Tensor, product: Callable[..., Tensor]) -> Tensor:
     """A product for each part of the input, summed; `product` takes weight, quantizer, input and bias."""
-    bias = layer.bias
+    bias: Tensor | None = layer.bias
     if bias is not None and (bias.requires_grad or bias.dtype != x.dtype):
         bias = bias.detach().to(x.dtype)
     total = product(layer.weights[0], layer.inputs[0], x if len(layer.splits) == 1 else _part(layer, x, 0), bias)

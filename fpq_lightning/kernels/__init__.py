@@ -6,11 +6,15 @@ import os
 import warnings
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fpq_lightning.formats import Spacing
+
+if TYPE_CHECKING:
+    from fpq_lightning.kernels import fake_quantize as fake_quantize  # there as soon as `are_for` says so
 
 
 @lru_cache(maxsize=1)
@@ -19,10 +23,10 @@ def _work() -> bool:
     if find_spec("triton") is None:
         return False
     try:
-        from fpq_lightning.kernels.fake_quantize import fake_quantize
+        from fpq_lightning.kernels import fake_quantize  # needs Triton
 
         one = torch.ones(1, device="cuda" if torch.cuda.is_available() else "cpu")
-        fake_quantize(one, one, None, Spacing(-1.0, 1.0, 1.0, 0.0)).item()
+        fake_quantize.fake_quantize(one, one, None, Spacing(-1.0, 1.0, 1.0, 0.0)).item()
     except Exception as error:  # whatever a compiler may raise
         reason = " ".join(str(error).split())[:150]
         warnings.warn(f"Triton cannot run here ({reason}): going on in plain torch, slower", stacklevel=2)

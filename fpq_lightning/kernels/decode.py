@@ -69,7 +69,7 @@ def _reorder(words_ptr, out_ptr, n, TAPS: tl.constexpr, BLOCK: tl.constexpr):
     inside = four < n
     words = ()
     for i in tl.static_range(TAPS):
-        words += (tl.load(words_ptr + row + four * TAPS + i, mask=inside, other=0),)
+        words += (tl.load(words_ptr + row + four * TAPS + i, mask=inside, other=0),)  # type: ignore[assignment]
     for tap in tl.static_range(TAPS):
         word = words[tap // 4] >> (tap % 4 * 8) & 255
         for i in tl.static_range(1, 4):

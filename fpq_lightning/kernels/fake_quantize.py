@@ -130,4 +130,4 @@ def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, spacing: Spac
     """
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
         return _FakeQuantize.apply(x, scale, offset, spacing)
-    return _quantized(x.detach().contiguous(), scale, offset, spacing)
+    return _quantized(x.contiguous(), scale, offset, spacing)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -65,6 +65,8 @@ class FPQQuantizer(DiffusersQuantizer):
         self.selected: set[str] = set()  # weights to quantize
         self.modules: dict[str, nn.Module] = {}  # of the model, by name, while it is loaded: a network has thousands
         self.devices: Mapping[str, Any] = {"": "cpu"}  # of modules and all below them
+        self.dtype = torch.float32
+        self.loading = ExitStack()  # unwound at its end; where loading fails, together with this quantizer
 
     @property
     def is_serializable(self) -> bool:
@@ -93,6 +95,16 @@ class FPQQuantizer(DiffusersQuantizer):
                 raise ValueError("fpq: layers cannot be offloaded to the disk: choose a device_map without disk")
             self.devices = device_map
 
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        if self.pre_quantized:  # of diffusers' steps this one comes before the modules are made
+            self.loading.enter_context(_no_garbage_collection())
+        self.dtype = torch_dtype or self.dtype
+        return torch_dtype
+
+    def get_cuda_warm_up_factor(self) -> int:
+        # Memory is reserved for elements of `dtype`, by one for so many of the model's: most are codes of a byte.
+        return self.dtype.itemsize if self.pre_quantized else super().get_cuda_warm_up_factor()
+
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self.files = [str(file) for file in checkpoint_files]
         return loaded_keys
@@ -101,8 +113,7 @@ class FPQQuantizer(DiffusersQuantizer):
         self, model: nn.Module, keep_in_fp32_modules: Sequence[str] = (), **kwargs: Any
     ) -> None:
         if self.pre_quantized:
-            with _no_garbage_collection():
-                self._prepare_packed(model)
+            self._prepare_packed(model)
         else:
             self.modules = dict(model.named_modules())
             self._select(model, [name for name in keep_in_fp32_modules if name])
@@ -157,14 +168,13 @@ class FPQQuantizer(DiffusersQuantizer):
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         # Codes and scales are put in their places here: diffusers would cast them, and takes long for each tensor.
         left = {}
-        with _no_garbage_collection():
-            for name, value in state_dict.items():
-                parent_name, _, tensor_name = name.rpartition(".")
-                parent = self.modules.get(parent_name)
-                if isinstance(parent, ExactBuffers):
-                    parent._buffers[tensor_name] = value.to(self._device_of(parent_name), non_blocking=True)
-                else:
-                    left[name] = value
+        for name, value in state_dict.items():
+            parent_name, _, tensor_name = name.rpartition(".")
+            parent = self.modules.get(parent_name)
+            if isinstance(parent, ExactBuffers):
+                parent._buffers[tensor_name] = value.to(self._device_of(parent_name), non_blocking=True)
+            else:
+                left[name] = value
         return left
 
     def _device_of(self, module: str) -> Any:
@@ -204,6 +214,7 @@ class FPQQuantizer(DiffusersQuantizer):
             _check_scales(self.modules)
         else:
             self.quantization_config.layers = {name: m.describe() for name, m in packed_layers(model).items()}
+        self.loading.close()
         self.modules = {}  # the model has this quantizer: each would keep the other until garbage is collected
         model.register_to_config(quantization_config=self.quantization_config)
         model.is_quantized = False  # or diffusers refuses to cast it, which codes and scales take no harm from
@@ -218,7 +229,7 @@ class FPQQuantizer(DiffusersQuantizer):
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Thousands of objects are made, none of which is garbage: looking for it would take longer than making them."""
+    """Looking for garbage among all objects takes longer than making a network's, none of which is garbage."""
     enabled = gc.isenabled()
     gc.disable()
     try:
