@@ -109,7 +109,7 @@ def test_what_tensor_cores_cannot_multiply_is_no_fp8_product(options: dict) -> N
     assert choose(low_bit_paths(layer), HOPPER, torch.bfloat16, "native").many == "decode"
 
 
-def test_paths_follow_the_device_the_type_and_the_wish() -> None:
+def test_paths_follow_the_device_the_type_and_the_wish(monkeypatch: pytest.MonkeyPatch) -> None:
     def paths(fmt: str, hardware: Hardware, dtype: torch.dtype, arithmetic: Arithmetic = "native") -> tuple[str, str]:
         return choose(low_bit_paths(packed_linear(fmt)), hardware, dtype, arithmetic)
 

@@ -141,6 +141,7 @@ def test_packed_convolutions_are_products_of_the_quantized_operands(
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
     monkeypatch.delenv("FPQ_KERNELS")
+    monkeypatch.setenv("FPQ_FP8_CONV", "1")
     monkeypatch.setattr("fpq_lightning.backends.paths.hardware_of", lambda device: Hardware((9, 0), kernels=True))
     layer = packed_conv(fmt, splits, torch.nn.Conv2d(48, 24, **{"kernel_size": 3, **options}))
     x = torch.randn(2, 48, *size).bfloat16().to(memory_format=memory_format)

@@ -92,9 +92,11 @@ def _product(weight: PackedWeight, quantizer: Quantizer, x: Tensor, bias: Tensor
         scale = quantizer.token_scale(x.float())
         codes, column = _round(x, scale), column_scale(weight, None)
     else:
-        codes, column = quantize(x, scale), weight.scale
-        if column.numel() > 1:
+        codes = quantize(x, scale)
+        if weight.scale.numel() > 1:
             scale, column = _ones(len(x), x.device), column_scale(weight, scale)
+        else:  # compilers take scalars alone for a scale of the whole tensor
+            scale, column = scale.reshape(()), weight.scale.reshape(())
     return torch._scaled_mm(codes, operand(weight).t(), scale, column, bias, out_dtype=x.dtype, use_fast_accum=True)
 
 
