@@ -125,6 +125,8 @@ def test_paths_follow_the_device_the_type_and_the_wish(monkeypatch: pytest.Monke
     assert paths("e2m2", HOPPER, torch.bfloat16) == ("fp8", "fp8")  # of five bits
     assert hardware_of(torch.device("cpu")) == Hardware()
     convolution = packed_linear(outputs=24, layer=nn.Conv2d(48, 24, 3))
+    assert choose(low_bit_paths(convolution), HOPPER, torch.bfloat16, "native") == ("decode", "decode")
+    monkeypatch.setenv("FPQ_FP8_CONV", "1")
     for hardware, path in (
         (HOPPER, "fp8_conv"),
         (Hardware((9, 0)), "decode"),
