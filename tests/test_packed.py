@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,6 +244,53 @@ def test_a_compiled_an_offloaded_and_a_placed_model_compute_the_same(
         assert torch.equal(output(unet), expected)
     with pytest.raises(ValueError, match="without disk"):
         UNet2DModel.from_pretrained(directory, device_map={"": "disk"}, offload_folder=directory.parent / "x")
+
+
+def test_parts_and_tensors_of_a_model_are_placed_as_the_device_map_says(
+    calibrated: tuple[DiffusionPipeline, Path],
+) -> None:
+    directory = calibrated[1] / "unet"
+    whole = UNet2DModel.from_pretrained(directory)
+    places = {name: "cpu" for name, _ in whole.named_children()}
+    del places["conv_in"]
+    places |= {name: "cpu" for name in whole.state_dict() if name.startswith("conv_in.")}
+    assert torch.equal(output(UNet2DModel.from_pretrained(directory, device_map=places)), output(whole))
+    del places["mid_block"]
+    with pytest.raises(ValueError, match=r"no device for mid_block\."):
+        UNet2DModel.from_pretrained(directory, device_map=places)
+
+
+def test_what_is_to_stay_in_float32_does(
+    calibrated: tuple[DiffusionPipeline, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    half = UNet2DModel.from_pretrained(calibrated[1] / "unet", torch_dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path)
+    monkeypatch.setattr(UNet2DModel, "_keep_in_fp32_modules", ["conv_in"])
+    kept = UNet2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert kept.conv_in.bias.dtype == torch.float32
+    assert kept.conv_out.bias.dtype == torch.bfloat16
+    assert torch.equal(kept.conv_in.bias, half.conv_in.bias.float())
+
+
+def test_a_model_goes_with_its_last_name_and_garbage_is_collected_again(
+    calibrated: tuple[DiffusionPipeline, Path], tmp_path: Path
+) -> None:
+    directory = shutil.copytree(calibrated[1] / "unet", tmp_path / "unet")
+    unet = UNet2DModel.from_pretrained(directory)
+    assert gc.isenabled()
+    gone = weakref.ref(unet)
+    gc.disable()
+    try:
+        del unet
+        assert gone() is None
+        UNet2DModel.from_pretrained(directory)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    (directory / WEIGHTS).write_bytes((directory / WEIGHTS).read_bytes()[:-1])
+    with pytest.raises((ValueError, OSError)):
+        UNet2DModel.from_pretrained(directory)
+    assert gc.isenabled()
 
 
 def test_weights_stay_packed_in_memory_also_after_a_call(tmp_path: Path) -> None:

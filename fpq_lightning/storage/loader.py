@@ -64,8 +64,9 @@ class FPQQuantizer(DiffusersQuantizer):
         self.files: list[str] = []
         self.selected: set[str] = set()  # weights to quantize
         self.modules: dict[str, nn.Module] = {}  # of the model, by name, while it is loaded: a network has thousands
-        self.devices: Mapping[str, Any] = {"": "cpu"}  # of modules and all below them
+        self.devices: Mapping[str, Any] = {"": "cpu"}  # of tensors, or of modules and all below them
         self.dtype = torch.float32
+        self.casts = False  # some tensors to float32, whatever `dtype` is
         self.loading = ExitStack()  # unwound at its end; where loading fails, together with this quantizer
 
     @property
@@ -112,11 +113,17 @@ class FPQQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, keep_in_fp32_modules: Sequence[str] = (), **kwargs: Any
     ) -> None:
+        kept = [name for name in keep_in_fp32_modules if name]
         if self.pre_quantized:
-            self._prepare_packed(model)
+            self.casts = bool(kept)
+            try:
+                self._prepare_packed(model)
+            except ValueError:
+                self.loading.close()
+                raise
         else:
             self.modules = dict(model.named_modules())
-            self._select(model, [name for name in keep_in_fp32_modules if name])
+            self._select(model, kept)
 
     def _prepare_packed(self, model: nn.Module) -> None:
         modules = dict(model.named_modules())
@@ -140,7 +147,7 @@ class FPQQuantizer(DiffusersQuantizer):
                 raise ValueError(f"quantization_config does not fit the attention of {name}: {error}") from error
         if foreign := [file for file in self.files if not file.endswith(".safetensors")]:
             raise ValueError(f"{foreign[0]} is no safetensors file, and no other is read")
-        self.modules = dict(model.named_modules())
+        self.modules = dict(model.named_modules(remove_duplicate=False))
         if self.files:
             found = {name: tensor for file in self.files for name, tensor in read_header(file).items()}
             _check_tensors(self.modules, found)
@@ -166,21 +173,29 @@ class FPQQuantizer(DiffusersQuantizer):
         config.details["recipe"] = config.recipe.to_dict()
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        # Codes and scales are put in their places here: diffusers would cast them, and takes long for each tensor.
-        left = {}
+        # Codes and scales, which diffusers would cast, are put in their places here; what needs no cast as well, since
+        # diffusers takes long for each tensor.
+        left: dict[str, Tensor] = {}
         for name, value in state_dict.items():
-            parent_name, _, tensor_name = name.rpartition(".")
-            parent = self.modules.get(parent_name)
+            parent_name, _, key = name.rpartition(".")
+            parent = self.modules.get(parent_name) if self.pre_quantized else None
+            held = None if parent is None or self.casts else parent._parameters.get(key)
             if isinstance(parent, ExactBuffers):
-                parent._buffers[tensor_name] = value.to(self._device_of(parent_name), non_blocking=True)
+                parent._buffers[key] = value.to(self._device_of(name), non_blocking=True)
+            elif held is not None and value.dtype == held.dtype == self.dtype and value.shape == held.shape:
+                placed = value.to(self._device_of(name), non_blocking=True)
+                cast(nn.Module, parent)._parameters[key] = nn.Parameter(placed, held.requires_grad)
             else:
                 left[name] = value
         return left
 
-    def _device_of(self, module: str) -> Any:
-        while module not in self.devices:
-            module = module.rpartition(".")[0]
-        return self.devices[module]
+    def _device_of(self, tensor: str) -> Any:
+        name = tensor
+        while name and name not in self.devices:
+            name = name.rpartition(".")[0]
+        if name not in self.devices:
+            raise ValueError(f"device_map says no device for {tensor}")
+        return self.devices[name]
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Mapping[str, Any], **kwargs: Any
