@@ -109,7 +109,7 @@ def test_what_tensor_cores_cannot_multiply_is_no_fp8_product(options: dict) -> N
     assert choose(low_bit_paths(layer), HOPPER, torch.bfloat16, "native").many == "decode"
 
 
-def test_paths_follow_the_device_the_type_and_the_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_follow_the_device_the_type_and_the_wish() -> None:
     def paths(fmt: str, hardware: Hardware, dtype: torch.dtype, arithmetic: Arithmetic = "native") -> tuple[str, str]:
         return choose(low_bit_paths(packed_linear(fmt)), hardware, dtype, arithmetic)
 
@@ -125,14 +125,14 @@ def test_paths_follow_the_device_the_type_and_the_wish(monkeypatch: pytest.Monke
     assert paths("e2m2", HOPPER, torch.bfloat16) == ("fp8", "fp8")  # of five bits
     assert hardware_of(torch.device("cpu")) == Hardware()
     convolution = packed_linear(outputs=24, layer=nn.Conv2d(48, 24, 3))
-    assert choose(low_bit_paths(convolution), HOPPER, torch.bfloat16, "native") == ("decode", "decode")
-    monkeypatch.setenv("FPQ_FP8_CONV", "1")
     for hardware, path in (
         (HOPPER, "fp8_conv"),
         (Hardware((9, 0)), "decode"),
         (Hardware((8, 9), kernels=True), "decode"),
     ):
         assert choose(low_bit_paths(convolution), hardware, torch.bfloat16, "native") == (path, path)
+    strided = packed_linear(splits=(32, 16), outputs=24, layer=nn.Conv2d(48, 24, 3, stride=2))
+    assert low_bit_paths(strided) == ()  # 16 channels would be read with those of the next pixel
     layer = packed_linear()
     assert is_few(layer, weight_only.MAX_ROWS * 48)
     assert not is_few(layer, (weight_only.MAX_ROWS + 1) * 48)

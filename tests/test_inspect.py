@@ -76,8 +76,7 @@ def test_bytes_are_those_in_the_file(packed: Path) -> None:
         assert layer.bytes == sum(size for key, size in sizes.items() if key.startswith(f"{layer.name}."))
 
 
-def test_paths_are_those_of_the_hardware(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FPQ_FP8_CONV", "1")
+def test_paths_are_those_of_the_hardware(packed: Path) -> None:
     on_hopper = inspect_pipeline(packed, HOPPER, torch.bfloat16)
     unet = DiffusionPipeline.from_pretrained(packed).unet
     for layer in on_hopper:

@@ -84,7 +84,7 @@ def test_codes_of_filters_are_translated_place_by_place(width: int, taps: tuple[
 
 CONVOLUTIONS = [  # pixels, channels, outputs, filter, stride, padding
     ((2, 8, 8), 32, 24, (3, 3), 1, (1, 1)),
-    ((1, 10, 12), 16, 40, (3, 3), 2, (1, 1)),
+    ((1, 10, 12), 96, 40, (3, 3), 2, (1, 1)),
     ((2, 9, 20), 48, 70, (3, 5), 1, (0, 2)),
     ((1, 12, 6), 80, 16, (1, 1), 1, (0, 0)),
     ((1, 12, 12), 32, 16, (3, 3), 3, (1, 0)),
@@ -129,9 +129,9 @@ def packed_conv(fmt: str, splits: tuple[int, ...], layer: torch.nn.Conv2d) -> Pa
     [
         ({"padding": 1}, (48,), (6, 7)),
         ({"padding": 1}, (32, 16), (6, 7)),
-        ({"stride": 2}, (48,), (7, 9)),  # as of a downsampler that pads before
-        ({"stride": 2, "padding": 1}, (48,), (7, 8)),
-        ({"kernel_size": 2, "stride": 2}, (48,), (9, 9)),
+        ({"stride": 2}, (64,), (7, 9)),  # as of a downsampler that pads before
+        ({"stride": 2, "padding": 1}, (32, 64), (7, 8)),
+        ({"kernel_size": 2, "stride": 2}, (32,), (9, 9)),
     ],
 )
 @pytest.mark.parametrize("fmt", ["float8_e4m3fn", "e2m1"])
@@ -141,10 +141,9 @@ def test_packed_convolutions_are_products_of_the_quantized_operands(
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
     monkeypatch.delenv("FPQ_KERNELS")
-    monkeypatch.setenv("FPQ_FP8_CONV", "1")
     monkeypatch.setattr("fpq_lightning.backends.paths.hardware_of", lambda device: Hardware((9, 0), kernels=True))
-    layer = packed_conv(fmt, splits, torch.nn.Conv2d(48, 24, **{"kernel_size": 3, **options}))
-    x = torch.randn(2, 48, *size).bfloat16().to(memory_format=memory_format)
+    layer = packed_conv(fmt, splits, torch.nn.Conv2d(sum(splits), 24, **{"kernel_size": 3, **options}))
+    x = torch.randn(2, sum(splits), *size).bfloat16().to(memory_format=memory_format)
     calls = []
     with monkeypatch.context() as patch:
         patch.setattr(ops, "conv", lambda *args: calls.append(1) or conv(*args))

@@ -16,6 +16,8 @@ from fpq_lightning.quantizers import Quantizer
 if TYPE_CHECKING:
     from fpq_lightning.storage.packed import PackedLayer, PackedWeight
 
+_STRIDED_CHANNELS = 32  # what those of a part are multiples of where the stride is not 1
+
 
 def fits(layer: PackedLayer) -> bool:
     """Whether it is a plain convolution of operands that are E4M3 up to scales of output channels and of the input."""
@@ -24,6 +26,7 @@ def fits(layer: PackedLayer) -> bool:
         and fp8.operands_fit(layer)
         and (layer.groups, layer.dilation, layer.padding_mode) == (1, (1, 1), "zeros")
         and layer.stride[0] == layer.stride[1]
+        and (layer.stride[0] == 1 or all(n % _STRIDED_CHANNELS == 0 for n in layer.splits))
         and not isinstance(layer.padding, str)
         and all(map(fp8.has_one_scale, layer.inputs))
     )

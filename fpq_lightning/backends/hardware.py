@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -32,13 +31,8 @@ class Hardware:
 
     @property
     def convolves_fp8(self) -> bool:
-        """Whether our convolutions of E4M3 are to run there, whose rectangles of pixels the copy engine fetches.
-
-        Only with ``FPQ_FP8_CONV=1``: cut with 128 channels a step, sums were wrong on an H200 for a reason that is not
-        found yet (docs/benchmarks.md); as they are cut now, with 64, they were right in every check.
-        """
-        able = self.kernels and self.capability is not None and self.capability >= _COPY_ENGINE
-        return able and os.environ.get("FPQ_FP8_CONV") == "1"
+        """Whether our convolutions of E4M3 are to run there, whose rectangles of pixels the copy engine fetches."""
+        return self.kernels and self.capability is not None and self.capability >= _COPY_ENGINE
 
 
 def hardware_of(device: torch.device) -> Hardware:

@@ -17,6 +17,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fpq_lightning.kernels.launch import Launcher
 
+STEP = 32
+"""Input channels of the shortest step."""
+
 
 class Tiling(NamedTuple):
     """How a convolution is cut.
@@ -49,7 +52,9 @@ def _conv(
     image = tile // (tiles_down * tiles_across)
     top = tile // tiles_across % tiles_down * BLOCK_H
     left = tile % tiles_across * BLOCK_W
-    total = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), dtype=tl.float32)
+    # Sums of transposed tiles: an operand that is reshaped must be the second one. As the first, Triton 3.6 takes it from
+    # registers, which it fills again before the tensor cores have read them.
+    total = tl.zeros((BLOCK_N, BLOCK_H * BLOCK_W), dtype=tl.float32)
     steps: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     for step in range(TAPS * steps):
         tap = step // steps
@@ -62,8 +67,9 @@ def _conv(
             left + across // STRIDE - PAD_ACROSS, across % STRIDE * C + channel,
         ]  # fmt: skip
         x = x_desc.load(place).reshape(BLOCK_H * BLOCK_W, BLOCK_C)
-        weight = weight_desc.load([first_out, tap, channel]).reshape(BLOCK_N, BLOCK_C)
-        total = tl.dot(x, weight.T, total)
+        weight = weight_desc.load([first_out, tap * C + channel])  # beyond the channels next place's, which x has as 0
+        total = tl.dot(weight, x.T, total)
+    total = total.T
     outs = first_out + tl.arange(0, BLOCK_N)
     total = total * tl.load(scale_ptr + outs, mask=outs < n_out, other=0.0)[None, :]
     if HAS_BIAS:
@@ -75,11 +81,13 @@ def _conv(
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def tiling_for(height: int, width: int, n_out: int) -> Tiling:
-    """A tiling by size, always with 64 input channels a step: with 128 sums were wrong on an H200 (Triton 3.6)."""
-    across = min(16, max(8, triton.next_power_of_2(width)))
-    pixels = 256 if height * width >= 2**14 else 128
-    return Tiling(pixels // across, across, 128 if n_out > 64 else 64, 64, 8, 4)
+def tiling_for(height: int, width: int, channels: int, n_out: int) -> Tiling:
+    """The fastest tiling on an H200 by size (docs/benchmarks.md)."""
+    across, outputs = min(16, max(8, triton.next_power_of_2(width))), 128 if n_out > 64 else 64
+    inputs = next((n for n in (128, 64) if channels % n == 0), STEP)
+    if height * width >= 2**14:
+        return Tiling(256 // across, across, outputs, min(64, inputs), 8, 4)
+    return Tiling(128 // across, across, outputs, inputs, 4, 3 if inputs == 128 else 4)
 
 
 def conv(
@@ -89,7 +97,8 @@ def conv(
     """The convolution of `x` with `weight`, times `scale`, plus `bias`; summed in float32.
 
     Args:
-        x: float8_e4m3fn `[b, h, w, in]`, contiguous; height and width multiples of the stride, channels of 16.
+        x: float8_e4m3fn `[b, h, w, in]`, contiguous; height and width multiples of the stride, channels of 16, and of `STEP`
+            where the stride is not 1.
         weight: float8_e4m3fn `[out, down, across, in]`, contiguous.
         scale: float32, `out` values: of each output channel's sums.
         bias: `[out]`, or None.
@@ -103,7 +112,7 @@ def conv(
     """
     (b, h, w, c), (n, down, across, _) = x.shape, weight.shape
     height, width = (h + 2 * padding[0] - down) // stride + 1, (w + 2 * padding[1] - across) // stride + 1
-    cut = tiling_for(height, width, n) if tiling is None else tiling
+    cut = tiling_for(height, width, c, n) if tiling is None else tiling
     out = torch.empty(b, height, width, n, dtype=dtype, device=x.device)
     # Pixels by what is left of their place when divided by the stride, so that those of a tile are neighbours.
     pixels = x.view(b, h // stride, stride, w // stride, stride * c)
@@ -111,7 +120,7 @@ def conv(
     _launcher(cut, c, down * across, across, stride, padding, bias is not None)(
         (b * tiles[0] * tiles[1], triton.cdiv(n, cut.outputs), 1),
         TensorDescriptor.from_tensor(pixels, [1, cut.height, 1, cut.width, cut.inputs]),
-        TensorDescriptor.from_tensor(weight.view(n, down * across, c), [cut.outputs, 1, cut.inputs]),
+        TensorDescriptor.from_tensor(weight.view(n, down * across * c), [cut.outputs, cut.inputs]),
         scale, scale if bias is None else bias, out, height, width, n, *tiles,
     )  # fmt: skip
     return out
