@@ -160,12 +160,12 @@ def convolutions() -> list[dict[str, Any]]:
             row[name] = f"{us:.1f} ({base / us:.2f}x)"
         codes = x.permute(0, 2, 3, 1).to(torch.float8_e4m3fn)
         weights = [torch.randn(n, 3, 3, c, device="cuda").to(torch.float8_e4m3fn) for _ in fp8]
-        scale, found = torch.ones(n, device="cuda"), []
+        scale, found = torch.ones(1, 1, device="cuda"), []
         for pixels, inputs, warps, stages in (
             (128, 64, 4, 4), (128, 128, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4), (256, 64, 8, 4), (256, 128, 8, 3)
         ):  # fmt: skip
             cut = Tiling(pixels // 16, 16, 128, inputs, warps, stages)
-            run = lambda: [conv(codes, w, scale, None, 1, (1, 1), torch.bfloat16, cut) for w in weights]  # noqa: B023, E731
+            run = lambda: [conv(codes, w, scale, scale, None, 1, (1, 1), torch.bfloat16, cut) for w in weights]  # noqa: B023, E731
             try:
                 found.append((graphed(run, len(weights)), tuple(cut)))
             except Exception as error:  # what does not fit the chip

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -12,6 +14,12 @@ from hypothesis import HealthCheck, settings
 from torch import nn
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub: tests need no network, nor its retries
+
+if find_spec("triton"):  # that its kernels are to be interpreted is read when they are imported
+    os.environ["TRITON_INTERPRET"] = "1"
+    for name in ("conv", "decode", "fake_quantize", "few_rows", "learned_rounding", "quantize", "weight_gemm"):
+        import_module(f"fpq_lightning.kernels.{name}")
+    del os.environ["TRITON_INTERPRET"]  # most tests are not to use them
 
 settings.register_profile("fpq", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fpq")

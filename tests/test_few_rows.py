@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import warnings
@@ -14,14 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when Triton and the kernels are imported
-try:
-    pytest.importorskip("triton", reason="needs Triton: pip install triton")
-    from fpq_lightning.kernels import few_rows, weight_gemm
-finally:
-    del os.environ["TRITON_INTERPRET"]  # other tests are not to use them
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from fpq_lightning.formats import Format, parse_format
+from fpq_lightning.kernels import few_rows, weight_gemm
 
 E2M1 = parse_format("e2m1")
 SHARED_BYTES = 227 * 1024  # that a block of threads can have

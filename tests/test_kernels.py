@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -10,16 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when Triton and the kernels are imported
-try:
-    pytest.importorskip("triton", reason="needs Triton: pip install triton")
-    import fpq_lightning.kernels.fake_quantize
-    import fpq_lightning.kernels.learned_rounding  # noqa: F401
-    from fpq_lightning.kernels.launch import Launcher
-finally:
-    del os.environ["TRITON_INTERPRET"]  # other tests are not to use them
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from fpq_lightning.formats import parse_format
+from fpq_lightning.kernels.launch import Launcher
 from fpq_lightning.quantizers import Quantizer
 from fpq_lightning.rounding import LearnedRounding
 

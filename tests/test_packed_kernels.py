@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when Triton and the kernels are imported
-try:
-    pytest.importorskip("triton", reason="needs Triton: pip install triton")
-    from fpq_lightning.kernels.codes import four_bit_assembly
-    from fpq_lightning.kernels.conv import Tiling as ConvTiling
-    from fpq_lightning.kernels.conv import conv
-    from fpq_lightning.kernels.decode import decode, translate
-    from fpq_lightning.kernels.quantize import quantize
-    from fpq_lightning.kernels.weight_gemm import Tiling, weight_gemm
-finally:
-    del os.environ["TRITON_INTERPRET"]  # other tests are not to use them
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from fpq_lightning.backends.hardware import Hardware
 from fpq_lightning.formats import Format, parse_format
 from fpq_lightning.kernels import ops
+from fpq_lightning.kernels.codes import four_bit_assembly
+from fpq_lightning.kernels.conv import Tiling as ConvTiling
+from fpq_lightning.kernels.conv import conv
+from fpq_lightning.kernels.decode import decode, translate
+from fpq_lightning.kernels.quantize import quantize
+from fpq_lightning.kernels.weight_gemm import Tiling, weight_gemm
 from fpq_lightning.packing import pack
 from fpq_lightning.quantizers import Quantizer
 from fpq_lightning.storage.packed import PackedLayer, PackedWeight, make_packed
@@ -92,23 +86,24 @@ CONVOLUTIONS = [  # pixels, channels, outputs, filter, stride, padding
 ]
 
 
+@pytest.mark.parametrize("one_scale", [False, True])
 @pytest.mark.parametrize("tiling", [None, ConvTiling(4, 8, 64, 32, 4, 2)])
 @pytest.mark.parametrize(("pixels", "c", "n", "taps", "stride", "padding"), CONVOLUTIONS)
 def test_convolutions_are_those_of_torch(
     pixels: tuple[int, int, int], c: int, n: int, taps: tuple[int, int], stride: int, padding: tuple[int, int],
-    tiling: ConvTiling | None,
+    tiling: ConvTiling | None, one_scale: bool,
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
     x, weight = torch.randn(*pixels, c).to(torch.float8_e4m3fn), torch.randn(n, *taps, c).to(torch.float8_e4m3fn)
-    scale, bias = torch.rand(n) + 0.1, torch.randn(n)
-    out = conv(x, weight, scale, bias, stride, padding, torch.float32, tiling)
+    scale, factor, bias = torch.rand(1 if one_scale else n, 1) + 0.1, torch.tensor(0.7), torch.randn(n)
+    out = conv(x, weight, scale, factor, bias, stride, padding, torch.float32, tiling)
     inputs, filters = x.double().permute(0, 3, 1, 2), weight.double().permute(0, 3, 1, 2)
     sums = torch.nn.functional.conv2d(inputs, filters, stride=stride, padding=padding).permute(0, 2, 3, 1)
     largest = torch.nn.functional.conv2d(inputs.abs(), filters.abs(), stride=stride, padding=padding).max()
     assert out.shape == sums.shape
-    assert ((out - sums * scale - bias).abs() <= 2**-20 * largest).all()
+    assert ((out - sums * scale[:, 0] * factor - bias).abs() <= 2**-20 * largest).all()
     with torch._subclasses.FakeTensorMode() as fake:
-        operands = (fake.from_tensor(t) for t in (x, weight, scale, bias))
+        operands = (fake.from_tensor(t) for t in (x, weight, scale, factor, bias))
         assert torch.ops.fpq.conv(*operands, stride, padding, torch.float32).shape == out.shape
 
 

@@ -50,8 +50,7 @@ def _product(
     if down or across:
         codes = F.pad(codes.view(torch.uint8), (0, 0, 0, across, 0, down)).view(codes.dtype)
     operand = fp8.operand(weight).view(weight.shape[0], *taps, weight.shape[1])
-    column = fp8.column_scale(weight, quantizer.scale).reshape(-1)
-    out = ops.conv(codes, operand, column, bias, stride, padding, x.dtype)
+    out = ops.conv(codes, operand, weight.scale, scale, bias, stride, padding, x.dtype)
     if down or across:  # what was added is not to be seen
         high = (height + 2 * padding[0] - taps[0]) // stride + 1
         wide = (width + 2 * padding[1] - taps[1]) // stride + 1

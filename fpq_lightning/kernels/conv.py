@@ -42,7 +42,8 @@ class Tiling(NamedTuple):
 
 @triton.jit
 def _conv(
-    x_desc, weight_desc, scale_ptr, bias_ptr, out_ptr, height, width, n_out, tiles_down, tiles_across,
+    x_desc, weight_desc, scale_ptr, factor_ptr, bias_ptr, out_ptr, scale_stride, height, width, n_out, tiles_down,
+    tiles_across,
     C: tl.constexpr, TAPS: tl.constexpr, TAPS_ACROSS: tl.constexpr, STRIDE: tl.constexpr, PAD_DOWN: tl.constexpr,
     PAD_ACROSS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -52,8 +53,8 @@ def _conv(
     image = tile // (tiles_down * tiles_across)
     top = tile // tiles_across % tiles_down * BLOCK_H
     left = tile % tiles_across * BLOCK_W
-    # Sums of transposed tiles: an operand that is reshaped must be the second one. As the first, Triton 3.6 takes it from
-    # registers, which it fills again before the tensor cores have read them.
+    # Sums of transposed tiles: an operand that is reshaped must be the second one. As the first, Triton (3.6 to 3.9)
+    # takes it from registers on Hopper, which it fills again before the tensor cores have read them.
     total = tl.zeros((BLOCK_N, BLOCK_H * BLOCK_W), dtype=tl.float32)
     steps: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     for step in range(TAPS * steps):
@@ -71,7 +72,8 @@ def _conv(
         total = tl.dot(weight, x.T, total)
     total = total.T
     outs = first_out + tl.arange(0, BLOCK_N)
-    total = total * tl.load(scale_ptr + outs, mask=outs < n_out, other=0.0)[None, :]
+    scale = tl.load(scale_ptr + outs * scale_stride, mask=outs < n_out, other=0.0) * tl.load(factor_ptr)
+    total = total * scale[None, :]
     if HAS_BIAS:
         total += tl.load(bias_ptr + outs, mask=outs < n_out, other=0.0).to(tl.float32)[None, :]
     pixel = tl.arange(0, BLOCK_H * BLOCK_W)
@@ -91,16 +93,17 @@ def tiling_for(height: int, width: int, channels: int, n_out: int) -> Tiling:
 
 
 def conv(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, int],
-    dtype: torch.dtype, tiling: Tiling | None = None,
+    x: Tensor, weight: Tensor, scale: Tensor, factor: Tensor, bias: Tensor | None, stride: int,
+    padding: tuple[int, int], dtype: torch.dtype, tiling: Tiling | None = None,
 ) -> Tensor:  # fmt: skip
-    """The convolution of `x` with `weight`, times `scale`, plus `bias`; summed in float32.
+    """The convolution of `x` with `weight`, times `scale` and `factor`, plus `bias`; summed in float32.
 
     Args:
-        x: float8_e4m3fn `[b, h, w, in]`, contiguous; height and width multiples of the stride, channels of 16, and of `STEP`
-            where the stride is not 1.
+        x: float8_e4m3fn `[b, h, w, in]`, contiguous; height and width multiples of the stride, channels of 16,
+            and of `STEP` where the stride is not 1.
         weight: float8_e4m3fn `[out, down, across, in]`, contiguous.
-        scale: float32, `out` values: of each output channel's sums.
+        scale: float32 `[1, 1]` or `[out, 1]`, contiguous: of the weight.
+        factor: float32, one value: the scale of `x`.
         bias: `[out]`, or None.
         stride: of both directions.
         padding: zeros around height and width.
@@ -121,7 +124,7 @@ def conv(
         (b * tiles[0] * tiles[1], triton.cdiv(n, cut.outputs), 1),
         TensorDescriptor.from_tensor(pixels, [1, cut.height, 1, cut.width, cut.inputs]),
         TensorDescriptor.from_tensor(weight.view(n, down * across * c), [cut.outputs, cut.inputs]),
-        scale, scale if bias is None else bias, out, height, width, n, *tiles,
+        scale, factor, scale if bias is None else bias, out, 1 if scale.shape[0] > 1 else 0, height, width, n, *tiles,
     )  # fmt: skip
     return out
 

@@ -43,18 +43,18 @@ def _(codes: Tensor, width: int, table: Tensor | None, n: int, taps: int) -> Ten
 
 @torch.library.custom_op("fpq::conv", mutates_args=())
 def _conv(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int],
-    dtype: torch.dtype,
+    x: Tensor, weight: Tensor, scale: Tensor, factor: Tensor, bias: Tensor | None, stride: int,
+    padding: Sequence[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     from fpq_lightning.kernels.conv import conv
 
-    return conv(x, weight, scale, bias, stride, (padding[0], padding[1]), dtype)
+    return conv(x, weight, scale, factor, bias, stride, (padding[0], padding[1]), dtype)
 
 
 @_conv.register_fake
 def _(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int],
-    dtype: torch.dtype,
+    x: Tensor, weight: Tensor, scale: Tensor, factor: Tensor, bias: Tensor | None, stride: int,
+    padding: Sequence[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     sizes = zip(x.shape[1:3], padding, weight.shape[1:3], strict=True)
     height, width = ((size + 2 * pad - taps) // stride + 1 for size, pad, taps in sizes)
@@ -94,15 +94,15 @@ def translate(codes: Tensor, width: int, table: Tensor | None, n: int, taps: int
 
 
 def conv(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, int],
-    dtype: torch.dtype,
+    x: Tensor, weight: Tensor, scale: Tensor, factor: Tensor, bias: Tensor | None, stride: int,
+    padding: tuple[int, int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """See `fpq_lightning.kernels.conv.conv`."""
     if torch.compiler.is_compiling():
-        return torch.ops.fpq.conv(x, weight, scale, bias, stride, padding, dtype)  # type: ignore[no-any-return]
+        return torch.ops.fpq.conv(x, weight, scale, factor, bias, stride, padding, dtype)  # type: ignore[no-any-return]
     from fpq_lightning.kernels import conv as kernel
 
-    return kernel.conv(x, weight, scale, bias, stride, padding, dtype)
+    return kernel.conv(x, weight, scale, factor, bias, stride, padding, dtype)
 
 
 def weight_gemm(x: Tensor, codes: Tensor, fmt: Format, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -99,8 +99,12 @@ def _gemm(
 
 
 def tiling_for(n_out: int, n_in: int) -> Tiling:
-    """A tiling by size; others have not been compared yet (``benchmarks/arithmetic.py tilings``)."""
-    return Tiling(outputs=64, inputs=128, splits=2 if n_out * n_in < 2**25 else 1, warps=4, stages=4)
+    """A tiling by size; others have not been compared yet (``benchmarks/arithmetic.py tilings``).
+
+    32 outputs are no tile for Hopper's asynchronous products, for which Triton 3.6 to 3.9 would fill the registers of
+    the decoded weight again before they are read (see `conv`).
+    """
+    return Tiling(outputs=32, inputs=128, splits=2 if n_out * n_in < 2**25 else 1, warps=4, stages=4)
 
 
 @lru_cache(maxsize=16)
