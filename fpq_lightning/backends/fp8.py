@@ -155,10 +155,9 @@ def _kept_table(fmt: str, device: torch.device) -> Tensor:
 
 def operand(weight: PackedWeight) -> Tensor:
     """Values of a weight without its scales, float8_e4m3fn `[out, in]`, of a filter `[out, places * in]`."""
-    native = weight.codes.dtype == torch.float8_e4m3fn
-    if native and len(weight.shape) == 2:
+    native, taps = weight.codes.dtype == torch.float8_e4m3fn, math.prod(weight.shape[2:])
+    if native and taps == 1:
         return weight.codes
-    taps = math.prod(weight.shape[2:])
     table = None if native else _table(weight.format.name, weight.codes.device)
     if kernels.are_for(weight.codes):
         translated = ops.translate(weight.bytes, weight.format.bits, table, weight.shape[1], taps)
