@@ -102,6 +102,8 @@ def quantize(
     Raises:
         ValueError: if `run_dir` holds another, a finished or (without `ckpt_path`) an unfinished run.
     """
+    if not isinstance(pipeline, DiffusionPipeline):
+        raise ValueError(f"quantize takes a diffusers pipeline, got {type(pipeline).__name__}: load it first")
     recipe = recipe or Recipe()
     data = data or CalibrationDataModule()
     sampler = sampler or SamplerConfig()

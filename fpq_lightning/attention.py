@@ -132,7 +132,7 @@ class QuantizedAttention(QuantizedModule):
             ValueError: if it calls attention more or less often than it did in calibration.
         """
         quantization = self.quantization
-        operands = self.observers or ([] if quantization is None else cast(Sequence[Operand], quantization.inputs))
+        operands = self.observers or ([] if quantization is None else cast("Sequence[Operand]", quantization.inputs))
         if not operands:
             return super().forward(*args, **kwargs)
         with _Calls(operands) as calls:
@@ -144,10 +144,19 @@ class QuantizedAttention(QuantizedModule):
             )
         return output
 
+    def __reduce__(self) -> Any:
+        return _remade, (type(self).__bases__[1],), self.__dict__  # the class is none that pickle finds by its name
+
+
+def _remade(plain: type) -> nn.Module:
+    """A module of a quantized class, to be filled."""
+    quantized: Any = _quantized_class(plain)  # type: ignore[arg-type]
+    return cast(nn.Module, quantized.__new__(quantized))
+
 
 @cache
 def _quantized_class(plain: type) -> type[nn.Module]:
-    return type(f"Quantized{plain.__name__}", (QuantizedAttention, plain), {})
+    return type(f"{plain.__name__}WithQuantizedAttention", (QuantizedAttention, plain), {})
 
 
 def make_attention_quantized(module: nn.Module, name: str, n_calls: int) -> QuantizedAttention:

@@ -47,6 +47,10 @@ from fpq_lightning.study.config import StudyConfig
 from fpq_lightning.study.run import Study
 from fpq_lightning.study.table import write_table
 
+_DESCRIPTION = (
+    "Quantizes diffusion models to low-bit floating point. Further commands, each with its own --help: study (a grid of "
+    "recipes), export (a quantized pipeline in another form), inspect (formats, bytes and arithmetic of packed layers)."
+)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -280,6 +284,9 @@ def main(arguments: list[str] | None = None) -> None:
             elif argument.startswith("--config="):
                 arguments[i] = f"--config={find_config(argument.removeprefix('--config='))}"
         commands = {"study": study, "export": export_model, "inspect": inspect_model}
+        names = [*FPQCommandLine.subcommands(), *commands]
+        if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
+            raise ValueError(f"there is no command {arguments[0]!r}: use {', '.join(names[:-1])} or {names[-1]}")
         if arguments and arguments[0] in commands:
             commands[arguments[0]](arguments[1:])
             return
@@ -290,6 +297,7 @@ def main(arguments: list[str] | None = None) -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             save_config_callback=None,
+            parser_kwargs={"description": _DESCRIPTION},
         )
     except torch.OutOfMemoryError as error:
         reason = " ".join(str(error).split())[:200]

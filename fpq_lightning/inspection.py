@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from fpq_lightning.backends.hardware import Hardware
 from fpq_lightning.backends.paths import Path as ExecutionPath
 from fpq_lightning.backends.paths import choose, is_few
+from fpq_lightning.layers import input_of
 from fpq_lightning.pipelines import SamplerConfig, denoiser_name, load_pipeline, sample, using_sampler
 from fpq_lightning.storage.packed import PackedLayer, packed_layers
+from fpq_lightning.storage.quantized import is_quantized, load_quantized
 
 LOW_BIT: tuple[ExecutionPath, ...] = ("fp8", "fp8_conv", "weight_only")
 """Paths whose products read low-bit operands."""
@@ -97,11 +99,13 @@ def inspect_pipeline(directory: str | Path, hardware: Hardware, dtype: torch.dty
         FileNotFoundError: if there is no pipeline.
         ValueError: if no layer of its denoiser is packed, or a file is damaged.
     """
-    pipeline = load_pipeline(directory)
+    quantized = is_quantized(directory)
+    pipeline = load_quantized(directory) if quantized else load_pipeline(directory)
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     layers = packed_layers(denoiser)
     if not layers:
-        raise ValueError(f"{directory} holds no packed layers: write them with fpq export DIR --format fpq")
+        how = "write them with fpq export DIR --format fpq" if quantized else "quantize it with fpq fit"
+        raise ValueError(f"{directory} holds no packed layers: {how}")
     size = {
         name: sum(t.numel() * t.element_size() for t in layer.state_dict().values()) for name, layer in layers.items()
     }
@@ -110,16 +114,16 @@ def inspect_pipeline(directory: str | Path, hardware: Hardware, dtype: torch.dty
     elements: Counter[str] = Counter()
     operations: Counter[str] = Counter()
 
-    def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def look(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             layer = cast(PackedLayer, module)
-            elements[name] = max(elements[name], inputs[0].numel())
+            elements[name] = max(elements[name], input_of(args, kwargs).numel())
             positions = output.numel() // layer.shape[0]
             operations[name] += 2 * positions * int(torch.Size(layer.shape).numel())
 
         return hook
 
-    handles = [layer.register_forward_hook(look(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(look(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         denoiser(*_to_meta(args), **_to_meta(kwargs))
     except (RuntimeError, TypeError) as error:

@@ -133,6 +133,11 @@ class QuantizedModule(nn.Module):
         self.mode = mode
 
 
+def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a Linear or Conv layer among the arguments of a call, as hooks get them."""
+    return cast(Tensor, args[0] if args else kwargs["input"])
+
+
 class SplitLayer(nn.Module):
     """Mixin of Linear and Conv layers whose input channels are cut into parts with quantizers of their own.
 
@@ -145,17 +150,24 @@ class SplitLayer(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    kernel_size: tuple[int, ...]
     splits: tuple[int, ...]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Makes a plain layer of a layer's arguments: adapters make layers of the type of their base."""
+        if not args and not kwargs:  # copies
+            return super().__new__(cls)
+        return next(kind for kind in cls.__mro__ if kind.__module__.startswith("torch.nn."))(*args, **kwargs)
 
     @property
     def channel_dim(self) -> int:
         """The dimension of the input that holds its channels."""
-        return -1 if isinstance(self, nn.Linear) else 1
+        return -1 if isinstance(self, nn.Linear) else -1 - len(self.kernel_size)
 
     @property
     def token_dims(self) -> tuple[int, ...]:
         """Dimensions of the input that share one scale when it is dynamic: a token, or an image of a convolution."""
-        return (-1,) if isinstance(self, nn.Linear) else tuple(range(1, self.weight.ndim))
+        return (-1,) if isinstance(self, nn.Linear) else tuple(range(1, 2 + len(self.kernel_size)))
 
     def quantize_input(self, x: Tensor, quantizers: Sequence[Quantizer]) -> Tensor:
         """Quantizes each part of the input; leaves it as it is without quantizers."""
@@ -225,9 +237,9 @@ class QuantizedLayer(SplitLayer, QuantizedModule):
                 return self.from_rows([q.decode(codes.to(self.weight.device)) for q, codes in pairs])
             return self.from_rows([q(r) for q, r in zip(quantization.weights, self.weight_rows(), strict=True)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Runs the layer in its mode."""
-        quantization = self.quantization
+        x, quantization = input, self.quantization
         if quantization is None:
             return self.operate(x, self.weight, self.bias)
         if quantization.roundings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -86,20 +87,46 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Diff
     path = Path(model).expanduser()
     if path.exists():
         if not (path / "model_index.json").is_file():
-            raise FileNotFoundError(f"{path} has no model_index.json: give the directory of a diffusers pipeline")
+            raise FileNotFoundError(f"{path} has no model_index.json: {_instead_of(path)}")
     elif str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"there is no model at {path}: give a pipeline directory or a hub id such as owner/name"
         )
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(path) if path.exists() else str(model), torch_dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        pipeline = DiffusionPipeline.from_pretrained(str(path) if path.exists() else str(model), dtype=dtype)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         if not path.exists():
             raise ValueError(f"there is no directory {model}, and no pipeline of that name on the hub") from error
         reason = " ".join(str(error).split())[:300]
+        if method := _foreign_method(path):
+            reason = f"its denoiser is stored for readers of {method}, which diffusers cannot be here ({reason})"
         raise ValueError(f"cannot load the pipeline {model}: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _instead_of(path: Path) -> str:
+    """What to give instead of a directory that holds no pipeline."""
+    if (path / "quantized" / "model_index.json").is_file():
+        return f"give {path / 'quantized'}"
+    part = "it is a single model, " if (path / "config.json").is_file() else ""
+    return f"{part}give the directory of a diffusers pipeline"
+
+
+def quantization_of(path: Path) -> tuple[Path, str] | None:
+    """The configuration file of a pipeline's quantized denoiser and the method that it names, if there is one."""
+    for name in DENOISERS:
+        file = path / name / "config.json"
+        try:
+            return file, str(json.loads(file.read_text())["quantization_config"]["quant_method"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def _foreign_method(path: Path) -> str | None:
+    found = quantization_of(path)
+    return None if found is None or found[1] == "fpq" else found[1]
 
 
 def denoiser_name(pipeline: DiffusionPipeline) -> str:

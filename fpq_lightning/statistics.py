@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fpq_lightning.calibration.trajectories import CalibrationSet
-from fpq_lightning.layers import LayerQuantization, QuantizedLayer, quantized_layers, running
+from fpq_lightning.layers import LayerQuantization, QuantizedLayer, input_of, quantized_layers, running
 
 _TIMESTEP_BINS = 10
 _TIMESTEPS = ("timestep", "timesteps")  # what denoisers call them
@@ -99,7 +99,10 @@ def _activation_ranges(
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     handles = [
         layer.register_forward_pre_hook(
-            lambda _, args, name=name: seen[name].append(args[0].detach().abs().flatten(1).amax(1).float().cpu())
+            lambda _, args, kwargs, name=name: seen[name].append(
+                input_of(args, kwargs).detach().abs().flatten(1).amax(1).float().cpu()
+            ),
+            with_kwargs=True,
         )
         for name, layer in layers.items()
     ]

@@ -74,8 +74,8 @@ def run(layer: PackedLayer, x: Tensor) -> Tensor:
 def sum_of_parts(layer: PackedLayer, x: Tensor, product: Callable[..., Tensor]) -> Tensor:
     """A product for each part of the input, summed; `product` takes weight, quantizer, input and bias."""
     bias: Tensor | None = layer.bias
-    if bias is not None and (bias.requires_grad or bias.dtype != x.dtype):
-        bias = bias.detach().to(x.dtype)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
     total = product(layer.weights[0], layer.inputs[0], x if len(layer.splits) == 1 else _part(layer, x, 0), bias)
     for i in range(1, len(layer.splits)):
         total = total + product(layer.weights[i], layer.inputs[i], _part(layer, x, i), None)
@@ -103,7 +103,7 @@ def _product(weight: PackedWeight, quantizer: Quantizer, x: Tensor, bias: Tensor
 def column_scale(weight: PackedWeight, factor: Tensor | None) -> Tensor:
     """What multiplies the sums of each output channel, float32 `[1, out]`: its scale, times that of the input."""
     scale = weight.scale
-    if torch.compiler.is_compiling() or scale.is_inference():
+    if torch.compiler.is_compiling() or scale.is_inference() or (factor is not None and factor.is_inference()):
         return _made_column(scale, factor, weight.shape[0])
     versions = (scale._version, None if factor is None else factor._version)
     kept = weight.column

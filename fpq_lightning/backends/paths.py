@@ -71,11 +71,14 @@ def is_few(layer: PackedLayer, elements: int) -> bool:
 
 
 def run(layer: PackedLayer, x: Tensor, plan: Plan) -> Tensor:
-    """Runs a layer as planned; decoded, where a gradient of the input is wanted, which low-bit products do not have."""
+    """Runs a layer as planned; decoded, where a gradient is wanted, which low-bit products do not have."""
     path = plan.few if is_few(layer, x.numel()) else plan.many
+    if path == "fp8_conv" and x.ndim != 4:  # an image without its batch
+        path = "decode"
     if path in ("weight_only", "fp8_conv") and not kernels.are_for(x):  # another device is the current one
         path = plan.many if path == "weight_only" else "decode"
-    if not x.numel() or (x.requires_grad and torch.is_grad_enabled()):
+    learns = x.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
+    if not x.numel() or (learns and torch.is_grad_enabled()):
         path = "decode"
     if path == "fp8":
         return fp8.run(layer, x)

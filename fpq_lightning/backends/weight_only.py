@@ -29,7 +29,7 @@ def fits(layer: PackedLayer) -> bool:
 def run(layer: PackedLayer, x: Tensor) -> Tensor:
     """The layer on few rows `x`, float16 or bfloat16 `[..., in]`; a product for each part of the input, summed."""
     rows = layer.quantize_input(x, layer.inputs).reshape(-1, x.shape[-1])
-    bias = None if layer.bias is None else layer.bias.detach()
+    bias: Tensor | None = layer.bias
     total: Tensor | None = None
     for weight, part in zip(layer.weights, rows.split(layer.splits, dim=1), strict=True):
         out = ops.weight_gemm(part.contiguous(), weight.bytes, weight.format, weight.scale, bias)

@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from fpq_lightning.layers import is_quantizable
+from fpq_lightning.layers import input_of, is_quantizable
 from fpq_lightning.model.blocks import Unit, layer_count
 from fpq_lightning.model.chain import Chain, chained
 
@@ -140,10 +140,11 @@ def trace_units(model: nn.Module, units: list[Unit], inputs: Mapping[str, Any]) 
         return hook
 
     def read(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple) -> None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             layer_order.setdefault(id(module), len(layer_order))
-            pieces = tracer.pieces.get(id(args[0])) if args else None
-            channel_dim = args[0].ndim - 1 if isinstance(module, nn.Linear) else 1
+            x = input_of(args, kwargs)
+            pieces = tracer.pieces.get(id(x))
+            channel_dim = x.ndim - 1 if isinstance(module, nn.Linear) else 1
             if pieces is not None and pieces.dim == channel_dim:
                 splits[name] = pieces.sizes
 
@@ -154,7 +155,7 @@ def trace_units(model: nn.Module, units: list[Unit], inputs: Mapping[str, Any]) 
         handles.append(unit.module.register_forward_hook(leave(unit)))
     for name, module in model.named_modules():
         if is_quantizable(module):
-            handles.append(module.register_forward_pre_hook(read(name)))
+            handles.append(module.register_forward_pre_hook(read(name), with_kwargs=True))
     try:
         with tracer:
             model(**inputs)

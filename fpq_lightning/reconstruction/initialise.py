@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from fpq_lightning import distributed
 from fpq_lightning.attention import OPERANDS, OperandSample, QuantizedAttention
 from fpq_lightning.formats import Format
-from fpq_lightning.layers import LayerQuantization, QuantizedLayer, running
+from fpq_lightning.layers import LayerQuantization, QuantizedLayer, input_of, running
 from fpq_lightning.model.blocks import Unit
 from fpq_lightning.quantizers import Quantizer
 from fpq_lightning.recipes import Recipe
@@ -34,7 +34,9 @@ def collect_layer_inputs(unit: Unit, calls: Iterable[Any]) -> dict[str, Tensor]:
     """
     seen: dict[str, list[Tensor]] = {name: [] for name in unit.layers}
     handles = [
-        layer.register_forward_pre_hook(lambda module, args, name=name: seen[name].append(args[0]))
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: seen[name].append(input_of(args, kwargs)), with_kwargs=True
+        )
         for name, layer in unit.layers.items()
     ]
     try:

@@ -73,6 +73,8 @@ class FPQConfig(QuantizationConfigMixin):
         """
         entries = {name: value for name, value in config_dict.items() if name != "quant_method"}
         found, layers = entries.pop("format_version", None), entries.pop("layers", None)
+        if layers is None:
+            raise ValueError("quantization_config names no layers: to quantize while loading, give an FPQConfig itself")
         if found != FORMAT_VERSION:
             raise ValueError(
                 f"quantization_config has format version {found}; this fpq_lightning reads version {FORMAT_VERSION}"

@@ -14,6 +14,7 @@ from fpq_lightning.layers import LayerQuantization, QuantizedLayer
 from fpq_lightning.pipelines import denoiser_name
 from fpq_lightning.quantizers import Granularity, Quantizer
 from fpq_lightning.scales import FLOAT32, ScaleFormat, parse_scale_format
+from fpq_lightning.storage.dequantized import FILE
 from fpq_lightning.storage.quantized import Form, is_quantized, load_quantized, read_description, save_quantized
 
 
@@ -31,7 +32,7 @@ def export(directory: str | Path, output: str | Path, form: str) -> None:
     """
     if form not in get_args(Form):
         raise ValueError(f"there is no form {form!r}: use {' or '.join(get_args(Form))}")
-    target = Path(output).expanduser()
+    target = Path(output).expanduser().resolve()
     if not is_quantized(directory):
         raise FileNotFoundError(f"there is no quantized pipeline at {directory}: give the quantized/ of a run")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -56,21 +57,29 @@ def find_codes(denoiser: nn.Module, description: Mapping[str, Any]) -> None:
         description: what that says of itself.
 
     Raises:
-        ValueError: if a weight is on no such grid.
+        ValueError: if it does not say the granularity, or a weight is on no such grid.
     """
-    for name, entry in description["layers"].items():
-        if not entry["weights"]:
-            continue
-        layer = cast(QuantizedLayer, denoiser.get_submodule(name))
+    try:
         recipe = description["recipe"]["weights"]
         scale_name = recipe.get("scale_format", FLOAT32)
         granularity = Granularity(recipe["granularity"], recipe["group_size"], scale_name)
+        formats = {
+            name: [parse_format(fmt) for fmt in entry["weights"]] for name, entry in description["layers"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{FILE} does not say the granularity and formats of the weights ({type(error).__name__}: {error}): export "
+            "them from packed files"
+        ) from error
+    for name, chosen in formats.items():
+        if not chosen:
+            continue
+        layer = cast(QuantizedLayer, denoiser.get_submodule(name))
         layer.granularity = granularity.fitting(layer.weight_parts())
         scale_format = parse_scale_format(layer.granularity.scale_format)
         quantization = cast(LayerQuantization, layer.variants["learned"])
         quantizers, codes = [], []
-        for rows, format_name in zip(layer.weight_rows(), entry["weights"], strict=True):
-            fmt = parse_format(format_name)
+        for rows, fmt in zip(layer.weight_rows(), chosen, strict=True):
             scale = find_scale(rows, fmt, scale_format)
             if scale is None:
                 raise ValueError(f"{name}: its weight is not one of {fmt} without offset; export it from packed files")

@@ -5,10 +5,11 @@ Importing this module makes it known, so that ``from_pretrained`` of any model o
 
 from __future__ import annotations
 
+import copy
 import gc
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
+from fpq_lightning.attention import make_attention_plain, quantized_attention
 from fpq_lightning.layers import is_quantizable
 from fpq_lightning.quantizers import ExactBuffers, layers_without_groups, without_groups
 from fpq_lightning.scales import parse_scale_format
@@ -59,15 +61,16 @@ class FPQQuantizer(DiffusersQuantizer):
     quantization_config: FPQConfig
 
     def __init__(self, quantization_config: FPQConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
-        self.pre_quantized = quantization_config.layers is not None
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)  # which is the user's to use again
+        self.pre_quantized = kwargs.get("pre_quantized", quantization_config.layers is not None)
+        if not self.pre_quantized:
+            self.quantization_config.layers = None
         self.files: list[str] = []
         self.selected: set[str] = set()  # weights to quantize
         self.modules: dict[str, nn.Module] = {}  # of the model, by name, while it is loaded: a network has thousands
         self.devices: Mapping[str, Any] = {"": "cpu"}  # of tensors, or of modules and all below them
         self.dtype = torch.float32
         self.casts = False  # some tensors to float32, whatever `dtype` is
-        self.loading = ExitStack()  # unwound at its end; where loading fails, together with this quantizer
 
     @property
     def is_serializable(self) -> bool:
@@ -97,8 +100,6 @@ class FPQQuantizer(DiffusersQuantizer):
             self.devices = device_map
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
-        if self.pre_quantized:  # of diffusers' steps this one comes before the modules are made
-            self.loading.enter_context(_no_garbage_collection())
         self.dtype = torch_dtype or self.dtype
         return torch_dtype
 
@@ -116,11 +117,8 @@ class FPQQuantizer(DiffusersQuantizer):
         kept = [name for name in keep_in_fp32_modules if name]
         if self.pre_quantized:
             self.casts = bool(kept)
-            try:
+            with _no_garbage_collection():
                 self._prepare_packed(model)
-            except ValueError:
-                self.loading.close()
-                raise
         else:
             self.modules = dict(model.named_modules())
             self._select(model, kept)
@@ -229,7 +227,6 @@ class FPQQuantizer(DiffusersQuantizer):
             _check_scales(self.modules)
         else:
             self.quantization_config.layers = {name: m.describe() for name, m in packed_layers(model).items()}
-        self.loading.close()
         self.modules = {}  # the model has this quantizer: each would keep the other until garbage is collected
         model.register_to_config(quantization_config=self.quantization_config)
         model.is_quantized = False  # or diffusers refuses to cast it, which codes and scales take no harm from
@@ -237,14 +234,16 @@ class FPQQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         for layer in packed_layers(model).values():
-            make_plain(layer)
+            make_plain(layer, layer.type_of_weight.dtype)
+        for attention in quantized_attention(model).values():
+            make_attention_plain(attention)
         forget_config(model)
         return model
 
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Looking for garbage among all objects takes longer than making a network's, none of which is garbage."""
+    """Looking for garbage among all objects takes longer than making a network's layers, none of which is garbage."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -255,7 +254,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _check_scales(modules: Mapping[str, nn.Module]) -> None:
-    """Looks whether all scales are positive numbers, many at a time.
+    """Looks whether all scales are positive numbers, and all offsets numbers, many at a time.
 
     Raises:
         ValueError: if one is not.
@@ -263,7 +262,7 @@ def _check_scales(modules: Mapping[str, nn.Module]) -> None:
     found: dict[tuple[Any, ...], dict[str, Tensor]] = {}
     for name, parent in modules.items():
         if isinstance(parent, ExactBuffers):
-            for scale in SCALES:
+            for scale in (*SCALES, "offset"):
                 if (value := parent._buffers.get(scale)) is not None and value.numel():
                     key = (value.device, value.dtype, *_bounds(parent, scale))
                     found.setdefault(key, {})[f"{name}.{scale}"] = value
@@ -275,11 +274,14 @@ def _check_scales(modules: Mapping[str, nn.Module]) -> None:
     for (_, _, low, high), scales in found.items():
         if not inside(scales.values(), low, high):
             name = next(name for name, value in scales.items() if not inside([value], low, high))
-            raise ValueError(f"{name} holds a scale that is no positive number: the file is damaged")
+            kind = "an offset that is no" if name.endswith("offset") else "a scale that is no positive"
+            raise ValueError(f"{name} holds {kind} number: the file is damaged")
 
 
 def _bounds(parent: nn.Module, name: str) -> tuple[float, float]:
-    """What the numbers of a buffer of scales are between; codes where it has a format of its own."""
+    """What the numbers of a buffer are between; codes where scales have a format of their own."""
+    if name == "offset":
+        return torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
     if not isinstance(parent, BlockScaledWeight):
         return SMALLEST, torch.finfo(torch.float32).max
     if name == "block_scale":

@@ -6,7 +6,7 @@ A weight is never kept decoded, so that it takes the bytes of its codes and no m
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, cast, get_args
 
@@ -54,6 +54,14 @@ class PackedWeight(ExactBuffers):
 
     def _keep_scale(self, scale: Tensor) -> None:
         self.register_buffer("scale", scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+        self.column = None
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "column": None}  # copies count the changes of their scales anew
 
     @staticmethod
     def of(quantizer: Quantizer, codes: Tensor, shape: Sequence[int]) -> PackedWeight:
@@ -178,6 +186,28 @@ class BlockScaledWeight(PackedWeight):
         return {**super().describe(), "scale_format": self.scale_format.name}
 
 
+class DecodedWeight(Tensor):
+    """What is read of a packed weight: a copy, so that it refuses to be written, which would be lost."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = func.__name__
+        if (
+            name in ("__set__", "__setitem__")
+            or (name.endswith("_") and not name.startswith("__"))
+            or name[:3] == "__i"
+        ):
+            raise RuntimeError(
+                f"a packed weight cannot be written ({name}), so no adapter can be fused into it: call dequantize() of "
+                "the model first"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs or {})
+        return result.as_subclass(cls) if name == "__get__" and isinstance(result, Tensor) else result
+
+
 class PackedLayer(SplitLayer):
     """Mixin of the packed layer classes; use `make_packed` to turn a layer into one.
 
@@ -201,7 +231,10 @@ class PackedLayer(SplitLayer):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The decoded weight, in the type that the layer was cast to, for whoever reads it."""
         stored = self._parameters.get("weight")
-        return self.decode_weight().to(self.type_of_weight.dtype) if stored is None else stored
+        if stored is not None:
+            return stored
+        decoded = self.decode_weight().to(self.type_of_weight.dtype)
+        return decoded if torch.compiler.is_compiling() else decoded.as_subclass(DecodedWeight)
 
     def decode_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight from its codes `[out, in, ...]`, float32 rounded to a type."""
@@ -216,8 +249,9 @@ class PackedLayer(SplitLayer):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}  # of this machine
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Runs the layer on the best path of its device."""
+        x = input
         if len(self.weights) and self.weights[0].codes.device != x.device:
             return self.simulate(x)  # calls the parts, whose hooks bring them to the device
         if torch.compiler.is_compiling():
@@ -321,6 +355,8 @@ def make_packed(
     layer.__class__ = next(cls for plain, cls in PACKED_CLASSES.items() if isinstance(layer, plain))
     packed.shape, packed.splits = tuple(weight.shape), tuple(splits)
     packed.weights, packed.inputs = as_modules(weights), as_modules(inputs)
+    if packed.bias is not None:
+        packed.bias.requires_grad_(False)  # low-bit products have no gradient
     packed.register_buffer("type_of_weight", torch.empty(0, dtype=weight.dtype, device=device), persistent=False)
     packed.low_bit_paths = low_bit_paths(packed)
     return packed
@@ -383,8 +419,8 @@ def make_attention_empty(module: nn.Module, name: str, entry: Sequence[Mapping[s
     attention.set_mode("learned")
 
 
-def make_plain(layer: PackedLayer | QuantizedLayer) -> None:
-    """Turns a layer into the plain class in place, with the float32 values of its quantized weight, if it has one."""
+def make_plain(layer: PackedLayer | QuantizedLayer, dtype: torch.dtype = torch.float32) -> None:
+    """Turns a layer into the plain class in place, with the values of its quantized weight, if it has one."""
     weight, bias = quantized_weight(layer), layer.bias
     if isinstance(layer, QuantizedLayer) and "learned" in layer.variants:
         corrected = cast(LayerQuantization, layer.variants["learned"]).bias
@@ -392,7 +428,7 @@ def make_plain(layer: PackedLayer | QuantizedLayer) -> None:
     plain: Any = layer
     _strip(plain)
     plain.__class__ = next(kind for kind in PACKED_CLASSES if isinstance(layer, kind))
-    plain.weight = nn.Parameter(weight.detach().float().clone(), requires_grad=False)
+    plain.weight = nn.Parameter(weight.detach().to(dtype).clone(), requires_grad=False)
     plain.bias = bias
 
 

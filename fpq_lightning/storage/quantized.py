@@ -21,7 +21,7 @@ from torch import nn
 
 from fpq_lightning.attention import make_attention_plain, quantized_attention
 from fpq_lightning.layers import LayerQuantization, QuantizedLayer, QuantizedModule, quantized_layers
-from fpq_lightning.pipelines import DENOISERS, denoiser_name, load_pipeline
+from fpq_lightning.pipelines import denoiser_name, load_pipeline, quantization_of
 from fpq_lightning.storage import dequantized
 from fpq_lightning.storage.compressed_tensors import MXFP4
 from fpq_lightning.storage.config import FPQConfig, QuantizationMethod
@@ -160,6 +160,10 @@ def save_quantized(
                     if component is not denoiser:
                         for layer in quantized_layers(component).values():
                             make_plain(layer)
+                    if component is not denoiser and form != "fpq" and (packed := packed_layers(component)):
+                        for part in packed.values():
+                            make_plain(part)
+                        forget_config(component)
             _convert(denoiser, form, details)
             try:
                 pipeline.save_pretrained(temporary)
@@ -194,14 +198,8 @@ def load_quantized(directory: str | Path) -> DiffusionPipeline:
 
 def _packed_config(directory: Path) -> Path | None:
     """The configuration of the packed denoiser of a pipeline, None if it has none."""
-    for name in DENOISERS:
-        file = directory / name / "config.json"
-        try:
-            if json.loads(file.read_text())["quantization_config"]["quant_method"] == QuantizationMethod.FPQ.value:
-                return file
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None
+    found = quantization_of(directory)
+    return found[0] if found is not None and found[1] == QuantizationMethod.FPQ.value else None
 
 
 def is_quantized(directory: str | Path) -> bool:
