@@ -48,8 +48,8 @@ from fpq_lightning.study.run import Study
 from fpq_lightning.study.table import write_table
 
 _DESCRIPTION = (
-    "Quantizes diffusion models to low-bit floating point. Further commands, each with its own --help: study (a grid of "
-    "recipes), export (a quantized pipeline in another form), inspect (formats, bytes and arithmetic of packed layers)."
+    "Quantizes diffusion models to low-bit floating point. Further commands, each with its own --help: study (a grid "
+    "of recipes), export (a quantized pipeline in another form), inspect (formats, bytes and arithmetic of layers)."
 )
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

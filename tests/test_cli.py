@@ -322,6 +322,14 @@ def test_a_bad_option_ends_fit_in_one_line(
     assert not (tmp_path / "run" / "report.json").exists()
 
 
+def test_an_unknown_command_and_help_say_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = run_fpq(capsys, ["inspec", "somewhere"])
+    assert outcome.code
+    assert "there is no command 'inspec': use fit, test, predict, study, export or inspect" in outcome.errors[0]
+    shown = run_fpq(capsys, ["--help"]).out
+    assert all(command in shown for command in ("study", "export", "inspect"))
+
+
 @pytest.mark.parametrize("command", ["fit", "test", "predict"])
 def test_a_command_without_a_model_asks_for_one(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

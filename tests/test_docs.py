@@ -103,7 +103,7 @@ def test_the_notebook_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytes
     exec(compile(program, "README.md", "exec"), {})
     config = (tmp_path / "runs" / "notebook" / "quantized" / "unet" / "config.json").read_text()
     assert '"quant_method": "fpq"' in config
-    assert '"quant_method": "fpq"' in (tmp_path / "runs" / "notebook" / "fp8" / "config.json").read_text()
+    assert '"quant_method": "fpq"' in (tmp_path / "runs" / "notebook" / "fp8" / "unet" / "config.json").read_text()
 
 
 @pytest.mark.parametrize(

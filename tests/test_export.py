@@ -179,6 +179,30 @@ def test_values_off_the_grid_have_no_scale() -> None:
     assert find_scale(rows, parse_format("e2m1")) is None
 
 
+def test_a_dequantized_form_that_does_not_say_its_granularity_is_one_line(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(capsys, finished, "dequantized", tmp_path / "plain")
+    file = tmp_path / "plain" / "quantization.json"
+    described = json.loads(file.read_text())
+    for recipe in (None, [], {"weights": 5}):
+        file.write_text(json.dumps({**described, "recipe": recipe}))
+        outcome = run_fpq(capsys, ["export", str(file.parent), "--format=fpq", f"--output={tmp_path / 'out'}"])
+        assert outcome.code
+        assert len(outcome.errors) == 1
+        assert "does not say the granularity" in outcome.errors[0]
+
+
+def test_an_empty_directory_behind_a_link_is_filled(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    export(capsys, finished, "fpq", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "model_index.json").is_file()
+
+
 def test_attention_and_other_components_survive_both_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipeline = load_pipeline(tiny_text_to_image(tmp_path / "tiny"))
     sampler = SamplerConfig(steps=4, batch_size=2, prompts=["a cat", "b"], guidance_scale=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,9 @@ def test_the_command_prints_it(packed: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["MODEL"], "holds no packed layers"),
+        (["MODEL"], "holds no packed layers: quantize it with fpq fit"),
+        (["MODEL/unet"], "it is a single model, give the directory of a diffusers pipeline"),
+        (["RUN"], "RUN/quantized"),
         (["nowhere"], "nowhere"),
         (["MODEL", "--capability=hopper"], "give it as 9.0"),
     ],
@@ -123,7 +126,23 @@ def test_what_cannot_be_inspected_is_said(
     arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = str(save_tiny(tmp_path / "model"))
-    outcome = run_fpq(capsys, ["inspect", *[model if a == "MODEL" else a for a in arguments]])
+    save_tiny(tmp_path / "run" / "quantized")
+    names = {"MODEL": model, "RUN": str(tmp_path / "run")}
+    for name, place in names.items():
+        arguments, said = [a.replace(name, place) for a in arguments], said.replace(name, place)
+    outcome = run_fpq(capsys, ["inspect", *arguments])
     assert outcome.code
     assert said in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
+
+
+def test_truncated_weights_are_named_as_export_names_them(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(packed, tmp_path / "copy"))
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    outcome = run_fpq(capsys, ["inspect", str(copy)])
+    assert outcome.code
+    assert "is truncated" in outcome.err
     assert len(outcome.err.strip().splitlines()) == 1

@@ -256,6 +256,19 @@ def test_the_dequantized_form_exports_to_the_same_layout(
     assert all(found[n].shape == t.shape and found[n].dtype == t.dtype for n, t in expected.items())
 
 
+@pytest.mark.parametrize("command", [["inspect"], ["predict", "--output=OUT", "--model"]])
+@pytest.mark.parametrize("name", FORMS)
+def test_what_diffusers_cannot_read_is_said_in_one_line(
+    name: str, command: list[str], exported: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [word.replace("OUT", str(tmp_path / "out")) for word in command]
+    outcome = run_fpq(capsys, [*arguments, str(exported[name].parent)])
+    assert outcome.code
+    assert len(outcome.errors) == 1
+    method = "compressed-tensors" if name == "mxfp4" else "modelopt"
+    assert f"its denoiser is stored for readers of {method}" in outcome.errors[0]
+
+
 def test_exports_are_pipelines_that_say_what_they_are(exported: dict[str, Path]) -> None:
     for name, unet in exported.items():
         assert (unet.parent / "model_index.json").is_file()
