@@ -1,7 +1,8 @@
-"""What Triton makes of kernels for a Hopper GPU; none is needed for that."""
+"""What Triton makes of kernels for GPUs of every generation; none is needed for that."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -10,22 +11,24 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
+PRODUCTS = {  # the instruction of products, and the shared memory that a program can have, by compute capability
+    80: ("mma.sync", 163),
+    89: ("mma.sync", 99),
+    90: ("wgmma", 227),
+    100: ("tcgen05.mma", 227),
+    120: ("mma.sync", 99),
+}
 COMPILE = """
-import sys
+import json, sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fpq_lightning.formats import parse_format
 from fpq_lightning.kernels import codes, conv, weight_gemm
 
-def intermediate(kernel, types, values, warps, stages):
-    types |= dict.fromkeys(values, "constexpr")
-    values = {(kernel.arg_names.index(name),): value for name, value in values.items()}
-    options = {"num_warps": warps, "num_stages": stages}
-    return compile(ASTSource(kernel, types, values), target=GPUTarget("cuda", 90, 32), options=options).asm["ttgir"]
-
 if sys.argv[1] == "conv":
-    cut = conv.tiling_for(32, 32, 256, 128)
+    cut = conv.tiling_for(*map(int, sys.argv[3].split(",")))
+    kernel = conv._conv
     types = {
         "x_desc": f"tensordesc<fp8e4nv[1,{cut.height},1,{cut.width},{cut.inputs}]>",
         "weight_desc": f"tensordesc<fp8e4nv[{cut.outputs},{cut.inputs}]>", "scale_ptr": "*fp32", "factor_ptr": "*fp32",
@@ -36,29 +39,50 @@ if sys.argv[1] == "conv":
         "C": 256, "TAPS": 9, "TAPS_ACROSS": 3, "STRIDE": 1, "PAD_DOWN": 1, "PAD_ACROSS": 1, "HAS_BIAS": True,
         "BLOCK_H": cut.height, "BLOCK_W": cut.width, "BLOCK_N": cut.outputs, "BLOCK_C": cut.inputs,
     }
-    kernel = conv._conv
 else:
     cut = weight_gemm.tiling_for(256, 256)
+    kernel = weight_gemm._gemm
     types = {
         "x_ptr": "*fp16", "codes_ptr": "*u8", "scale_ptr": "*fp32", "bias_ptr": "*fp16", "out_ptr": "*fp16",
         "partial_ptr": "*fp32", "arrived_ptr": "*i32",
         **dict.fromkeys(["n_rows", "n_out", "row_bytes", "scale_stride"], "i32"),
     }
     values = {
-        "K": 256, "HAS_BIAS": True, **codes.constants(parse_format("e2m1")), "SPLITS": cut.splits, "BLOCK_M": 64,
-        "BLOCK_N": cut.outputs, "BLOCK_K": cut.inputs, "ASSEMBLY": "",
+        "K": 256, "HAS_BIAS": True, **codes.constants(parse_format("e2m1")), "SPLITS": cut.splits,
+        "BLOCK_M": int(sys.argv[3]), "BLOCK_N": cut.outputs, "BLOCK_K": cut.inputs, "ASSEMBLY": "",
     }
-    kernel = weight_gemm._gemm
-print(intermediate(kernel, types, values, cut.warps, cut.stages))
+types |= dict.fromkeys(values, "constexpr")
+values = {(kernel.arg_names.index(name),): value for name, value in values.items()}
+for capability in json.loads(sys.argv[2]):
+    options = {"num_warps": cut.warps, "num_stages": cut.stages}
+    built = compile(ASTSource(kernel, types, values), target=GPUTarget("cuda", capability, 32), options=options)
+    print(json.dumps([capability, built.metadata.shared, built.asm["ttgir"], built.asm["ptx"]]))
 """
 
 
-@pytest.mark.parametrize("kernel", ["conv", "weight_gemm"])
-def test_no_asynchronous_product_has_an_operand_in_registers(kernel: str) -> None:
-    """Triton fills such registers again while tensor cores read them: sums are wrong, now and then."""
-    outcome = subprocess.run([sys.executable, "-c", COMPILE, kernel], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    ("kernel", "size", "capabilities"),
+    [
+        ("conv", "32,32,256,128", [90, 100, 120]),  # height, width, input and output channels
+        ("conv", "128,128,320,320", [90, 100, 120]),
+        ("conv", "16,16,96,48", [90, 100, 120]),
+        ("weight_gemm", "16", [80, 89, 90, 100, 120]),  # rows
+        ("weight_gemm", "64", [80, 89, 90, 100, 120]),
+    ],
+)
+def test_kernels_are_built_for_every_generation(kernel: str, size: str, capabilities: list[int]) -> None:
+    program = [sys.executable, "-c", COMPILE, kernel, json.dumps(capabilities), size]
+    outcome = subprocess.run(program, capture_output=True, text=True, check=False)
     assert outcome.returncode == 0, outcome.stderr[-2000:]
-    products = re.findall(r"(warp_group_dot|tt\.dot) .*? : (\S+)<.*?> \* (\S+)<", outcome.stdout)
-    assert products
-    for product, *operands in products:
-        assert product == "tt.dot" or operands == ["!ttg.memdesc", "!ttg.memdesc"]
+    built = [json.loads(line) for line in outcome.stdout.splitlines()]
+    assert [capability for capability, *_ in built] == capabilities
+    for capability, shared, intermediate, assembly in built:
+        instruction, memory = PRODUCTS[capability]
+        if kernel == "weight_gemm":
+            instruction = "mma.sync"
+        assert instruction in assembly
+        assert shared <= memory * 1024
+        # Triton fills registers again that asynchronous products still read: sums are wrong, now and then.
+        for operands in re.findall(r"warp_group_dot .*? : (\S+)<.*?> \* (\S+)<", intermediate):
+            assert operands == ("!ttg.memdesc", "!ttg.memdesc")
+        assert ("warp_group_dot " in intermediate) == (instruction == "wgmma")
