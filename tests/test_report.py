@@ -83,6 +83,21 @@ def test_the_table_shows_what_was_measured_and_nothing_else() -> None:
     assert lines[4] == "| learned rounding | 0.500 | 3.21 | 23.45 | 0.7500 | 12 |"
 
 
+def test_reports_name_the_recipe_and_the_size_of_the_files() -> None:
+    weights = fpq.WeightRecipe(["e2m1", "e1m2"], "group", 16)
+    recipe = fpq.Recipe(weights=weights, rounding=fpq.RoundingRecipe(iterations=70)).to_dict()
+    report = _report(recipe=recipe, disk_bytes=3 * 2**20)
+    phrase = "e2m1/e1m2 weights with a scale for each group of 16, fp8 activations, rounding learned for 70 iterations a unit"
+    assert f"Recipe: {phrase}." in render_markdown(report)
+    assert "files take 3.0 MiB" in render_markdown(report)
+    assert f"on cpu: {phrase}" in render_html(report, _samples())
+    nearest = fpq.Recipe(
+        weights=fpq.WeightRecipe(None), rounding=fpq.RoundingRecipe(learned=False), correct_biases=False
+    )
+    assert "full-precision weights" in render_markdown(_report(recipe=nearest.to_dict()))
+    assert "rounding to nearest" in render_markdown(_report(recipe=nearest.to_dict()))
+
+
 def test_images_that_are_not_finite_are_counted_in_the_table() -> None:
     variants = {"quantized": {"fd": None, "psnr": None, "not_finite": 3, "n_images": 12}}
     assert variants_table(variants).splitlines()[2] == "| quantized | 12 (3 not finite) |"

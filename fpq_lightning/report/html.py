@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fpq_lightning.images import to_bytes
 from fpq_lightning.report.figures import formats_by_depth, ranges_over_timesteps, unit_errors, zeros_by_layer
-from fpq_lightning.report.markdown import quality_notes, variant_label, variant_rows
+from fpq_lightning.report.markdown import quality_notes, recipe_phrase, variant_label, variant_rows
 
 _COLUMNS = 8
 _SMALLEST = 72  # pixels that an image takes on the page, at least
@@ -81,6 +81,7 @@ def render_html(report: Mapping[str, Any], samples: Mapping[str, Tensor]) -> str
     header, rows = variant_rows(report["variants"])
     return environment.get_template("report.html.j2").render(
         report=report,
+        recipe=recipe_phrase(report["recipe"]) if report.get("recipe") else "",
         header=header,
         rows=rows,
         notes=quality_notes(report["variants"]),

@@ -112,14 +112,34 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def recipe_phrase(recipe: Mapping[str, Any]) -> str:
+    """What a model was quantized to, and how: from `Recipe.to_dict`."""
+
+    def named(formats: str | list[str] | None) -> str:
+        return "full-precision" if formats is None else formats if isinstance(formats, str) else "/".join(formats)
+
+    weights, rounding = recipe["weights"], recipe["rounding"]
+    size = f" of {weights['group_size']}" if weights["group_size"] else ""
+    scales = "" if weights["formats"] is None else f" with a scale for each {weights['granularity']}{size}"
+    learned = f"learned for {rounding['iterations']} iterations a unit" if rounding["learned"] else "to nearest"
+    return (
+        f"{named(weights['formats'])} weights{scales}, "
+        f"{named(recipe['activations']['formats'])} activations, rounding {learned}"
+    )
+
+
 def _summary(report: Mapping[str, Any]) -> list[str]:
     sentences = []
+    if recipe := report.get("recipe"):
+        sentences.append(f"Recipe: {recipe_phrase(recipe)}.")
     if report.get("weight_bits") is not None:
         sentences.append(
             f"{report['quantized_share']:.1%} of the denoiser's weights are quantized, to "
             f"{report['weight_bits']:.2f} bits each (scales included); {report['sparsity']:.1%} of them are exactly "
             "zero."
         )
+    if size := report.get("disk_bytes"):
+        sentences.append(f"The denoiser's files take {size / 2**20:.1f} MiB.")
     if calibration := report.get("calibration"):
         sentences.append(
             f"Calibrated in {calibration['seconds']:.0f} s on {report['device']} with {calibration['samples']} "
