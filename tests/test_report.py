@@ -17,6 +17,7 @@ import torch
 from models import fit_arguments, save_tiny
 from torch import Tensor, nn
 
+import fpq_lightning as fpq
 from fpq_lightning.calibration.trajectories import CalibrationSet
 from fpq_lightning.cli import main
 from fpq_lightning.formats import parse_format
@@ -87,14 +88,14 @@ def test_reports_name_the_recipe_and_the_size_of_the_files() -> None:
     weights = fpq.WeightRecipe(["e2m1", "e1m2"], "group", 16)
     recipe = fpq.Recipe(weights=weights, rounding=fpq.RoundingRecipe(iterations=70)).to_dict()
     report = _report(recipe=recipe, disk_bytes=3 * 2**20)
-    phrase = "e2m1/e1m2 weights with a scale for each group of 16, fp8 activations, rounding learned for 70 iterations a unit"
-    assert f"Recipe: {phrase}." in render_markdown(report)
+    phrase = "e2m1/e1m2 weights with a scale for each group of 16, fp8 activations, rounding learned for 70 iterations"
+    assert f"Recipe: {phrase} a unit." in render_markdown(report)
     assert "files take 3.0 MiB" in render_markdown(report)
     assert f"on cpu: {phrase}" in render_html(report, _samples())
     nearest = fpq.Recipe(
         weights=fpq.WeightRecipe(None), rounding=fpq.RoundingRecipe(learned=False), correct_biases=False
     )
-    assert "full-precision weights" in render_markdown(_report(recipe=nearest.to_dict()))
+    assert "full-precision weights, fp8" in render_markdown(_report(recipe=nearest.to_dict()))
     assert "rounding to nearest" in render_markdown(_report(recipe=nearest.to_dict()))
 
 
