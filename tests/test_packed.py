@@ -377,7 +377,7 @@ def test_modules_to_not_convert_are_names_of_layers_and_modules_and_patterns(tmp
     expected |= {n for n in layers if n.startswith("up_blocks.") and n.endswith(".conv1")}
     assert len(expected) == 1 + 2 + 3 + 4
     assert left == expected
-    assert config.to_dict()["recipe"]["exclude"] == sorted(expected)
+    assert unet.config.quantization_config.to_dict()["recipe"]["exclude"] == sorted(expected)
 
 
 def test_a_pipeline_takes_the_configuration_of_its_denoiser(tmp_path: Path) -> None:
