@@ -94,10 +94,10 @@ def _bias(mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> Tensor 
 class _Calls(TorchFunctionMode):
     """Computes the calls made within by `attention`, each with operands of its own."""
 
-    def __init__(self, operands: Sequence[Operand]) -> None:
+    def __init__(self, operands: Sequence[Operand], made: list[None]) -> None:
         super().__init__()
         self.operands = list(operands)
-        self.made = 0
+        self.made = made  # one a call; compilers do not read attributes of a mode once it is left
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
@@ -105,8 +105,8 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        mine = self.operands[self.made * len(OPERANDS) :][: len(OPERANDS)]
-        self.made += 1
+        mine = self.operands[len(self.made) * len(OPERANDS) :][: len(OPERANDS)]
+        self.made.append(None)
         return attention(*args, **kwargs, operands=mine) if mine else func(*args, **kwargs)
 
 
@@ -135,11 +135,12 @@ class QuantizedAttention(QuantizedModule):
         operands = self.observers or ([] if quantization is None else cast("Sequence[Operand]", quantization.inputs))
         if not operands:
             return super().forward(*args, **kwargs)
-        with _Calls(operands) as calls:
+        made: list[None] = []
+        with _Calls(operands, made):
             output = super().forward(*args, **kwargs)
-        if calls.made != self.n_calls:
+        if len(made) != self.n_calls:
             raise ValueError(
-                f"{self.full_name}: it called scaled_dot_product_attention {calls.made} times, {self.n_calls} in "
+                f"{self.full_name}: it called scaled_dot_product_attention {len(made)} times, {self.n_calls} in "
                 "calibration: use the attention processor and backend of the calibration"
             )
         return output

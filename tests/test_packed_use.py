@@ -153,7 +153,7 @@ def test_modules_with_quantized_attention_are_pickled_and_compiled(directory: Pa
         assert torch.equal(output(again), output(unet))
     x = torch.randn(1, 16, module.to_q.in_features)
     with torch.no_grad():
-        assert torch.equal(torch.compile(module, backend="eager")(x), module(x))
+        assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x), module(x))
 
 
 # --- loading and leaving ---------------------------------------------------------------------------------------
