@@ -146,7 +146,7 @@ class QuantizedAttention(QuantizedModule):
         return output
 
     def __reduce__(self) -> Any:
-        return _remade, (type(self).__bases__[1],), self.__dict__  # the class is none that pickle finds by its name
+        return _remade, (type(self).__bases__[1],), self.__getstate__()  # pickle does not find the class by its name
 
 
 def _remade(plain: type) -> nn.Module:

@@ -155,7 +155,8 @@ class SplitLayer(nn.Module):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Makes a plain layer of a layer's arguments: adapters make layers of the type of their base."""
-        if not args and not kwargs:  # copies
+        copied, ours = not args and not kwargs, cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+        if copied or not ours:
             return super().__new__(cls)
         return next(kind for kind in cls.__mro__ if kind.__module__.startswith("torch.nn."))(*args, **kwargs)
 

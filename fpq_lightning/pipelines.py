@@ -94,7 +94,7 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Diff
         )
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(path) if path.exists() else str(model), dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError) as error:
         if not path.exists():
             raise ValueError(f"there is no directory {model}, and no pipeline of that name on the hub") from error
         reason = " ".join(str(error).split())[:300]

@@ -131,8 +131,9 @@ def test_paths_follow_the_device_the_type_and_the_wish() -> None:
         (Hardware((8, 9), kernels=True), "decode"),
     ):
         assert choose(low_bit_paths(convolution), hardware, torch.bfloat16, "native") == (path, path)
-    strided = packed_linear(splits=(32, 16), outputs=24, layer=nn.Conv2d(48, 24, 3, stride=2))
-    assert low_bit_paths(strided) == ()  # 16 channels would be read with those of the next pixel
+    for splits in ((48,), (32, 16)):
+        strided = packed_linear(splits=splits, outputs=24, layer=nn.Conv2d(48, 24, 3, stride=2))
+        assert low_bit_paths(strided) == ()  # 16 channels would be read with those of the next pixel
     layer = packed_linear()
     assert is_few(layer, weight_only.MAX_ROWS * 48)
     assert not is_few(layer, (weight_only.MAX_ROWS + 1) * 48)

@@ -149,6 +149,7 @@ def test_packed_convolutions_are_products_of_the_quantized_operands(
     magnitudes = layer.operate(inputs.abs(), weight.abs(), layer.bias.double().abs())
     assert out.shape == expected.shape
     assert ((out.double() - expected).abs() <= 2**-7 * magnitudes).all()
+    assert torch.equal(layer(x[0]), layer.simulate(x[0]))  # without its batch it is decoded
     torch.compiler.reset()
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), out)
 

@@ -11,15 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MakeNetwork
-from diffusers import DiffusionPipeline, PipelineQuantizationConfig, UNet2DConditionModel, UNet2DModel
-from models import save_tiny, tiny_text_to_image
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig, UNet2DConditionModel
+from diffusers.models.embeddings import TimestepEmbedding
+from models import tiny_text_to_image
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from test_backends import packed_linear
+from test_packed import calibrate
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fpq_lightning as fpq
 from fpq_lightning.attention import make_attention_quantized, quantized_attention
 from fpq_lightning.backends.hardware import Hardware
+from fpq_lightning.inspection import inspect_pipeline
 from fpq_lightning.layers import Granularity, LayerQuantization, make_quantized
 from fpq_lightning.quantizers import Quantizer
 from fpq_lightning.storage.export import export
@@ -84,6 +89,32 @@ def test_a_read_weight_can_be_computed_with_and_not_written() -> None:
     ):
         with pytest.raises(RuntimeError, match="cannot be written"):
             write()
+    with pytest.raises(RuntimeError, match="cannot be written"):
+        torch.add(weight, 1, out=weight)
+
+
+def test_a_read_weight_goes_wherever_a_tensor_does() -> None:
+    layer, x = packed_linear("e2m1"), torch.randn(3, 48).bfloat16()
+    weight, expected = layer.weight, layer.decode_weight().bfloat16()
+    room, plain = torch.zeros(40, 50).bfloat16(), nn.Linear(48, 32).bfloat16()
+    room[:32, :48] = weight.data
+    assert torch.equal(room[:32, :48], expected)
+    assert torch.equal(torch.zeros_like(weight).add_(weight), expected)
+    plain.load_state_dict({"weight": weight, "bias": layer.bias})
+    assert torch.equal(plain.weight, expected)
+    weight.requires_grad = False
+    weight.requires_grad_(False)
+    file = io.BytesIO()
+    torch.save({"weight": weight.data}, file)
+    file.seek(0)
+    copies = (copy.deepcopy(weight), torch.load(file)["weight"], torch.compile(torch.clone, backend="eager")(weight))
+    for other in copies:
+        assert torch.equal(other.mul_(2), expected * 2)
+    parameter = nn.Parameter(weight)
+    with torch.no_grad():
+        assert torch.equal(parameter.mul_(2), expected * 2)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert nn.functional.linear(x, layer.weight).shape == (3, 32)
 
 
 def test_adapters_of_convolutions_are_plain_convolutions(directory: Path) -> None:
@@ -138,6 +169,36 @@ def test_the_bias_of_a_packed_layer_learns_where_that_is_wished_for(monkeypatch:
     assert torch.equal(layer.bias.grad, torch.full_like(layer.bias, 100))
 
 
+def test_biases_of_an_opened_model_do_not_learn(directory: Path, tmp_path: Path) -> None:
+    load(directory).save_pretrained(tmp_path / "packed")
+    for unet in (load(directory), UNet2DConditionModel.from_pretrained(tmp_path / "packed")):
+        assert not any(layer.bias is not None and layer.bias.requires_grad for layer in packed_layers(unet).values())
+
+
+def test_scales_made_in_inference_mode_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper(monkeypatch)
+    layer, x = packed_linear(), torch.randn(100, 48).bfloat16()
+    expected = layer(x)
+    with torch.inference_mode():
+        layer.inputs[0].scale = layer.inputs[0].scale.clone()
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+
+
+def test_a_network_that_calls_its_layers_by_keyword_is_calibrated_and_inspected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: nn.Module, sample: Tensor, condition: None = None) -> Tensor:
+        return self.linear_2(input=self.act(self.linear_1(input=sample)))
+
+    monkeypatch.setattr(TimestepEmbedding, "forward", forward)
+    calibrate(tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert {"time_embedding.linear_1", "time_embedding.linear_2"} <= {e["name"] for e in report["layers"]}
+    layers = inspect_pipeline(tmp_path / "run" / "quantized", Hardware((9, 0), kernels=True), torch.bfloat16)
+    assert all(layer.operations > 0 for layer in layers)
+
+
 def test_modules_with_quantized_attention_are_pickled_and_compiled(directory: Path) -> None:
     unet = load(directory)
     name = next(name for name, module in unet.named_modules() if name.endswith("attn1"))
@@ -154,6 +215,12 @@ def test_modules_with_quantized_attention_are_pickled_and_compiled(directory: Pa
     x = torch.randn(1, 16, module.to_q.in_features)
     with torch.no_grad():
         assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x), module(x))
+        module.compile(backend="eager")
+        module(x)
+        other = copy.deepcopy(module)
+        for parameter in other.parameters():
+            parameter.zero_()
+        assert not torch.equal(other(x), module(x))  # which runs its own
 
 
 # --- loading and leaving ---------------------------------------------------------------------------------------
@@ -167,16 +234,28 @@ def test_a_configuration_can_be_used_again_and_is_left_as_it_was(directory: Path
     assert vars(config).keys() == before.keys()
     assert config.layers is None
     assert config.recipe == before["recipe"]
-    # That of a model, on another one.
-    taken = models[0].config.quantization_config
-    small = UNet2DModel.from_pretrained(save_tiny(tmp_path / "tiny") + "/unet", quantization_config=taken)
-    assert "conv_in" not in packed_layers(small)
+    models[0].save_pretrained(tmp_path / "packed")
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path / "packed")
+    for model in (models[0], loaded):
+        with pytest.raises(ValueError, match="that of a quantized model: give a new FPQConfig"):
+            UNet2DConditionModel.from_pretrained(directory, quantization_config=model.config.quantization_config)
 
 
 def test_a_dictionary_without_layers_says_to_give_a_configuration(directory: Path) -> None:
     for given in ({"quant_method": "fpq", "weights": "fp4"}, fpq.FPQConfig("fp4").to_dict()):
         with pytest.raises(ValueError, match="give an FPQConfig"):
             UNet2DConditionModel.from_pretrained(directory, quantization_config=given)
+
+
+def test_an_offset_that_is_no_number_is_refused_by_name(directory: Path, tmp_path: Path) -> None:
+    config = fpq.FPQConfig("uint5", "tensor")
+    UNet2DConditionModel.from_pretrained(directory, quantization_config=config).save_pretrained(tmp_path / "packed")
+    (file,) = (tmp_path / "packed").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["conv_in.weights.0.offset"].fill_(float("nan"))
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"conv_in\.weights\.0\.offset holds an offset"):
+        UNet2DConditionModel.from_pretrained(tmp_path / "packed")
 
 
 def test_a_failed_load_leaves_garbage_collection_on(directory: Path, tmp_path: Path) -> None:
@@ -201,6 +280,17 @@ def test_a_dequantized_model_runs_in_its_type_and_has_plain_attention(directory:
     assert not quantized_attention(unet)
     assert {p.dtype for p in unet.parameters()} == {torch.bfloat16}
     assert torch.equal(output(unet), expected)
+
+
+def test_layers_that_stay_in_float32_stay_so_when_dequantized(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(directory, torch_dtype=torch.bfloat16).save_pretrained(tmp_path / "packed")
+    monkeypatch.setattr(UNet2DConditionModel, "_keep_in_fp32_modules", ["conv_in"])
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "packed", torch_dtype=torch.bfloat16)
+    unet.dequantize()
+    assert unet.conv_in.weight.dtype == unet.conv_in.bias.dtype == torch.float32
+    assert unet.conv_out.weight.dtype == torch.bfloat16
 
 
 def test_the_plain_form_has_no_packed_component(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class FPQConfig(QuantizationConfigMixin):
         """
         entries = {name: value for name, value in config_dict.items() if name != "quant_method"}
         found, layers = entries.pop("format_version", None), entries.pop("layers", None)
-        if layers is None and (found is None or "layers" in config_dict):  # it comes from no file
+        if layers is None and (found is None or (found == FORMAT_VERSION and "layers" in config_dict)):  # of no file
             raise ValueError("quantization_config names no layers: to quantize while loading, give an FPQConfig itself")
         if found != FORMAT_VERSION:
             raise ValueError(

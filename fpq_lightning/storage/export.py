@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -32,7 +33,7 @@ def export(directory: str | Path, output: str | Path, form: str) -> None:
     """
     if form not in get_args(Form):
         raise ValueError(f"there is no form {form!r}: use {' or '.join(get_args(Form))}")
-    target = Path(output).expanduser().resolve()
+    target = Path(os.path.realpath(Path(output).expanduser()))
     if not is_quantized(directory):
         raise FileNotFoundError(f"there is no quantized pipeline at {directory}: give the quantized/ of a run")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):

@@ -63,8 +63,8 @@ class FPQQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: FPQConfig, **kwargs: Any) -> None:
         super().__init__(copy.deepcopy(quantization_config), **kwargs)  # which is the user's to use again
         self.pre_quantized = kwargs.get("pre_quantized", quantization_config.layers is not None)
-        if not self.pre_quantized:
-            self.quantization_config.layers = None
+        if not self.pre_quantized and quantization_config.layers is not None:
+            raise ValueError("this quantization_config is that of a quantized model: give a new FPQConfig")
         self.files: list[str] = []
         self.selected: set[str] = set()  # weights to quantize
         self.modules: dict[str, nn.Module] = {}  # of the model, by name, while it is loaded: a network has thousands
@@ -234,7 +234,8 @@ class FPQQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         for layer in packed_layers(model).values():
-            make_plain(layer, layer.type_of_weight.dtype)
+            kept = layer.type_of_weight if layer.bias is None else layer.bias  # in float32 some are in any model
+            make_plain(layer, kept.dtype)
         for attention in quantized_attention(model).values():
             make_attention_plain(attention)
         forget_config(model)

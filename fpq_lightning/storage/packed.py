@@ -6,12 +6,14 @@ A weight is never kept decoded, so that it takes the bytes of its codes and no m
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fpq_lightning import kernels
 from fpq_lightning.attention import OPERANDS, QuantizedAttention, make_attention_quantized, quantized_attention
@@ -61,7 +63,7 @@ class PackedWeight(ExactBuffers):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "column": None}  # copies count the changes of their scales anew
+        return {**super().__getstate__(), "column": None}  # copies count the changes of their scales anew
 
     @staticmethod
     def of(quantizer: Quantizer, codes: Tensor, shape: Sequence[int]) -> PackedWeight:
@@ -193,19 +195,34 @@ class DecodedWeight(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        name = func.__name__
-        if (
-            name in ("__set__", "__setitem__")
-            or (name.endswith("_") and not name.startswith("__"))
-            or name[:3] == "__i"
-        ):
+        kwargs = kwargs or {}
+        out = kwargs.get("out")
+        written = [*out] if isinstance(out, (tuple, list)) else [out]
+        if func == _DATA.__set__ or (_WRITES.fullmatch(func.__name__) and func.__name__ not in _HARMLESS):
+            written.append(args[0])
+        if any(isinstance(x, cls) and not isinstance(x, nn.Parameter) for x in written):
             raise RuntimeError(
-                f"a packed weight cannot be written ({name}), so no adapter can be fused into it: call dequantize() of "
-                "the model first"
+                f"a packed weight cannot be written ({func.__name__}), so no adapter can be fused into it: call "
+                "dequantize() of the model first"
             )
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs or {})
-        return result.as_subclass(cls) if name == "__get__" and isinstance(result, Tensor) else result
+            result = func(*args, **kwargs)
+        return result.as_subclass(cls) if func in (_DATA.__get__, Tensor.detach) else result
+
+    def _plain(self) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self._plain().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._plain().__reduce_ex__(protocol)
+
+
+_WRITES = re.compile(r"[a-z]\w*[a-z0-9]_|__setitem__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|[lr]shift)__")
+_DATA: Any = Tensor.data
+_HARMLESS = ("requires_grad_", "share_memory_")
 
 
 class PackedLayer(SplitLayer):
@@ -234,7 +251,8 @@ class PackedLayer(SplitLayer):
         if stored is not None:
             return stored
         decoded = self.decode_weight().to(self.type_of_weight.dtype)
-        return decoded if torch.compiler.is_compiling() else decoded.as_subclass(DecodedWeight)
+        traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+        return decoded if traced else decoded.as_subclass(DecodedWeight)
 
     def decode_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight from its codes `[out, in, ...]`, float32 rounded to a type."""
@@ -247,7 +265,7 @@ class PackedLayer(SplitLayer):
         return self.operate(self.quantize_input(x, self.inputs), weight, self.bias)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None}  # of this machine
+        return {**super().__getstate__(), "_plan": None}  # of this machine
 
     def forward(self, input: Tensor) -> Tensor:
         """Runs the layer on the best path of its device."""
