@@ -6,7 +6,6 @@ A weight is never kept decoded, so that it takes the bytes of its codes and no m
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, cast, get_args
@@ -24,6 +23,7 @@ from fpq_lightning.layers import LayerQuantization, QuantizedLayer, SplitLayer, 
 from fpq_lightning.packing import pack, packed_length, unpack
 from fpq_lightning.quantizers import ExactBuffers, Quantizer
 from fpq_lightning.scales import FLOAT32, SCALE_FORMATS, ScaleFormat
+from fpq_lightning.storage.decoded_weight import DecodedWeight
 
 NATIVE_TYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 """Formats whose codes are those of a torch type; all others are stored as uint8."""
@@ -186,43 +186,6 @@ class BlockScaledWeight(PackedWeight):
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "scale_format": self.scale_format.name}
-
-
-class DecodedWeight(Tensor):
-    """What is read of a packed weight: a copy, so that it refuses to be written, which would be lost."""
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        out = kwargs.get("out")
-        written = [*out] if isinstance(out, (tuple, list)) else [out]
-        if func == _DATA.__set__ or (_WRITES.fullmatch(func.__name__) and func.__name__ not in _HARMLESS):
-            written.append(args[0])
-        if any(isinstance(x, cls) and not isinstance(x, nn.Parameter) for x in written):
-            raise RuntimeError(
-                f"a packed weight cannot be written ({func.__name__}), so no adapter can be fused into it: call "
-                "dequantize() of the model first"
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-        return result.as_subclass(cls) if func in (_DATA.__get__, Tensor.detach) else result
-
-    def _plain(self) -> Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.as_subclass(Tensor)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self._plain().clone()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._plain().__reduce_ex__(protocol)
-
-
-_WRITES = re.compile(r"[a-z]\w*[a-z0-9]_|__setitem__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|[lr]shift)__")
-_DATA: Any = Tensor.data
-_HARMLESS = ("requires_grad_", "share_memory_")
 
 
 class PackedLayer(SplitLayer):
