@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from fpq_lightning.storage.packed import PackedLayer, PackedWeight
 
 E4M3 = parse_format("float8_e4m3fn")
-_LOWEST, _HIGHEST = E4M3.min, E4M3.max
 ALIGNMENT = 16
 """Bytes that rows and columns of operands are multiples of."""
 
@@ -88,16 +87,29 @@ def _part(layer: PackedLayer, x: Tensor, i: int) -> Tensor:
 
 def _product(weight: PackedWeight, quantizer: Quantizer, x: Tensor, bias: Tensor | None) -> Tensor:
     scale = quantizer.scale
-    if scale is None:
-        scale = quantizer.token_scale(x.float())
-        codes, column = _round(x, scale), column_scale(weight, None)
-    else:
-        codes = quantize(x, scale)
-        if weight.scale.numel() > 1:
-            scale, column = _ones(len(x), x.device), column_scale(weight, scale)
-        else:  # compilers take scalars alone for a scale of the whole tensor
-            scale, column = scale.reshape(()), weight.scale.reshape(())
-    return torch._scaled_mm(codes, operand(weight).t(), scale, column, bias, out_dtype=x.dtype, use_fast_accum=True)
+    if scale is not None:
+        return multiply(quantize(x, scale), weight, scale, bias, x.dtype)
+    scale = quantizer.token_scale(x.float())
+    return _scaled_mm(_round(x, scale), weight, scale, column_scale(weight, None), bias, x.dtype)
+
+
+def multiply(codes: Tensor, weight: PackedWeight, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The product of rows of E4M3 values `[n, in]` of one scale with a weight `[out, in]`, plus a bias."""
+    scalar = scale.reshape(())
+    if weight.scale.numel() == 1:  # compilers take scalars alone for a scale of the whole tensor
+        return _scaled_mm(codes, weight, scalar, weight.scale.reshape(()), bias, dtype)
+    if not torch.compiler.is_compiling():
+        return _scaled_mm(codes, weight, _ones(len(codes), codes.device), column_scale(weight, scale), bias, dtype)
+    # Products with scales of rows take up to 1.4 times as long, and compilers join scales to what comes next.
+    plain = _scaled_mm(codes, weight, scalar, torch.ones((), device=codes.device), None, dtype)
+    scaled = plain * weight.scale.reshape(-1)
+    return (scaled if bias is None else scaled + bias).to(dtype)
+
+
+def _scaled_mm(
+    codes: Tensor, weight: PackedWeight, scale: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return torch._scaled_mm(codes, operand(weight).t(), scale, column, bias, out_dtype=dtype, use_fast_accum=True)
 
 
 def column_scale(weight: PackedWeight, factor: Tensor | None) -> Tensor:
@@ -127,7 +139,10 @@ def quantize(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _round(x: Tensor, scale: Tensor) -> Tensor:
-    return (x.float() / scale).clamp(_LOWEST, _HIGHEST).to(torch.float8_e4m3fn).contiguous()
+    y = x.float() / scale
+    # What a clamp does, NaN included, in fewer instructions than compilers make of one.
+    y = torch.where(y.abs() > E4M3.max, torch.where(y > 0, E4M3.max, -E4M3.max), y)
+    return y.to(torch.float8_e4m3fn).contiguous()
 
 
 def _ones(n: int, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from fpq_lightning.kernels.launch import Launcher
 
 _BLOCK = 1024
 _BLOCK_WORDS = 128
+_BLOCK_FOUR_BITS = 512  # words: four a thread, whole memory transactions
 
 
 @triton.jit
@@ -60,6 +61,18 @@ def _translate(
     if LOOK_UP:
         code = tl.load(table_ptr + code, mask=inside, other=0)
     tl.store(out_ptr + (row * TAPS + tap) * n + channel, code.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _translate_four_bits(words_ptr, table_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # of eight codes
+    codes = tl.load(words_ptr + word, mask=word < n, other=0)
+    low, high = tl.zeros_like(codes), tl.zeros_like(codes)
+    for i in tl.static_range(4):
+        low |= tl.load(table_ptr + ((codes >> (4 * i)) & 15)).to(tl.int32) << (8 * i)
+        high |= tl.load(table_ptr + ((codes >> (4 * i + 16)) & 15)).to(tl.int32) << (8 * i)
+    at = tl.program_id(0).to(tl.int64) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
+    tl.store(out_ptr + at, tl.join(low, high).reshape(2 * BLOCK), mask=at < 2 * n)
 
 
 @triton.jit
@@ -122,7 +135,13 @@ def translate(codes: Tensor, width: int, table: Tensor | None, n: int, taps: int
         uint8 `[rows, taps * n]`, the channels of a place next to each other.
     """
     out = torch.empty(codes.shape[0], taps * n, dtype=torch.uint8, device=codes.device)
-    if table is None and width == 8 and n % 4 == 0 and codes.data_ptr() % 4 == 0:  # bytes, four at a time
+    aligned = codes.data_ptr() % 4 == 0
+    if width == 4 and table is not None and taps * n % 8 == 0 and (taps == 1 or n % 4 == 0) and aligned:
+        words = out.numel() // 8
+        grid = -(-words // _BLOCK_FOUR_BITS), 1, 1
+        _launch_four_bits(grid, codes.view(torch.int32), table, out.view(torch.int32), words)
+        return out if taps == 1 else translate(out, 8, None, n, taps)
+    if width == 8 and table is None and n % 4 == 0 and aligned:
         grid = codes.shape[0], -(-n // (4 * _BLOCK_WORDS)), 1
         _reorderer(taps)(grid, codes.view(torch.int32), out.view(torch.int32), n // 4)
         return out
@@ -131,6 +150,9 @@ def translate(codes: Tensor, width: int, table: Tensor | None, n: int, taps: int
         (codes.shape[0], -(-n // block), 1), codes, codes if table is None else table, out, n, codes.shape[1]
     )
     return out
+
+
+_launch_four_bits = Launcher(_translate_four_bits, BLOCK=_BLOCK_FOUR_BITS)
 
 
 @lru_cache(maxsize=64)
