@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -42,7 +43,7 @@ SHAPES = [(3072, 12288), (3072, 3072), (1280, 10240)]  # in, out
 ROWS = [1, 2, 16, 64, 256, 8192]
 FILTERS = [(320, 320, 128), (640, 640, 64), (1280, 1280, 32), (960, 320, 128), (1920, 640, 64), (2560, 1280, 32)]
 L2_BYTES = 2**26
-WARM_UP, REPEATS = 3, 20
+WARM_UP, REPEATS, LOADS = 3, 20, 5
 E4M3 = parse_format("float8_e4m3fn")
 
 SDXL = {
@@ -165,7 +166,10 @@ def convolutions() -> list[dict[str, Any]]:
             (128, 64, 4, 4), (128, 128, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4), (256, 64, 8, 4), (256, 128, 8, 3)
         ):  # fmt: skip
             cut = Tiling(pixels // 16, 16, 128, inputs, warps, stages)
-            run = lambda: [conv(codes, w, scale, scale, None, 1, (1, 1), torch.bfloat16, cut) for w in weights]  # noqa: B023, E731
+            run = lambda: [  # noqa: E731
+                conv(codes, w, scale, scale, None, 1, (1, 1), torch.bfloat16, tiling=cut)  # noqa: B023
+                for w in weights  # noqa: B023
+            ]
             try:
                 found.append((graphed(run, len(weights)), tuple(cut)))
             except Exception as error:  # what does not fit the chip
@@ -368,43 +372,48 @@ def simulation() -> list[dict[str, Any]]:
     return rows
 
 
-@torch.no_grad()
 def loading() -> list[dict[str, Any]]:
-    """Seconds from files in the page cache to the GPU, until a forward can start."""
+    """Seconds from files in the page cache to the GPU, until a forward can start, each in a process of its own."""
     rows = []
     with tempfile.TemporaryDirectory() as place:
-        model, _ = network("sdxl")
-        model.save_pretrained(f"{place}/bf16", max_shard_size="20GB")
-        del model
-        for fmt in ("float8_e4m3fn", "float4_e2m1fn"):
-            begin = time.perf_counter()
-            config = fpq.FPQConfig(fmt)
-            packed = UNet2DConditionModel.from_pretrained(
-                f"{place}/bf16", torch_dtype=torch.bfloat16, quantization_config=config, device_map="cuda"
-            )
-            torch.cuda.synchronize()
-            say(fmt, "quantized at load in", round(time.perf_counter() - begin, 1), "s")
-            packed.save_pretrained(f"{place}/{fmt}", max_shard_size="20GB")
-            del packed
-        begin = time.perf_counter()
-        with torch.device("meta"):
-            UNet2DConditionModel(**SDXL)
-        say("modules alone are made in", round(time.perf_counter() - begin, 2), "s")
+        for step in (write_plain, write_packed):
+            in_process(step, place)
         for kind in ("bf16", "float8_e4m3fn", "float4_e2m1fn"):
-            times = []
-            for _ in range(5):
-                torch.cuda.empty_cache()
-                begin = time.perf_counter()
-                model = UNet2DConditionModel.from_pretrained(
-                    f"{place}/{kind}", torch_dtype=torch.bfloat16, device_map="cuda"
-                )
-                torch.cuda.synchronize()
-                times.append(time.perf_counter() - begin)
-                del model
+            times = sorted(round(in_process(load, f"{place}/{kind}"), 3) for _ in range(LOADS))
             size = sum(f.stat().st_size for f in Path(place, kind).iterdir())
-            rows.append({"files": kind, "GB": round(size / 1e9, 3), "s": round(statistics.median(times), 2)})
+            rows.append({"files": kind, "GB": round(size / 1e9, 3), "s": statistics.median(times), "all": times})
             say(rows[-1])
     return rows
+
+
+def in_process(step: Callable[[str], Any], argument: str) -> Any:
+    """What a function returns in a process that has imported what this one has, and has not used the GPU."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(step, (argument,))
+
+
+def write_plain(place: str) -> None:
+    network("sdxl")[0].save_pretrained(f"{place}/bf16", max_shard_size="20GB")
+
+
+def write_packed(place: str) -> None:
+    for fmt in ("float8_e4m3fn", "float4_e2m1fn"):
+        begin = time.perf_counter()
+        packed = UNet2DConditionModel.from_pretrained(
+            f"{place}/bf16", torch_dtype=torch.bfloat16, quantization_config=fpq.FPQConfig(fmt), device_map="cuda"
+        )
+        torch.cuda.synchronize()
+        say(fmt, "quantized at load in", round(time.perf_counter() - begin, 1), "s")
+        packed.save_pretrained(f"{place}/{fmt}", max_shard_size="20GB")
+
+
+def load(directory: str) -> float:
+    torch.ones(1, device="cuda")  # a context, which takes its time with any files
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    UNet2DConditionModel.from_pretrained(directory, torch_dtype=torch.bfloat16, device_map="cuda")
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:

@@ -36,6 +36,7 @@ def of_conv(*size):
     }
     values = {
         "C": 256, "TAPS": 9, "TAPS_ACROSS": 3, "STRIDE": 1, "PAD_DOWN": 1, "PAD_ACROSS": 1, "HAS_BIAS": True,
+        "CHANNELS_LAST": True,
         "BLOCK_H": cut.height, "BLOCK_W": cut.width, "BLOCK_N": cut.outputs, "BLOCK_C": cut.inputs,
     }
     return conv._conv, cut, types, values

@@ -15,7 +15,7 @@ from fpq_lightning.kernels.codes import four_bit_assembly
 from fpq_lightning.kernels.conv import Tiling as ConvTiling
 from fpq_lightning.kernels.conv import conv
 from fpq_lightning.kernels.decode import decode, translate
-from fpq_lightning.kernels.quantize import quantize
+from fpq_lightning.kernels.quantize import quantize, quantize_pixels
 from fpq_lightning.kernels.weight_gemm import Tiling, weight_gemm
 from fpq_lightning.packing import pack
 from fpq_lightning.quantizers import Quantizer
@@ -96,12 +96,15 @@ def test_convolutions_are_those_of_torch(
     torch.manual_seed(0)
     x, weight = torch.randn(*pixels, c).to(torch.float8_e4m3fn), torch.randn(n, *taps, c).to(torch.float8_e4m3fn)
     scale, factor, bias = torch.rand(1 if one_scale else n, 1) + 0.1, torch.tensor(0.7), torch.randn(n)
-    out = conv(x, weight, scale, factor, bias, stride, padding, torch.float32, tiling)
+    out = conv(x, weight, scale, factor, bias, stride, padding, torch.float32, tiling=tiling)
     inputs, filters = x.double().permute(0, 3, 1, 2), weight.double().permute(0, 3, 1, 2)
     sums = torch.nn.functional.conv2d(inputs, filters, stride=stride, padding=padding).permute(0, 2, 3, 1)
     largest = torch.nn.functional.conv2d(inputs.abs(), filters.abs(), stride=stride, padding=padding).max()
     assert out.shape == sums.shape
     assert ((out - sums * scale[:, 0] * factor - bias).abs() <= 2**-20 * largest).all()
+    other = conv(x, weight, scale, factor, bias, stride, padding, torch.float32, channels_last=False, tiling=tiling)
+    assert other.is_contiguous()
+    assert torch.equal(other.permute(0, 2, 3, 1), out)
     with torch._subclasses.FakeTensorMode() as fake:
         operands = (fake.from_tensor(t) for t in (x, weight, scale, factor, bias))
         assert torch.ops.fpq.conv(*operands, stride, padding, torch.float32).shape == out.shape
@@ -146,7 +149,9 @@ def test_packed_convolutions_are_products_of_the_quantized_operands(
         patch.setattr(ops, "conv", lambda *args: calls.append(1) or conv(*args))
         out = layer(x)
     is_product = options == {"kernel_size": 1} and outputs % 16 == 0  # of pixels, by torch
-    assert len(calls) == (0 if is_product else len(splits))
+    assert len(calls) == (0 if is_product and memory_format == torch.channels_last else len(splits))
+    if all(n % options.get("stride", 1) == 0 for n in size):  # nothing was added and cut off
+        assert out.is_contiguous(memory_format=memory_format)
     inputs, weight = layer.quantize_input(x.float(), layer.inputs).double(), layer.decode_weight().double()
     expected = layer.operate(inputs, weight, layer.bias.double())
     magnitudes = layer.operate(inputs.abs(), weight.abs(), layer.bias.double().abs())
@@ -182,6 +187,17 @@ def test_activations_become_what_a_cast_of_torch_makes_of_them(dtype: torch.dtyp
     scale = torch.tensor(0.37)
     expected = (x.float() * (1 / scale)).clamp(-448, 448).to(torch.float8_e4m3fn)
     assert torch.equal(quantize(x, scale).view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("shape", [(2, 70, 9, 15), (1, 64, 8, 8), (3, 5, 1, 1), (0, 16, 4, 4)])
+@pytest.mark.parametrize("part", [False, True])
+def test_images_become_codes_with_their_channels_as_neighbours(shape: tuple[int, ...], part: bool) -> None:
+    torch.manual_seed(0)
+    x, scale = 1000 * torch.randn(shape).half(), torch.tensor(0.37)
+    x = x[:, 1:-1] if part else x
+    found = quantize_pixels(x, scale)
+    assert found.is_contiguous()
+    assert torch.equal(found.view(torch.uint8), quantize(x, scale).permute(0, 2, 3, 1).view(torch.uint8))
 
 
 def run_assembly(assembly: str, word: int) -> list[int]:

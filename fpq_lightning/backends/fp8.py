@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fpq_lightning.storage.packed import PackedLayer, PackedWeight
 
 E4M3 = parse_format("float8_e4m3fn")
+_HIGHEST = E4M3.max
 ALIGNMENT = 16
 """Bytes that rows and columns of operands are multiples of."""
 
@@ -101,7 +102,7 @@ def multiply(codes: Tensor, weight: PackedWeight, scale: Tensor, bias: Tensor | 
     if not torch.compiler.is_compiling():
         return _scaled_mm(codes, weight, _ones(len(codes), codes.device), column_scale(weight, scale), bias, dtype)
     # Products with scales of rows take up to 1.4 times as long, and compilers join scales to what comes next.
-    plain = _scaled_mm(codes, weight, scalar, torch.ones((), device=codes.device), None, dtype)
+    plain = _scaled_mm(codes, weight, scalar, _one(codes.device), None, dtype)
     scaled = plain * weight.scale.reshape(-1)
     return (scaled if bias is None else scaled + bias).to(dtype)
 
@@ -141,13 +142,24 @@ def quantize(x: Tensor, scale: Tensor) -> Tensor:
 def _round(x: Tensor, scale: Tensor) -> Tensor:
     y = x.float() / scale
     # What a clamp does, NaN included, in fewer instructions than compilers make of one.
-    y = torch.where(y.abs() > E4M3.max, torch.where(y > 0, E4M3.max, -E4M3.max), y)
+    y = torch.where(y.abs() > _HIGHEST, torch.where(y > 0, _HIGHEST, -_HIGHEST), y)
     return y.to(torch.float8_e4m3fn).contiguous()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _one(device: torch.device) -> Tensor:
+    """The scale of what has none, `[]`."""
+    return _kept_one(device)
+
+
+@lru_cache(maxsize=16)
+def _kept_one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
 
 
 def _ones(n: int, device: torch.device) -> Tensor:
     """Scales of `n` rows that have none of their own, `[n, 1]`."""
-    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return torch.ones(n, 1, device=device)
     return _kept_ones(1 << (n - 1).bit_length(), device)[:n]
 

@@ -33,7 +33,7 @@ def fits(layer: PackedLayer) -> bool:
 
 
 def run(layer: PackedLayer, x: Tensor) -> Tensor:
-    """The layer on `x`, bfloat16 `[b, in, h, w]`; the result is in the memory format of channels last."""
+    """The layer on `x`, bfloat16 `[b, in, h, w]`; the result has its memory format, compiled that of channels last."""
     conv = cast(nn.Conv2d, layer)
     return fp8.sum_of_parts(layer, x, partial(_product, conv.stride[0], cast("tuple[int, int]", conv.padding)))
 
@@ -42,20 +42,27 @@ def _product(
     stride: int, padding: tuple[int, int], weight: PackedWeight, quantizer: Quantizer, x: Tensor, bias: Tensor | None
 ) -> Tensor:
     scale, pixels = cast(Tensor, quantizer.scale).reshape(()), x.permute(0, 2, 3, 1)
-    # Where channels are not neighbours, a byte each is turned around rather than two.
-    dense = pixels.is_contiguous() or torch.compiler.is_compiling()
-    codes = fp8.quantize(pixels, scale) if dense else fp8.quantize(x, scale).permute(0, 2, 3, 1).contiguous()
     (height, width), taps = x.shape[2:], weight.shape[2:]
-    if (*taps, stride, *padding) == (1, 1, 1, 0, 0) and weight.shape[0] % fp8.ALIGNMENT == 0:  # a product of pixels
+    channels_last = torch.compiler.is_compiling() or x.stride(1) == 1
+    if channels_last:
+        codes = fp8.quantize(pixels, scale)
+    else:
+        from fpq_lightning.kernels.quantize import quantize_pixels  # needs Triton
+
+        codes = quantize_pixels(x, scale)
+    is_product = (*taps, stride, *padding) == (1, 1, 1, 0, 0) and weight.shape[0] % fp8.ALIGNMENT == 0
+    if channels_last and is_product:
         rows = fp8.multiply(codes.flatten(0, 2), weight, scale, bias, x.dtype)
         return rows.unflatten(0, codes.shape[:3]).permute(0, 3, 1, 2)
     down, across = -height % stride, -width % stride
     if down or across:
         codes = F.pad(codes.view(torch.uint8), (0, 0, 0, across, 0, down)).view(codes.dtype)
     operand = fp8.operand(weight).view(weight.shape[0], *taps, weight.shape[1])
-    out = ops.conv(codes, operand, weight.scale, scale, bias, stride, padding, x.dtype)
+    out = ops.conv(codes, operand, weight.scale, scale, bias, stride, padding, x.dtype, channels_last)
+    if channels_last:
+        out = out.permute(0, 3, 1, 2)
     if down or across:  # what was added is not to be seen
         high = (height + 2 * padding[0] - taps[0]) // stride + 1
         wide = (width + 2 * padding[1] - taps[1]) // stride + 1
-        out = out[:, :high, :wide]
-    return out.permute(0, 3, 1, 2)
+        out = out[:, :, :high, :wide]
+    return out

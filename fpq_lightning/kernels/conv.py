@@ -45,8 +45,8 @@ def _conv(
     x_desc, weight_desc, scale_ptr, factor_ptr, bias_ptr, out_ptr, scale_stride, height, width, n_out, tiles_down,
     tiles_across,
     C: tl.constexpr, TAPS: tl.constexpr, TAPS_ACROSS: tl.constexpr, STRIDE: tl.constexpr, PAD_DOWN: tl.constexpr,
-    PAD_ACROSS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    PAD_ACROSS: tl.constexpr, HAS_BIAS: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     first_out = tl.program_id(1) * BLOCK_N
@@ -70,17 +70,20 @@ def _conv(
         x = x_desc.load(place).reshape(BLOCK_H * BLOCK_W, BLOCK_C)
         weight = weight_desc.load([first_out, tap * C + channel])  # beyond the channels next place's, which x has as 0
         total = tl.dot(weight, x.T, total)
-    total = total.T
     outs = first_out + tl.arange(0, BLOCK_N)
     scale = tl.load(scale_ptr + outs * scale_stride, mask=outs < n_out, other=0.0) * tl.load(factor_ptr)
-    total = total * scale[None, :]
+    total = total * scale[:, None]
     if HAS_BIAS:
-        total += tl.load(bias_ptr + outs, mask=outs < n_out, other=0.0).to(tl.float32)[None, :]
+        total += tl.load(bias_ptr + outs, mask=outs < n_out, other=0.0).to(tl.float32)[:, None]
     pixel = tl.arange(0, BLOCK_H * BLOCK_W)
     y, x = top + pixel // BLOCK_W, left + pixel % BLOCK_W
-    inside = ((y < height) & (x < width))[:, None] & (outs < n_out)[None, :]
-    at = ((image * height + y) * width + x).to(tl.int64)[:, None] * n_out + outs[None, :]
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
+    inside = (outs < n_out)[:, None] & ((y < height) & (x < width))[None, :]
+    if CHANNELS_LAST:
+        at = ((image * height + y) * width + x).to(tl.int64)[:, None] * n_out + outs[None, :]
+        tl.store(out_ptr + at, total.T.to(out_ptr.dtype.element_ty), mask=inside.T)
+    else:
+        at = ((image * n_out + outs).to(tl.int64)[:, None] * height + y[None, :]) * width + x[None, :]
+        tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def tiling_for(height: int, width: int, channels: int, n_out: int) -> Tiling:
@@ -94,7 +97,7 @@ def tiling_for(height: int, width: int, channels: int, n_out: int) -> Tiling:
 
 def conv(
     x: Tensor, weight: Tensor, scale: Tensor, factor: Tensor, bias: Tensor | None, stride: int,
-    padding: tuple[int, int], dtype: torch.dtype, tiling: Tiling | None = None,
+    padding: tuple[int, int], dtype: torch.dtype, channels_last: bool = True, tiling: Tiling | None = None,
 ) -> Tensor:  # fmt: skip
     """The convolution of `x` with `weight`, times `scale` and `factor`, plus `bias`; summed in float32.
 
@@ -108,19 +111,21 @@ def conv(
         stride: of both directions.
         padding: zeros around height and width.
         dtype: of the result.
+        channels_last: whether the channels of a pixel of the result are neighbours, or the pixels of a channel.
         tiling: how it is cut; by size if None.
 
     Returns:
-        `[b, h', w', out]`.
+        `[b, h', w', out]`, or `[b, out, h', w']` without `channels_last`; contiguous.
     """
     (b, h, w, c), (n, down, across, _) = x.shape, weight.shape
     height, width = (h + 2 * padding[0] - down) // stride + 1, (w + 2 * padding[1] - across) // stride + 1
     cut = tiling_for(height, width, c, n) if tiling is None else tiling
-    out = torch.empty(b, height, width, n, dtype=dtype, device=x.device)
+    shape = (b, height, width, n) if channels_last else (b, n, height, width)
+    out = torch.empty(shape, dtype=dtype, device=x.device)
     # Pixels by what is left of their place when divided by the stride, so that those of a tile are neighbours.
     pixels = x.view(b, h // stride, stride, w // stride, stride * c)
     tiles = triton.cdiv(height, cut.height), triton.cdiv(width, cut.width)
-    _launcher(cut, c, down * across, across, stride, padding, bias is not None)(
+    _launcher(cut, c, down * across, across, stride, padding, bias is not None, channels_last)(
         (b * tiles[0] * tiles[1], triton.cdiv(n, cut.outputs), 1),
         TensorDescriptor.from_tensor(pixels, [1, cut.height, 1, cut.width, cut.inputs]),
         TensorDescriptor.from_tensor(weight.view(n, down * across * c), [cut.outputs, cut.inputs]),
@@ -131,10 +136,11 @@ def conv(
 
 @lru_cache(maxsize=256)
 def _launcher(
-    cut: Tiling, channels: int, taps: int, across: int, stride: int, padding: tuple[int, int], has_bias: bool
-) -> Launcher:
+    cut: Tiling, channels: int, taps: int, across: int, stride: int, padding: tuple[int, int], has_bias: bool,
+    channels_last: bool,
+) -> Launcher:  # fmt: skip
     return Launcher(
         _conv, C=channels, TAPS=taps, TAPS_ACROSS=across, STRIDE=stride, PAD_DOWN=padding[0], PAD_ACROSS=padding[1],
-        HAS_BIAS=has_bias, BLOCK_H=cut.height, BLOCK_W=cut.width, BLOCK_N=cut.outputs, BLOCK_C=cut.inputs,
-        num_warps=cut.warps, num_stages=cut.stages,
+        HAS_BIAS=has_bias, CHANNELS_LAST=channels_last, BLOCK_H=cut.height, BLOCK_W=cut.width, BLOCK_N=cut.outputs,
+        BLOCK_C=cut.inputs, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip

@@ -95,14 +95,14 @@ def translate(codes: Tensor, width: int, table: Tensor | None, n: int, taps: int
 
 def conv(
     x: Tensor, weight: Tensor, scale: Tensor, factor: Tensor, bias: Tensor | None, stride: int,
-    padding: tuple[int, int], dtype: torch.dtype,
+    padding: tuple[int, int], dtype: torch.dtype, channels_last: bool = True,
 ) -> Tensor:  # fmt: skip
-    """See `fpq_lightning.kernels.conv.conv`."""
+    """See `fpq_lightning.kernels.conv.conv`; compilers know the result with `channels_last` alone."""
     if torch.compiler.is_compiling():
         return torch.ops.fpq.conv(x, weight, scale, factor, bias, stride, padding, dtype)  # type: ignore[no-any-return]
     from fpq_lightning.kernels import conv as kernel
 
-    return kernel.conv(x, weight, scale, factor, bias, stride, padding, dtype)
+    return kernel.conv(x, weight, scale, factor, bias, stride, padding, dtype, channels_last)
 
 
 def weight_gemm(x: Tensor, codes: Tensor, fmt: Format, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from fpq_lightning.kernels.fake_quantize import round_to_grid
 from fpq_lightning.kernels.launch import Launcher
 
 _BLOCK = 2048  # 16 elements a thread: whole memory transactions of either type
+_BLOCK_PIXELS, _BLOCK_CHANNELS = 64, 64
 
 
 @triton.jit
@@ -29,11 +30,28 @@ def _quantize(
     tl.store(out_ptr + at, y.to(tl.float8e4nv), mask=at < n)
 
 
+@triton.jit
+def _quantize_pixels(
+    x_ptr, scale_ptr, out_ptr, channels, pixels, image_stride, LOW: tl.constexpr, HIGH: tl.constexpr,
+    NORMAL: tl.constexpr, RELATIVE: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(2).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    inside = (channel < channels)[:, None] & (pixel < pixels)[None, :]
+    at = image * image_stride + channel.to(tl.int64)[:, None] * pixels + pixel[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    y = round_to_grid(x * tl.div_rn(1.0, tl.load(scale_ptr)), LOW, HIGH, NORMAL, RELATIVE).to(tl.float8e4nv)
+    at = (image * pixels + pixel)[:, None] * channels + channel[None, :]
+    tl.store(out_ptr + at, y.T, mask=inside.T)
+
+
 _SPACING = cast(Spacing, parse_format("float8_e4m3fn").spacing)
-_launch = Launcher(
-    _quantize, LOW=_SPACING.low, HIGH=_SPACING.high, NORMAL=_SPACING.smallest_normal, RELATIVE=_SPACING.relative_step,
-    BLOCK=_BLOCK,
-)  # fmt: skip
+_GRID = {
+    "LOW": _SPACING.low, "HIGH": _SPACING.high, "NORMAL": _SPACING.smallest_normal, "RELATIVE": _SPACING.relative_step,
+}  # fmt: skip
+_launch = Launcher(_quantize, **_GRID, BLOCK=_BLOCK)
+_launch_pixels = Launcher(_quantize_pixels, **_GRID, BLOCK_PIXELS=_BLOCK_PIXELS, BLOCK_CHANNELS=_BLOCK_CHANNELS)
 
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
@@ -49,4 +67,23 @@ def quantize(x: Tensor, scale: Tensor) -> Tensor:
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     _launch((-(-x.numel() // _BLOCK), 1, 1), x, scale, out, x.numel())
+    return out
+
+
+def quantize_pixels(x: Tensor, scale: Tensor) -> Tensor:
+    """`quantize` of images whose channels are to become neighbours.
+
+    Args:
+        x: `[b, channels, height, width]`, float32, float16 or bfloat16.
+        scale: one float32 value.
+
+    Returns:
+        float8_e4m3fn `[b, height, width, channels]`, contiguous.
+    """
+    b, channels, height, width = x.shape
+    if x.stride()[1:] != (height * width, width, 1):
+        x = x.contiguous()
+    out = torch.empty(b, height, width, channels, dtype=torch.float8_e4m3fn, device=x.device)
+    grid = -(-height * width // _BLOCK_PIXELS), -(-channels // _BLOCK_CHANNELS), b
+    _launch_pixels(grid, x, scale, out, channels, height * width, x.stride(0))
     return out

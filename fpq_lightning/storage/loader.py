@@ -61,9 +61,11 @@ class FPQQuantizer(DiffusersQuantizer):
     quantization_config: FPQConfig
 
     def __init__(self, quantization_config: FPQConfig, **kwargs: Any) -> None:
-        super().__init__(copy.deepcopy(quantization_config), **kwargs)  # which is the user's to use again
-        self.pre_quantized = kwargs.get("pre_quantized", quantization_config.layers is not None)
-        if not self.pre_quantized and quantization_config.layers is not None:
+        pre_quantized = kwargs.pop("pre_quantized", quantization_config.layers is not None)
+        if not pre_quantized:
+            quantization_config = copy.deepcopy(quantization_config)  # which is the user's to use again
+        super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
+        if not pre_quantized and quantization_config.layers is not None:
             raise ValueError("this quantization_config is that of a quantized model: give a new FPQConfig")
         self.files: list[str] = []
         self.selected: set[str] = set()  # weights to quantize
