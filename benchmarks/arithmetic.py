@@ -387,8 +387,8 @@ def loading() -> list[dict[str, Any]]:
 
 
 def in_process(step: Callable[[str], Any], argument: str) -> Any:
-    """What a function returns in a process that has imported what this one has, and has not used the GPU."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
+    """What a function returns in a new process, which has imported what this one has."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(step, (argument,))
 
 

@@ -65,6 +65,7 @@ for name, size, capabilities in json.loads(sys.argv[1]):
 """
 KERNELS = [
     ("conv", (32, 32, 256, 128), [90, 100, 120]),  # height, width, input and output channels
+    ("conv", (64, 64, 256, 128), [90, 100, 120]),
     ("conv", (128, 128, 320, 320), [90, 100, 120]),
     ("conv", (16, 16, 96, 48), [90, 100, 120]),
     ("weight_gemm", (16,), [80, 89, 90, 100, 120]),  # rows

@@ -92,7 +92,8 @@ def tiling_for(height: int, width: int, channels: int, n_out: int) -> Tiling:
     inputs = next((n for n in (128, 64) if channels % n == 0), STEP)
     if height * width >= 2**14:
         return Tiling(256 // across, across, outputs, min(64, inputs), 8, 4)
-    return Tiling(128 // across, across, outputs, inputs, 4, 3 if inputs == 128 else 4)
+    warps = 8 if height * width <= 2**10 and inputs == outputs == 128 else 4
+    return Tiling(128 // across, across, outputs, inputs, warps, 3 if inputs == 128 else 4)
 
 
 def conv(
