@@ -264,7 +264,13 @@ def ranges(model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Tensor],
 
 
 def weight_bytes(model: nn.Module) -> int:
-    return sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
+    return sum(map(bytes_of, (*model.parameters(), *model.buffers())))
+
+
+def bytes_of(x: Tensor) -> int:
+    if hasattr(x, "__tensor_flatten__"):  # of torchao: tensors in one that says it is bfloat16
+        return sum(bytes_of(getattr(x, name)) for name in x.__tensor_flatten__()[0])
+    return x.numel() * x.element_size()
 
 
 def measure(
@@ -330,13 +336,13 @@ def steps(name: str, kinds: list[str], ways: list[str | None]) -> list[dict[str,
     linear = {n for n, m in layers_of(model).items() if isinstance(m, nn.Linear)}
     say(f"share of Linear layers in the products: {sum(work[n] for n in linear) / total:.3f}")
     for kind in kinds:
+        model = None  # one at a time
+        torch.cuda.empty_cache()
         if kind == "torchao":
             rows += [against_torchao(name, how, sum(work[n] for n in linear) / total) for how in ways if how]
         if kind not in KINDS:
             continue
         label, fmt, per_channel, linear_only = KINDS[kind]
-        del model
-        torch.cuda.empty_cache()
         model, inputs = network(name)
         for n in linear if linear_only else work:
             pack(model.get_submodule(n), fmt, largest[n], per_channel)
