@@ -16,6 +16,7 @@ from fpq_lightning.backends.hardware import Hardware, hardware_of
 from fpq_lightning.backends.paths import Arithmetic, choose, is_few, low_bit_paths
 from fpq_lightning.formats import FAMILIES, HARDWARE_FORMATS, parse_format
 from fpq_lightning.quantizers import Quantizer
+from fpq_lightning.storage import packed
 from fpq_lightning.storage.packed import PackedLayer, PackedWeight, make_packed, make_plain, set_arithmetic
 
 HOPPER = Hardware((9, 0), kernels=True)
@@ -229,3 +230,34 @@ def test_a_compiled_layer_computes_the_same(
         assert ((compiled - eager).abs() <= 2**-7 * magnitude(layer, x)).all()
     else:
         torch.testing.assert_close(compiled, eager, rtol=0, atol=0, equal_nan=True)
+
+
+def test_layers_can_be_exported_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fpq_lightning.backends.paths.hardware_of", lambda device: Hardware((9, 0)))
+    for cached in (fp8._kept_one, fp8._kept_ones, fp8._kept_table, packed._kept_values):
+        cached.cache_clear()
+    for fmt in (E4M3, "e2m1", "e3m4"):
+        layer, x = packed_linear(fmt).requires_grad_(False), torch.randn(100, 48).bfloat16()
+        torch.compiler.reset()
+        for _ in range(2):
+            exported = torch.export.export(layer, (x,))
+            assert ((exported.module()(x) - layer(x)).abs() <= 2**-7 * magnitude(layer, x)).all()
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        assert ((compiled - layer(x)).abs() <= 2**-7 * magnitude(layer, x)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_type_is_of_no_account(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fpq_lightning.backends.paths.hardware_of", lambda device: Hardware((9, 0)))
+    layer, x = packed_linear().requires_grad_(False), torch.randn(100, 48).bfloat16()
+    for cached in (fp8._kept_one, fp8._kept_ones):
+        cached.cache_clear()
+    torch.compiler.reset()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        eager, compiled = layer(x), torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(eager, layer(x))
+    assert ((compiled - eager).abs() <= 2**-7 * magnitude(layer, x)).all()

@@ -544,7 +544,7 @@ def _pickled(unet: Path) -> None:
     (unet / WEIGHTS).unlink()
 
 
-CODES, SCALE = "conv_in.weights.0.codes", "conv_in.weights.0.scale"
+CODES, SCALE, INPUT = "conv_in.weights.0.codes", "conv_in.weights.0.scale", "conv_in.inputs.0.scale"
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a newer version": (_config(lambda c: c.update(format_version=3)), "version 3; .* reads version 2"),
     "no version": (_config(lambda c: c.pop("format_version")), "version None"),
@@ -570,6 +570,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "codes of another type": (_tensors(lambda t: t.update({CODES: t[CODES].float()})), f"{CODES} is F32"),
     "half scales": (_tensors(lambda t: t.update({SCALE: t[SCALE].half()})), f"{SCALE} is F16"),
     "a scale that is no number": (_tensors(lambda t: t[SCALE].fill_(math.nan)), f"{SCALE} holds a scale"),
+    "an input scale without an inverse": (_tensors(lambda t: t[INPUT].fill_(1e-40)), f"{INPUT} holds a scale"),
     "a foreign tensor": (_tensors(lambda t: t.update({"conv_in.extra": t[SCALE].clone()})), r"conv_in\.extra"),
     "cut off": (_cut, r"is truncated: \S+ ends at byte"),
     "a header longer than the file": (lambda u: (u / WEIGHTS).write_bytes(b"\xff" * 7 + b"\x00" * 99), "its header"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -61,6 +62,22 @@ def test_codes_are_translated_one_by_one(width: int) -> None:
     codes = torch.randint(0, 2**width, (3, 29)).to(torch.uint8)
     table = torch.randperm(256)[: 2**width].to(torch.uint8)
     assert torch.equal(translate(pack(codes, width), width, table, 29), table[codes.long()])
+
+
+@pytest.mark.parametrize("start", range(4))
+@pytest.mark.parametrize("width", [4, 8])
+def test_codes_are_translated_wherever_they_begin(width: int, start: int) -> None:
+    torch.manual_seed(0)
+    codes = torch.randint(0, 2**width, (3, 32)).to(torch.uint8)
+    table = torch.randperm(256)[: 2**width].to(torch.uint8) if width == 4 else None
+    packed = pack(codes, width)
+    memory = np.zeros(packed.numel() + 8, dtype=np.uint8)  # torch's own begins at a multiple of 64
+    begin = (start - memory.ctypes.data) % 4
+    for offset in range(4):
+        storage = torch.from_numpy(memory[begin:])
+        moved = storage[offset : offset + packed.numel()].view_as(packed).copy_(packed)
+        expected = codes if table is None else table[codes.long()]
+        assert torch.equal(translate(moved, width, table, 32), expected)
 
 
 @pytest.mark.parametrize("channels", [70, 80])
@@ -148,10 +165,12 @@ def test_packed_convolutions_are_products_of_the_quantized_operands(
     with monkeypatch.context() as patch:
         patch.setattr(ops, "conv", lambda *args: calls.append(1) or conv(*args))
         out = layer(x)
+    columns = [part.column for part in layer.weights]
+    layer(x)
+    assert all(part.column is column for part, column in zip(layer.weights, columns, strict=True))  # kept
     is_product = options == {"kernel_size": 1} and outputs % 16 == 0  # of pixels, by torch
     assert len(calls) == (0 if is_product and memory_format == torch.channels_last else len(splits))
-    if all(n % options.get("stride", 1) == 0 for n in size):  # nothing was added and cut off
-        assert out.is_contiguous(memory_format=memory_format)
+    assert out.is_contiguous(memory_format=memory_format)
     inputs, weight = layer.quantize_input(x.float(), layer.inputs).double(), layer.decode_weight().double()
     expected = layer.operate(inputs, weight, layer.bias.double())
     magnitudes = layer.operate(inputs.abs(), weight.abs(), layer.bias.double().abs())

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fpq_lightning import kernels
+from fpq_lightning.constants import kept
 from fpq_lightning.formats import Format, parse_format
 from fpq_lightning.kernels import ops
 from fpq_lightning.packing import unpack
@@ -141,8 +142,10 @@ def quantize(x: Tensor, scale: Tensor) -> Tensor:
 
 def _round(x: Tensor, scale: Tensor) -> Tensor:
     y = x.float() * (1 / scale)  # as the kernel does
-    # What a clamp does, NaN included, in fewer instructions than compilers make of one.
-    y = torch.where(y.abs() > _HIGHEST, torch.where(y > 0, _HIGHEST, -_HIGHEST), y)
+    if torch.compiler.is_compiling():  # a clamp, NaN included, in fewer instructions than compilers make of one
+        y = torch.where(y.abs() > _HIGHEST, torch.where(y > 0, _HIGHEST, -_HIGHEST), y)
+    else:
+        y = y.clamp(-_HIGHEST, _HIGHEST)
     return y.to(torch.float8_e4m3fn).contiguous()
 
 
@@ -152,21 +155,21 @@ def _one(device: torch.device) -> Tensor:
     return _kept_one(device)
 
 
-@lru_cache(maxsize=16)
+@kept
 def _kept_one(device: torch.device) -> Tensor:
-    return torch.ones((), device=device)
+    return torch.ones((), dtype=torch.float32, device=device)
 
 
 def _ones(n: int, device: torch.device) -> Tensor:
     """Scales of `n` rows that have none of their own, `[n, 1]`."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.ones(n, 1, device=device)
+        return torch.ones(n, 1, dtype=torch.float32, device=device)
     return _kept_ones(1 << (n - 1).bit_length(), device)[:n]
 
 
-@lru_cache(maxsize=16)
+@kept
 def _kept_ones(n: int, device: torch.device) -> Tensor:
-    return torch.ones(n, 1, device=device)
+    return torch.ones(n, 1, dtype=torch.float32, device=device)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -175,7 +178,7 @@ def _table(fmt: str, device: torch.device) -> Tensor:
     return _kept_table(fmt, device)
 
 
-@lru_cache(maxsize=64)
+@kept
 def _kept_table(fmt: str, device: torch.device) -> Tensor:
     return E4M3.encode(parse_format(fmt).values.nan_to_num()).to(device)
 

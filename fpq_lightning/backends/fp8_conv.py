@@ -41,7 +41,7 @@ def run(layer: PackedLayer, x: Tensor) -> Tensor:
 def _product(
     stride: int, padding: tuple[int, int], weight: PackedWeight, quantizer: Quantizer, x: Tensor, bias: Tensor | None
 ) -> Tensor:
-    scale, pixels = cast(Tensor, quantizer.scale).reshape(()), x.permute(0, 2, 3, 1)
+    scale, pixels = cast(Tensor, quantizer.scale), x.permute(0, 2, 3, 1)
     (height, width), taps = x.shape[2:], weight.shape[2:]
     channels_last = torch.compiler.is_compiling() or x.stride(1) == 1
     if channels_last:
@@ -58,11 +58,12 @@ def _product(
     if down or across:
         codes = F.pad(codes.view(torch.uint8), (0, 0, 0, across, 0, down)).view(codes.dtype)
     operand = fp8.operand(weight).view(weight.shape[0], *taps, weight.shape[1])
-    out = ops.conv(codes, operand, weight.scale, scale, bias, stride, padding, x.dtype, channels_last)
+    out = ops.conv(codes, operand, weight.scale, scale.reshape(()), bias, stride, padding, x.dtype, channels_last)
     if channels_last:
         out = out.permute(0, 3, 1, 2)
     if down or across:  # what was added is not to be seen
         high = (height + 2 * padding[0] - taps[0]) // stride + 1
         wide = (width + 2 * padding[1] - taps[1]) // stride + 1
-        out = out[:, :, :high, :wide]
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        out = out[:, :, :high, :wide].contiguous(memory_format=layout)
     return out

@@ -135,7 +135,7 @@ def translate(codes: Tensor, width: int, table: Tensor | None, n: int, taps: int
         uint8 `[rows, taps * n]`, the channels of a place next to each other.
     """
     out = torch.empty(codes.shape[0], taps * n, dtype=torch.uint8, device=codes.device)
-    aligned = codes.data_ptr() % 4 == 0
+    aligned = codes.data_ptr() % 4 == 0 and codes.storage_offset() % 4 == 0
     if width == 4 and table is not None and taps * n % 8 == 0 and (taps == 1 or n % 4 == 0) and aligned:
         words = out.numel() // 8
         grid = -(-words // _BLOCK_FOUR_BITS), 1, 1

@@ -32,12 +32,12 @@ def _quantize(
 
 @triton.jit
 def _quantize_pixels(
-    x_ptr, scale_ptr, out_ptr, channels, pixels, image_stride, LOW: tl.constexpr, HIGH: tl.constexpr,
+    x_ptr, scale_ptr, out_ptr, channels, pixels, image_stride, tiles, LOW: tl.constexpr, HIGH: tl.constexpr,
     NORMAL: tl.constexpr, RELATIVE: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    image = tl.program_id(2).to(tl.int64)
+    image = (tl.program_id(0) // tiles).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    pixel = tl.program_id(0) % tiles * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     inside = (channel < channels)[:, None] & (pixel < pixels)[None, :]
     at = image * image_stride + channel.to(tl.int64)[:, None] * pixels + pixel[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -84,6 +84,7 @@ def quantize_pixels(x: Tensor, scale: Tensor) -> Tensor:
     if x.stride()[1:] != (height * width, width, 1):
         x = x.contiguous()
     out = torch.empty(b, height, width, channels, dtype=torch.float8_e4m3fn, device=x.device)
-    grid = -(-height * width // _BLOCK_PIXELS), -(-channels // _BLOCK_CHANNELS), b
-    _launch_pixels(grid, x, scale, out, channels, height * width, x.stride(0))
+    tiles = -(-height * width // _BLOCK_PIXELS)
+    grid = b * tiles, -(-channels // _BLOCK_CHANNELS), 1
+    _launch_pixels(grid, x, scale, out, channels, height * width, x.stride(0), tiles)
     return out

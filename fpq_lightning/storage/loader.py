@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fpq_lightning.attention import make_attention_plain, quantized_attention
 from fpq_lightning.layers import is_quantizable
-from fpq_lightning.quantizers import ExactBuffers, layers_without_groups, without_groups
+from fpq_lightning.quantizers import ExactBuffers, Quantizer, layers_without_groups, without_groups
 from fpq_lightning.scales import parse_scale_format
 from fpq_lightning.search import search_tensor_error
 from fpq_lightning.storage.config import FPQConfig, QuantizationMethod
@@ -286,7 +286,8 @@ def _bounds(parent: nn.Module, name: str) -> tuple[float, float]:
     if name == "offset":
         return torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
     if not isinstance(parent, BlockScaledWeight):
-        return SMALLEST, torch.finfo(torch.float32).max
+        smallest = torch.finfo(torch.float32).tiny if isinstance(parent, Quantizer) else SMALLEST  # has an inverse
+        return smallest, torch.finfo(torch.float32).max
     if name == "block_scale":
         return parent.scale_format.codes
     return SMALLEST, torch.finfo(torch.float32).max / float(parent.scale_format.values.nan_to_num().max())

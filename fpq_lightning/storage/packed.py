@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, cast, get_args
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from fpq_lightning import kernels
 from fpq_lightning.attention import OPERANDS, QuantizedAttention, make_attention_quantized, quantized_attention
 from fpq_lightning.backends.paths import Arithmetic, Path, Plan, low_bit_paths, plan_for, run
+from fpq_lightning.constants import kept
 from fpq_lightning.formats import Format, parse_format
 from fpq_lightning.kernels import ops
 from fpq_lightning.layers import LayerQuantization, QuantizedLayer, SplitLayer, as_modules
@@ -141,7 +141,7 @@ def _values(fmt: str, device: torch.device) -> Tensor:
     return _kept_values(fmt, device)
 
 
-@lru_cache(maxsize=64)
+@kept
 def _kept_values(fmt: str, device: torch.device) -> Tensor:
     return parse_format(fmt).values.to(device)
 
