@@ -11,12 +11,12 @@ import torch
 from accelerate import cpu_offload
 from torch import Tensor, nn
 
+from fpq_lightning import decoding
 from fpq_lightning.backends import fp8, weight_only
 from fpq_lightning.backends.hardware import Hardware, hardware_of
 from fpq_lightning.backends.paths import Arithmetic, choose, is_few, low_bit_paths
 from fpq_lightning.formats import FAMILIES, HARDWARE_FORMATS, parse_format
 from fpq_lightning.quantizers import Quantizer
-from fpq_lightning.storage import packed
 from fpq_lightning.storage.packed import PackedLayer, PackedWeight, make_packed, make_plain, set_arithmetic
 
 HOPPER = Hardware((9, 0), kernels=True)
@@ -234,7 +234,7 @@ def test_a_compiled_layer_computes_the_same(
 
 def test_layers_can_be_exported_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fpq_lightning.backends.paths.hardware_of", lambda device: Hardware((9, 0)))
-    for cached in (fp8._kept_one, fp8._kept_ones, fp8._kept_table, packed._kept_values):
+    for cached in (fp8._kept_one, fp8._kept_ones, decoding.e4m3_codes, decoding.values_of):
         cached.cache_clear()
     for fmt in (E4M3, "e2m1", "e3m4"):
         layer, x = packed_linear(fmt).requires_grad_(False), torch.randn(100, 48).bfloat16()
@@ -261,3 +261,14 @@ def test_the_default_type_is_of_no_account(dtype: torch.dtype, monkeypatch: pyte
         torch.set_default_dtype(before)
     assert torch.equal(eager, layer(x))
     assert ((compiled - eager).abs() <= 2**-7 * magnitude(layer, x)).all()
+
+
+@pytest.mark.parametrize(
+    "formats", [("e2m1", "e1m2", "e3m0"), ("e3m4", "e2m5", "e4m3"), ("e1m2", E4M3, "float6_e2m3fn", "e3m4")]
+)
+def test_layers_of_many_formats_compile_together(formats: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fpq_lightning.backends.paths.hardware_of", lambda device: Hardware((9, 0)))
+    layers = [packed_linear(fmt, outputs=48, per_channel=False) for fmt in formats]
+    model, x = nn.Sequential(*layers).requires_grad_(False), torch.randn(100, 48).bfloat16()
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))

@@ -18,15 +18,14 @@ from torch import Tensor, nn
 
 from fpq_lightning import kernels
 from fpq_lightning.constants import kept
-from fpq_lightning.formats import Format, parse_format
+from fpq_lightning.decoding import E4M3
+from fpq_lightning.formats import Format
 from fpq_lightning.kernels import ops
-from fpq_lightning.packing import unpack
 from fpq_lightning.quantizers import Quantizer
 
 if TYPE_CHECKING:
     from fpq_lightning.storage.packed import PackedLayer, PackedWeight
 
-E4M3 = parse_format("float8_e4m3fn")
 _HIGHEST = E4M3.max
 ALIGNMENT = 16
 """Bytes that rows and columns of operands are multiples of."""
@@ -172,27 +171,9 @@ def _kept_ones(n: int, device: torch.device) -> Tensor:
     return torch.ones(n, 1, dtype=torch.float32, device=device)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _table(fmt: str, device: torch.device) -> Tensor:
-    """The E4M3 code of every code of a format."""
-    return _kept_table(fmt, device)
-
-
-@kept
-def _kept_table(fmt: str, device: torch.device) -> Tensor:
-    return E4M3.encode(parse_format(fmt).values.nan_to_num()).to(device)
-
-
 def operand(weight: PackedWeight) -> Tensor:
     """Values of a weight without its scales, float8_e4m3fn `[out, in]`, of a filter `[out, places * in]`."""
-    native, taps = weight.codes.dtype == torch.float8_e4m3fn, math.prod(weight.shape[2:])
-    if native and taps == 1:
+    taps = math.prod(weight.shape[2:])
+    if weight.codes.dtype == torch.float8_e4m3fn and taps == 1:
         return weight.codes
-    table = None if native else _table(weight.format.name, weight.codes.device)
-    if kernels.are_for(weight.codes):
-        translated = ops.translate(weight.bytes, weight.format.bits, table, weight.shape[1], taps)
-    else:
-        codes = unpack(weight.bytes, weight.format.bits, weight.shape[1] * taps)
-        translated = codes if table is None else table[codes.int()]
-        translated = translated.reshape(weight.shape[0], -1, taps).transpose(1, 2).reshape(weight.shape[0], -1)
-    return translated.view(torch.float8_e4m3fn)
+    return ops.translate(weight.bytes, weight.format, weight.shape[1], taps).view(torch.float8_e4m3fn)

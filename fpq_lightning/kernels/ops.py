@@ -1,6 +1,7 @@
-"""The kernels of packed weights as torch operators, so that `torch.compile` takes them as they are.
+"""The arithmetic of packed weights as torch operators, so that `torch.compile` takes them as they are.
 
-Eager calls go to a kernel directly, without the work of an operator.
+Eager calls go to a kernel directly, without the work of an operator; where there is none, plain torch decodes.
+Tables of formats stay within the operators: compilers take but one constant from a function.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fpq_lightning import decoding, kernels
 from fpq_lightning.formats import Format, parse_format
 
 
@@ -17,8 +19,6 @@ from fpq_lightning.formats import Format, parse_format
 def _decode(
     codes: Tensor, fmt: str, shape: Sequence[int], scale: Tensor, offset: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    from fpq_lightning.kernels.decode import decode  # needs Triton
-
     return decode(codes, parse_format(fmt), shape, scale, offset, dtype)
 
 
@@ -30,14 +30,12 @@ def _(
 
 
 @torch.library.custom_op("fpq::translate", mutates_args=())
-def _translate(codes: Tensor, width: int, table: Tensor | None, n: int, taps: int) -> Tensor:
-    from fpq_lightning.kernels.decode import translate
-
-    return translate(codes, width, table, n, taps)
+def _translate(codes: Tensor, fmt: str, n: int, taps: int) -> Tensor:
+    return translate(codes, parse_format(fmt), n, taps)
 
 
 @_translate.register_fake
-def _(codes: Tensor, width: int, table: Tensor | None, n: int, taps: int) -> Tensor:
+def _(codes: Tensor, fmt: str, n: int, taps: int) -> Tensor:
     return codes.new_empty(codes.shape[0], taps * n)
 
 
@@ -79,18 +77,33 @@ def decode(
     """See `fpq_lightning.kernels.decode.decode`."""
     if torch.compiler.is_compiling():
         return torch.ops.fpq.decode(codes, fmt.name, list(shape), scale, offset, dtype)  # type: ignore[no-any-return]
-    from fpq_lightning.kernels import decode as kernel
+    if not kernels.are_for(codes):
+        return decoding.decode(codes, fmt, shape, scale, offset, dtype)
+    from fpq_lightning.kernels import decode as kernel  # needs Triton
 
     return kernel.decode(codes, fmt, shape, scale, offset, dtype)
 
 
-def translate(codes: Tensor, width: int, table: Tensor | None, n: int, taps: int = 1) -> Tensor:
-    """See `fpq_lightning.kernels.decode.translate`."""
+def translate(codes: Tensor, fmt: Format, n: int, taps: int = 1) -> Tensor:
+    """Packed codes of a format whose values are E4M3's to codes of E4M3, a byte each.
+
+    Args:
+        codes: uint8 `[rows, bytes]`, packed rows of codes `[n, taps]`.
+        fmt: their format.
+        n: input channels of a row.
+        taps: places of the filter of a convolution.
+
+    Returns:
+        uint8 `[rows, taps * n]`, the channels of a place next to each other.
+    """
     if torch.compiler.is_compiling():
-        return torch.ops.fpq.translate(codes, width, table, n, taps)  # type: ignore[no-any-return]
+        return torch.ops.fpq.translate(codes, fmt.name, n, taps)  # type: ignore[no-any-return]
+    table = None if fmt == decoding.E4M3 else decoding.e4m3_codes(fmt.name, codes.device)
+    if not kernels.are_for(codes):
+        return decoding.translate(codes, fmt.bits, table, n, taps)
     from fpq_lightning.kernels import decode as kernel
 
-    return kernel.translate(codes, width, table, n, taps)
+    return kernel.translate(codes, fmt.bits, table, n, taps)
 
 
 def conv(

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from fpq_lightning import kernels
+from fpq_lightning import decoding, kernels
 from fpq_lightning.attention import OPERANDS, QuantizedAttention, make_attention_quantized, quantized_attention
 from fpq_lightning.backends.paths import Arithmetic, Path, Plan, low_bit_paths, plan_for, run
-from fpq_lightning.constants import kept
 from fpq_lightning.formats import Format, parse_format
 from fpq_lightning.kernels import ops
 from fpq_lightning.layers import LayerQuantization, QuantizedLayer, SplitLayer, as_modules
-from fpq_lightning.packing import pack, packed_length, unpack
+from fpq_lightning.packing import pack, packed_length
 from fpq_lightning.quantizers import ExactBuffers, Quantizer
 from fpq_lightning.scales import FLOAT32, SCALE_FORMATS, ScaleFormat
 from fpq_lightning.storage.decoded_weight import DecodedWeight
@@ -122,28 +121,9 @@ class PackedWeight(ExactBuffers):
         """The weight `[out, in, ...]`, float32 rounded to a type."""
         native = self.codes.dtype != torch.uint8
         # A compiler fuses the plain operations of native codes.
-        if kernels.are_for(self.codes) and not (native and torch.compiler.is_compiling()):
-            return ops.decode(self.bytes, self.format, self.shape, self.scale, self.offset, dtype)
-        if native:
-            values = self.codes.float()
-        else:
-            codes = unpack(self.codes, self.format.bits, math.prod(self.shape[1:]))
-            values = _values(self.format.name, codes.device).index_select(0, codes.flatten().int())
-        weight = values.reshape(self.shape[0], self.scale.shape[1], -1) * self.scale[..., None]
-        if self.offset is not None:
-            weight = weight + self.offset[..., None]
-        return weight.reshape(self.shape).to(dtype)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _values(fmt: str, device: torch.device) -> Tensor:
-    """The values of a format, where its codes are."""
-    return _kept_values(fmt, device)
-
-
-@kept
-def _kept_values(fmt: str, device: torch.device) -> Tensor:
-    return parse_format(fmt).values.to(device)
+        if native and (torch.compiler.is_compiling() or not kernels.are_for(self.codes)):
+            return decoding.scaled(self.codes.float(), self.shape, self.scale, self.offset, dtype)
+        return ops.decode(self.bytes, self.format, self.shape, self.scale, self.offset, dtype)
 
 
 class BlockScaledWeight(PackedWeight):

@@ -157,10 +157,11 @@ def save_quantized(
             for component in pipeline.components.values():
                 if isinstance(component, nn.Module):
                     stack.enter_context(_restored(component))
-                    if component is not denoiser:
-                        for layer in quantized_layers(component).values():
-                            make_plain(layer)
-                    if component is not denoiser and form != "fpq" and (packed := packed_layers(component)):
+                    if component is denoiser:
+                        continue
+                    for layer in quantized_layers(component).values():
+                        make_plain(layer)
+                    if form != "fpq" and (packed := packed_layers(component)):
                         for part in packed.values():
                             make_plain(part)
                         forget_config(component)
