@@ -209,11 +209,11 @@ def test_activations_become_what_a_cast_of_torch_makes_of_them(dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("shape", [(2, 70, 9, 15), (1, 64, 8, 8), (3, 5, 1, 1), (0, 16, 4, 4)])
-@pytest.mark.parametrize("part", [False, True])
-def test_images_become_codes_with_their_channels_as_neighbours(shape: tuple[int, ...], part: bool) -> None:
+@pytest.mark.parametrize("part", ["whole", "channels", "pixels", "turned"])
+def test_images_become_codes_with_their_channels_as_neighbours(shape: tuple[int, ...], part: str) -> None:
     torch.manual_seed(0)
     x, scale = 1000 * torch.randn(shape).half(), torch.tensor(0.37)
-    x = x[:, 1:-1] if part else x
+    x = {"whole": x, "channels": x[:, 1:-1], "pixels": x[:, :, :-1, ::2], "turned": x.transpose(2, 3)}[part]
     found = quantize_pixels(x, scale)
     assert found.is_contiguous()
     assert torch.equal(found.view(torch.uint8), quantize(x, scale).permute(0, 2, 3, 1).view(torch.uint8))
