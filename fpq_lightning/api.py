@@ -17,7 +17,7 @@ from fpq_lightning.diffusion.pipelines import SamplerConfig, denoiser_name
 from fpq_lightning.evaluation.evaluate import EvaluationConfig
 from fpq_lightning.nn.calibrated import quantized_layers
 from fpq_lightning.nn.hashing import hash_weights
-from fpq_lightning.nn.packed import packed_layers
+from fpq_lightning.nn.packed_layer import packed_layers
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.training.callbacks import (
     CalibrationProgress,

@@ -33,7 +33,8 @@ from fpq_lightning.graph.trace import trace_units
 from fpq_lightning.graph.tree import flatten, nest
 from fpq_lightning.graph.units import discover_units
 from fpq_lightning.nn.attention import quantized_attention
-from fpq_lightning.nn.calibrated import is_quantizable, make_quantized
+from fpq_lightning.nn.calibrated import is_quantizable
+from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.quantization.quantizer import Granularity
 
 COCO = CHECKOUT.parent / "shared" / "data" / "prompts" / "coco_30k.csv"

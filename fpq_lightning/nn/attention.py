@@ -146,44 +146,19 @@ class QuantizedAttention(QuantizedModule):
         return output
 
     def __reduce__(self) -> Any:
-        return _remade, (type(self).__bases__[1],), self.__getstate__()  # pickle does not find the class by its name
+        return _remade, (type(self).plain,), self.__getstate__()  # pickle does not find the class by its name
 
 
-def _remade(plain: type) -> nn.Module:
+def _remade(plain: type[nn.Module]) -> nn.Module:
     """A module of a quantized class, to be filled."""
-    quantized: Any = _quantized_class(plain)  # type: ignore[arg-type]
-    return cast(nn.Module, quantized.__new__(quantized))
+    kind = attention_class(plain)  # type: ignore[arg-type]  # mypy takes no class for hashable
+    return cast(nn.Module, kind.__new__(kind))
 
 
 @cache
-def _quantized_class(plain: type) -> type[nn.Module]:
-    return type(f"{plain.__name__}WithQuantizedAttention", (QuantizedAttention, plain), {})
-
-
-def make_attention_quantized(module: nn.Module, name: str, n_calls: int) -> QuantizedAttention:
-    """Turns a module into one whose attention is quantized, in place; it starts in mode ``full_precision``.
-
-    Args:
-        module: calls `torch.nn.functional.scaled_dot_product_attention`, itself and not in modules below it.
-        name: of the module in the network.
-        n_calls: how often in a forward pass.
-    """
-    module.__class__ = _quantized_class(type(module))  # type: ignore[arg-type]  # mypy takes no class for hashable
-    quantized = cast(QuantizedAttention, module)
-    quantized.full_name = name
-    quantized.n_calls = n_calls
-    quantized.observers = ()
-    quantized.variants = nn.ModuleDict()
-    quantized.mode = "full_precision"
-    return quantized
-
-
-def make_attention_plain(module: QuantizedAttention) -> None:
-    """Turns a module back into what it was, in place."""
-    del module._modules["variants"]
-    for name in ("full_name", "n_calls", "observers", "mode"):
-        module.__dict__.pop(name)
-    module.__class__ = type(module).__bases__[1]
+def attention_class(plain: type[nn.Module]) -> type[QuantizedAttention]:
+    """The class that modules of a plain class become when their attention is quantized."""
+    return type(f"{plain.__name__}WithQuantizedAttention", (QuantizedAttention, plain), {"plain": plain})
 
 
 def quantized_attention(module: nn.Module) -> dict[str, QuantizedAttention]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from fpq_lightning.nn.calibrated import LayerQuantization, quantized_modules
-from fpq_lightning.nn.packed import packed_layers
+from fpq_lightning.nn.packed_layer import packed_layers
 
 
 def hash_weights(model: nn.Module) -> str:

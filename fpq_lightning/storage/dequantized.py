@@ -13,9 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fpq_lightning.nn.attention import OPERANDS, make_attention_quantized, quantized_attention
-from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, is_quantizable, make_quantized
-from fpq_lightning.nn.packed import PackedLayer
+from fpq_lightning.nn.attention import OPERANDS, quantized_attention
+from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, is_quantizable
+from fpq_lightning.nn.convert import make_attention_quantized, make_quantized
+from fpq_lightning.nn.packed_layer import PackedLayer
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 
 FILE = "quantization.json"

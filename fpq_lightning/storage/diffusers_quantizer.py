@@ -19,18 +19,11 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from fpq_lightning.formats.scales import parse_scale_format
-from fpq_lightning.nn.attention import make_attention_plain, quantized_attention
+from fpq_lightning.nn.attention import quantized_attention
 from fpq_lightning.nn.calibrated import is_quantizable
-from fpq_lightning.nn.packed import (
-    BlockScaledWeight,
-    PackedLayer,
-    PackedWeight,
-    make_attention_empty,
-    make_empty,
-    make_packed,
-    make_plain,
-    packed_layers,
-)
+from fpq_lightning.nn.convert import make_attention_empty, make_attention_plain, make_empty, make_packed, make_plain
+from fpq_lightning.nn.packed_layer import PackedLayer, packed_layers
+from fpq_lightning.nn.packed_weight import BlockScaledWeight, PackedWeight
 from fpq_lightning.quantization.quantizer import ExactBuffers, Quantizer, layers_without_groups, without_groups
 from fpq_lightning.quantization.search import search_tensor_error
 from fpq_lightning.storage.config import FPQConfig, QuantizationMethod

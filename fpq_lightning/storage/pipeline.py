@@ -20,17 +20,17 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fpq_lightning.diffusion.pipelines import denoiser_name, load_pipeline, quantization_of
-from fpq_lightning.nn.attention import make_attention_plain, quantized_attention
+from fpq_lightning.nn.attention import quantized_attention
 from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, QuantizedModule, quantized_layers
-from fpq_lightning.nn.packed import (
-    PackedLayer,
+from fpq_lightning.nn.convert import (
     describe_attention,
     keep_learned_attention,
+    make_attention_plain,
     make_plain,
     pack_layer,
-    packed_layers,
     quantized_weight,
 )
+from fpq_lightning.nn.packed_layer import PackedLayer, packed_layers
 from fpq_lightning.storage import dequantized
 from fpq_lightning.storage.config import FPQConfig, QuantizationMethod
 from fpq_lightning.storage.diffusers_quantizer import forget_config

@@ -23,8 +23,9 @@ from fpq_lightning.graph.chain import parts_of
 from fpq_lightning.graph.offload import Offload
 from fpq_lightning.graph.trace import trace_units
 from fpq_lightning.graph.units import Unit, discover_units, select_layers
-from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedModule, make_quantized, quantized_modules
+from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedModule, quantized_modules
 from fpq_lightning.nn.components import check_components, quantize_components
+from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.quantization.quantizer import layers_without_groups, without_groups
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.quantization.rounding import beta_schedule

@@ -34,7 +34,8 @@ from fpq_lightning.evaluation.evaluate import (
 from fpq_lightning.evaluation.metrics.features import FeatureNetwork
 from fpq_lightning.evaluation.metrics.frechet import FrechetDistance
 from fpq_lightning.formats.numbers import parse_format
-from fpq_lightning.nn.calibrated import LayerQuantization, make_quantized
+from fpq_lightning.nn.calibrated import LayerQuantization
+from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.nn.hashing import hash_quantization
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 from fpq_lightning.utils.resources import find_features

@@ -38,14 +38,9 @@ from fpq_lightning.graph.attention import quantize_attention
 from fpq_lightning.graph.trace import trace_units
 from fpq_lightning.graph.units import Unit, discover_units
 from fpq_lightning.nn import attention as attention_module
-from fpq_lightning.nn.attention import (
-    OperandSample,
-    attention,
-    make_attention_quantized,
-    observing,
-    quantized_attention,
-)
+from fpq_lightning.nn.attention import OperandSample, attention, observing, quantized_attention
 from fpq_lightning.nn.calibrated import LayerQuantization, running
+from fpq_lightning.nn.convert import make_attention_quantized
 from fpq_lightning.nn.hashing import hash_quantization
 from fpq_lightning.quantization.quantizer import Quantizer
 from fpq_lightning.reconstruction.initialise import search_attention

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import fpq_lightning as fpq
 from fpq_lightning.nn.calibrated import quantized_layers
-from fpq_lightning.nn.packed import PackedLayer, packed_layers
+from fpq_lightning.nn.packed_layer import PackedLayer, packed_layers
 from fpq_lightning.quantization.search import search_tensor_error
 
 SMALL = CHECKOUT / "data" / "cifar10-ddpm-small" / "unet"

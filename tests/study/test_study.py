@@ -20,7 +20,8 @@ from fpq_lightning.cli import main
 from fpq_lightning.diffusion.pipelines import SamplerConfig
 from fpq_lightning.evaluation.evaluate import EvaluationConfig
 from fpq_lightning.formats.numbers import parse_formats
-from fpq_lightning.nn.calibrated import LayerQuantization, make_quantized
+from fpq_lightning.nn.calibrated import LayerQuantization
+from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 from fpq_lightning.quantization.search import search_tensor_error
 from fpq_lightning.study.config import RowConfig, StudyConfig, merge

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fpq_lightning.nn.packed import BlockScaledWeight, PackedLayer
+from fpq_lightning.nn.packed_layer import PackedLayer
+from fpq_lightning.nn.packed_weight import BlockScaledWeight
 from fpq_lightning.storage.exports.layout import Layout, Tensors, whole_linear_weight
 from fpq_lightning.storage.exports.modelopt import E2M1
 

@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fpq_lightning.nn.calibrated import is_quantizable
-from fpq_lightning.nn.packed import PackedLayer, PackedWeight, make_plain, packed_layers
+from fpq_lightning.nn.convert import make_plain
+from fpq_lightning.nn.packed_layer import PackedLayer, packed_layers
+from fpq_lightning.nn.packed_weight import PackedWeight
 
 Tensors = dict[str, Tensor]
 

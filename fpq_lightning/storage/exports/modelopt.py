@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpq_lightning.nn.packed import BlockScaledWeight, PackedLayer
+from fpq_lightning.nn.packed_layer import PackedLayer
+from fpq_lightning.nn.packed_weight import BlockScaledWeight
 from fpq_lightning.storage.exports.layout import Layout, Tensors, whole_linear_weight
 
 E2M1 = ("e2m1", "float4_e2m1fn")

@@ -1,0 +1,104 @@
+"""Plain, calibrated and packed modules: what each change leaves behind."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from test_attention import TwoCalls
+from test_calibrated import LAYERS, make_layer, quantization_of
+from torch import nn
+
+from fpq_lightning.nn.calibrated import running
+from fpq_lightning.nn.convert import (
+    make_attention_plain,
+    make_attention_quantized,
+    make_plain,
+    make_quantized,
+    pack_layer,
+)
+from fpq_lightning.nn.packed_layer import PackedLayer, set_arithmetic
+from fpq_lightning.nn.swap import SwappedModule, swap
+from fpq_lightning.quantization.quantizer import Granularity
+
+
+def state(module: nn.Module) -> dict[str, object]:
+    """What a module holds, without the values of tensors."""
+    inner = {k: set(v) for k, v in vars(module).items() if k in ("_parameters", "_buffers", "_modules")}
+    return {**dict.fromkeys(vars(module)), **inner, "others": set(module._non_persistent_buffers_set)}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_layer_made_plain_holds_what_a_plain_layer_does_and_what_others_gave_it(kind: str, packed: bool) -> None:
+    layer, x = make_layer(kind)
+    layer.of_others = 7
+    before, plain = state(layer), type(layer)
+    quantized = make_quantized(layer, Granularity())
+    quantized.variants["learned"] = quantization_of(quantized, x)
+    with running(quantized, "learned"):
+        expected = quantized(x)
+        weight = quantized.quantized_weight(quantized.variants["learned"])
+    if packed:
+        low_bit = pack_layer(quantized, quantized.variants["learned"])
+        assert not any(name in vars(low_bit) for name in ("granularity", "mode", "_effective_weight"))
+        assert torch.equal(low_bit(x), expected)
+        set_arithmetic(low_bit, "simulated")
+    make_plain(layer)  # type: ignore[arg-type]
+    assert type(layer) is plain
+    assert state(layer) == before
+    assert torch.equal(layer.weight, weight)
+
+
+def test_a_module_whose_attention_is_made_plain_is_as_before() -> None:
+    module = TwoCalls()
+    before = state(module)
+    quantized = make_attention_quantized(module, "inner", 2)
+    assert isinstance(module, SwappedModule)
+    make_attention_plain(quantized)
+    assert type(module) is TwoCalls
+    assert state(module) == before
+
+
+def test_what_a_class_declares_must_be_given_and_nothing_else() -> None:
+    class Counted(SwappedModule, nn.Linear):
+        plain = nn.Linear
+        calls: int
+
+    layer = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="calls"):
+        swap(layer, Counted)
+    with pytest.raises(TypeError, match="times"):
+        swap(layer, Counted, calls=0, times=1)
+    assert type(layer) is nn.Linear
+    assert swap(layer, Counted, calls=3) is layer
+    assert vars(layer)["calls"] == 3
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d_dilated"])
+def test_the_type_of_a_layer_makes_plain_layers_and_copies_of_its_own_kind(kind: str) -> None:
+    """As adapters do with the type of the layer that they adapt."""
+    layer, x = make_layer(kind)
+    plain = type(layer)
+    quantized = make_quantized(layer, Granularity())
+    quantized.variants["learned"] = quantization_of(quantized, x)
+    sizes = (6, 4) if kind == "linear" else (6, 4, 3)
+    assert type(type(quantized)(*sizes, bias=False)) is plain
+    packed = pack_layer(quantized, quantized.variants["learned"])
+    assert type(type(packed)(*sizes)) is plain
+    for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert isinstance(other, PackedLayer)
+        assert torch.equal(other(x), packed(x))
+
+
+def test_a_quantized_layer_is_not_quantized_again() -> None:
+    layer, x = make_layer("linear")
+    quantized = make_quantized(layer, Granularity())
+    quantized.variants["learned"] = quantization_of(quantized, x)
+    with pytest.raises(ValueError, match="QuantizedLinear is quantized already"):
+        make_quantized(quantized, Granularity())
+    packed = pack_layer(quantized, quantized.variants["learned"])
+    with pytest.raises(ValueError, match="PackedLinear is quantized already"):
+        make_quantized(packed, Granularity())
