@@ -108,6 +108,8 @@ def find_scale(rows: Tensor, fmt: Format, scale_format: ScaleFormat | None = Non
     scale = torch.ones(len(rows), 1, device=rows.device)
     holds = (rows != 0).any(1)
     left = holds.clone()  # a row of zeros has any scale
+    # Up to a power of two, the factor that all scales of a tensor may share.
+    fractions = None if scale_format is None else torch.frexp(scale_format.values.to(rows.device))[0].unique()
     for value in fmt.grid.abs().unique().flip(0)[:-1]:
         for steps in (0, 1, -1, 2, -2):
             index = left.nonzero()[:, 0]
@@ -116,12 +118,12 @@ def find_scale(rows: Tensor, fmt: Format, scale_format: ScaleFormat | None = Non
             trial = (trial.view(torch.int32) + steps).view(torch.float32)
             quantizer = Quantizer(fmt, trial)
             fits = (quantizer.decode(quantizer.encode(some)).view(torch.int32) == some.view(torch.int32)).all(1)
-            if scale_format is not None:
-                fits &= scale_format.has_mantissa(trial)[:, 0]
+            if fractions is not None:
+                fits &= torch.isin(torch.frexp(trial[:, 0])[0], fractions)
             scale[index[fits]] = trial[fits]
             left[index[fits]] = False
             if not left.any():
-                if scale_format is not None and holds.any():
+                if fractions is not None and holds.any():
                     scale[~holds] = scale[holds].amin()
                 return scale
     return None
