@@ -1,6 +1,6 @@
-"""The dequantized form: float32 weights on the low-bit grid, activation formats beside them in ``quantization.json``.
+"""The dequantized form: float32 weights on the low-bit grid, and activation formats in ``quantization.json``.
 
-Plain `DiffusionPipeline.from_pretrained` opens it without this package, then with full-precision activations.
+`DiffusionPipeline.from_pretrained` opens it without this package, with full-precision activations.
 """
 
 from __future__ import annotations
@@ -14,31 +14,39 @@ import torch
 from torch import Tensor, nn
 
 from fpq_lightning.nn.attention import OPERANDS, make_attention_quantized, quantized_attention
-from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, is_quantizable, make_quantized
-from fpq_lightning.nn.packed import PackedLayer
+from fpq_lightning.nn.calibrated import LayerQuantization, is_quantizable, make_quantized
+from fpq_lightning.nn.packed import packed_layers
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 
 FILE = "quantization.json"
 FORMAT_VERSION = 1
 
 
-def describe_layer(layer: QuantizedLayer | PackedLayer) -> dict[str, Any]:
-    """What `quantization.json` says of a layer: parts, weight formats, input quantizers."""
-    found = layer if isinstance(layer, PackedLayer) else cast(LayerQuantization, layer.variants["learned"])
-    return {
-        "splits": list(layer.splits),
-        "weights": [weight.format.name for weight in found.weights],
-        "inputs": [_describe(q) for q in found.inputs],
+def describe(denoiser: nn.Module, details: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of ``quantization.json``.
+
+    Args:
+        denoiser: its quantized layers are packed.
+        details: where it comes from.
+
+    Returns:
+        For each layer its parts, weight formats and input quantizers; for attention the quantizers of its operands.
+    """
+    layers = {
+        name: {
+            "splits": list(layer.splits),
+            "weights": [weight.format.name for weight in layer.weights],
+            "inputs": [_describe(q) for q in layer.inputs],
+        }
+        for name, layer in packed_layers(denoiser).items()
     }
-
-
-def describe_attention(model: nn.Module) -> dict[str, Any]:
-    """What `quantization.json` says of each module whose attention is quantized: its operands' quantizers."""
-    return {
+    attention = {
         name: [_describe(q) for q in cast(LayerQuantization, module.variants["learned"]).inputs]
-        for name, module in quantized_attention(model).items()
+        for name, module in quantized_attention(denoiser).items()
         if "learned" in module.variants
     }
+    described = {"format_version": FORMAT_VERSION, **details, "layers": layers}
+    return {**described, "attention": attention} if attention else described
 
 
 def _describe(quantizer: Quantizer) -> dict[str, Any]:

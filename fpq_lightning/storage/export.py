@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from fpq_lightning.formats.scales import FLOAT32, ScaleFormat, parse_scale_forma
 from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 from fpq_lightning.storage.dequantized import FILE
-from fpq_lightning.storage.pipeline import Form, is_quantized, load_quantized, read_description, save_quantized
+from fpq_lightning.storage.exports.registry import EXPORTS
+from fpq_lightning.storage.pipeline import is_quantized, load_quantized, read_description, save_quantized
 
 
 def export(directory: str | Path, output: str | Path, form: str) -> None:
@@ -25,14 +26,13 @@ def export(directory: str | Path, output: str | Path, form: str) -> None:
     Args:
         directory: of the pipeline, packed or dequantized.
         output: a new directory.
-        form: ``fpq``, ``dequantized``, ``modelopt``, ``nvfp4`` or ``mxfp4``.
+        form: the name of an export.
 
     Raises:
         FileNotFoundError: if there is no quantized pipeline.
-        ValueError: if its files are damaged, no layer fits the form, or `output` holds something.
+        ValueError: if there is no such export, the files are damaged, no layer fits, or `output` is not empty.
     """
-    if form not in get_args(Form):
-        raise ValueError(f"there is no form {form!r}: use {' or '.join(get_args(Form))}")
+    needs_codes = EXPORTS[form].needs_codes
     target = Path(os.path.realpath(Path(output).expanduser()))
     if not is_quantized(directory):
         raise FileNotFoundError(f"there is no quantized pipeline at {directory}: give the quantized/ of a run")
@@ -41,12 +41,12 @@ def export(directory: str | Path, output: str | Path, form: str) -> None:
     description = read_description(directory)
     pipeline = load_quantized(directory)
     denoiser = getattr(pipeline, denoiser_name(pipeline))
-    if form != "dequantized" and "quant_method" not in description:
+    if needs_codes and "quant_method" not in description:
         find_codes(denoiser, description)
     details = {
         k: v for k, v in description.items() if k not in ("quant_method", "format_version", "layers", "attention")
     }
-    save_quantized(pipeline, target, details, cast(Form, form))
+    save_quantized(pipeline, target, details, form)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from fpq_lightning.formats.numbers import FAMILIES, FORMATS, Family, parse_forma
 from fpq_lightning.formats.scales import SCALE_FORMATS, ScaleFormat
 from fpq_lightning.nn.calibrated import quantized_layers
 from fpq_lightning.nn.packed import BlockScaledWeight, packed_layers, quantized_weight
+from fpq_lightning.storage.pipeline import save_quantized
 
 NUMBERS = fpq.FloatFormat(3, 1, reserved=1, hardware_name="float5_e3m1xn")
 GRID = torch.tensor([m * x for m in (-1, 1) for x in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)]) / 8
@@ -84,6 +85,19 @@ def test_weights_are_quantized_while_they_are_loaded(tmp_path: Path) -> None:
     unet.save_pretrained(tmp_path / "packed")
     expected, found = weights_of(unet), weights_of(UNet2DModel.from_pretrained(tmp_path / "packed"))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_layouts_of_others_do_not_take_scales_that_only_look_like_theirs(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline()
+    config = fpq.FPQConfig("float4_e2m1fn", "group", 32, scale_format=SCALES.name)
+    model = Path(save_tiny(tmp_path / "tiny")) / "unet"
+    pipeline.register_modules(unet=UNet2DModel.from_pretrained(model, quantization_config=config))
+    with pytest.raises(ValueError, match="no layer fits"):
+        save_quantized(pipeline, tmp_path / "out", {}, "mxfp4")
+    config = fpq.FPQConfig("float4_e2m1fn", "group", 32, scale_format="float8_e8m0fnu")
+    pipeline.register_modules(unet=UNet2DModel.from_pretrained(model, quantization_config=config))
+    with pytest.warns(UserWarning, match="do not fit"):
+        save_quantized(pipeline, tmp_path / "out", {}, "mxfp4")
 
 
 def test_the_command_line_its_report_and_the_export_know_them(
