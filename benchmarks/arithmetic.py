@@ -34,10 +34,10 @@ from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 import fpq_lightning as fpq
-from fpq_lightning.formats import parse_format
-from fpq_lightning.layers import LayerQuantization, is_quantizable, make_quantized, quantized_layers, running
-from fpq_lightning.quantizers import Granularity, Quantizer
-from fpq_lightning.storage.packed import PackedWeight, make_packed, packed_layers
+from fpq_lightning.formats.numbers import parse_format
+from fpq_lightning.nn.calibrated import LayerQuantization, is_quantizable, make_quantized, quantized_layers, running
+from fpq_lightning.nn.packed import PackedWeight, make_packed, packed_layers
+from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 
 SHAPES = [(3072, 12288), (3072, 3072), (1280, 10240)]  # in, out
 ROWS = [1, 2, 16, 64, 256, 8192]

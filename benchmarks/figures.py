@@ -18,10 +18,10 @@ import torch
 import yaml
 
 import fpq_lightning as fpq
-from fpq_lightning.evaluation import compare, sample_variant
-from fpq_lightning.pipelines import load_pipeline
-from fpq_lightning.shipped import find_config
-from fpq_lightning.statistics import weight_statistics
+from fpq_lightning.diffusion.pipelines import load_pipeline
+from fpq_lightning.evaluation.evaluate import compare, sample_variant
+from fpq_lightning.evaluation.statistics import weight_statistics
+from fpq_lightning.utils.resources import find_config
 
 REAL = "data/cifar10-features/cifar10_train.safetensors"
 

@@ -36,21 +36,21 @@ import torch
 from torch import Tensor, nn
 
 import fpq_lightning as fpq
-from fpq_lightning.calibration.datamodule import STEPS_PER_BATCH, UnitBatches
 from fpq_lightning.calibration.replay import PATHS, NetworkReplay
 from fpq_lightning.calibration.shards import Samples, Shard
 from fpq_lightning.calibration.store import ActivationStore
 from fpq_lightning.calibration.trajectories import CalibrationSet
-from fpq_lightning.layers import QuantizedModule, make_quantized
-from fpq_lightning.model.blocks import Unit, discover_units
-from fpq_lightning.model.chain import parts_of
-from fpq_lightning.model.leaves import output_leaves
-from fpq_lightning.model.offload import Offload
-from fpq_lightning.model.trace import trace_units
+from fpq_lightning.graph.chain import parts_of
+from fpq_lightning.graph.offload import Offload
+from fpq_lightning.graph.trace import trace_units
+from fpq_lightning.graph.tree import output_leaves
+from fpq_lightning.graph.units import Unit, discover_units
+from fpq_lightning.nn.calibrated import QuantizedModule, make_quantized
 from fpq_lightning.reconstruction.backward import Backward
-from fpq_lightning.reconstruction.graphed_adam import GraphedAdam
-from fpq_lightning.reconstruction.memory import gradients, within_memory
+from fpq_lightning.reconstruction.optimizer import GraphedAdam
+from fpq_lightning.reconstruction.out_of_memory import gradients, within_memory
 from fpq_lightning.reconstruction.unit import UnitReconstruction, UnitReport
+from fpq_lightning.training.datamodule import STEPS_PER_BATCH, UnitBatches
 
 GIB = 2**30
 WARMUP = 5  # steps: three launched one by one, the capture of their graph, and a replay

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from fpq_lightning import cli
-from fpq_lightning.callbacks import finalize
-from fpq_lightning.callbacks.checkpoint import RunCheckpoint
-from fpq_lightning.reconstruction.module import BlockReconstruction
+from fpq_lightning.training.callbacks import finalize
+from fpq_lightning.training.callbacks.checkpoint import RunCheckpoint
+from fpq_lightning.training.module import BlockReconstruction
 
 CHECKOUT = Path(__file__).parents[1]
 WORK = {

@@ -28,17 +28,17 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 import fpq_lightning as fpq
-from fpq_lightning import distributed
-from fpq_lightning.calibration.datamodule import STEPS_PER_BATCH
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.shards import Samples, Shard
 from fpq_lightning.calibration.store import ActivationStore
 from fpq_lightning.calibration.trajectories import CalibrationSet
-from fpq_lightning.layers import is_quantizable, make_quantized
-from fpq_lightning.model.blocks import Unit
+from fpq_lightning.graph.units import Unit
+from fpq_lightning.nn.calibrated import is_quantizable, make_quantized
 from fpq_lightning.reconstruction.backward import Backward
-from fpq_lightning.reconstruction.graphed_adam import GraphedAdam
+from fpq_lightning.reconstruction.optimizer import GraphedAdam
 from fpq_lightning.reconstruction.unit import UnitReconstruction, UnitReport
+from fpq_lightning.training.datamodule import STEPS_PER_BATCH
+from fpq_lightning.utils import distributed
 
 Block = tuple[Callable[[], nn.Module], dict[str, tuple[int, ...]]]
 
@@ -169,10 +169,10 @@ def profile(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from fpq_lightning import api, cli
-    from fpq_lightning.calibration.datamodule import CalibrationDataModule
-    from fpq_lightning.callbacks import FinalizeQuantization, ImageQuality
-    from fpq_lightning.callbacks.checkpoint import RunCheckpoint
-    from fpq_lightning.reconstruction.module import BlockReconstruction
+    from fpq_lightning.training.callbacks import FinalizeQuantization, ImageQuality
+    from fpq_lightning.training.callbacks.checkpoint import RunCheckpoint
+    from fpq_lightning.training.datamodule import CalibrationDataModule
+    from fpq_lightning.training.module import BlockReconstruction
 
     phases: dict[str, float] = defaultdict(float)
 

@@ -11,11 +11,11 @@ import time
 import torch
 from diffusers import UNet2DModel
 
-from fpq_lightning.formats import parse_formats
-from fpq_lightning.layers import is_quantizable
-from fpq_lightning.pipelines import denoiser_name, load_pipeline
-from fpq_lightning.quantizers import Granularity
-from fpq_lightning.search import search_tensor_error
+from fpq_lightning.diffusion.pipelines import denoiser_name, load_pipeline
+from fpq_lightning.formats.numbers import parse_formats
+from fpq_lightning.nn.calibrated import is_quantizable
+from fpq_lightning.quantization.quantizer import Granularity
+from fpq_lightning.quantization.search import search_tensor_error
 
 CIFAR10 = {
     "sample_size": 32,

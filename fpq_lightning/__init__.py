@@ -1,14 +1,14 @@
 """Post-training floating-point quantization of diffusion models."""
 
 from fpq_lightning.api import quantize
-from fpq_lightning.calibration.datamodule import CalibrationDataModule
-from fpq_lightning.evaluation import EvaluationConfig
-from fpq_lightning.formats import FloatFormat, Format, IntFormat, parse_format
-from fpq_lightning.pipelines import SamplerConfig
-from fpq_lightning.recipes import ActivationRecipe, AttentionRecipe, Recipe, RoundingRecipe, WeightRecipe
+from fpq_lightning.diffusion.pipelines import SamplerConfig
+from fpq_lightning.evaluation.evaluate import EvaluationConfig
+from fpq_lightning.formats.numbers import FloatFormat, Format, IntFormat, parse_format
+from fpq_lightning.nn.packed import set_arithmetic
+from fpq_lightning.quantization.recipe import ActivationRecipe, AttentionRecipe, Recipe, RoundingRecipe, WeightRecipe
 from fpq_lightning.storage.config import FPQConfig
-from fpq_lightning.storage.packed import set_arithmetic
-from fpq_lightning.storage.quantized import load_quantized
+from fpq_lightning.storage.pipeline import load_quantized
+from fpq_lightning.training.datamodule import CalibrationDataModule
 
 __all__ = [
     "ActivationRecipe",

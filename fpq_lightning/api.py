@@ -12,18 +12,26 @@ from diffusers import DiffusionPipeline
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from fpq_lightning.calibration.datamodule import CalibrationDataModule
 from fpq_lightning.calibration.shards import Shard
-from fpq_lightning.callbacks import CalibrationProgress, FinalizeQuantization, ImageQuality, RunCheckpoint, RunReport
-from fpq_lightning.estimate import estimate_run
-from fpq_lightning.evaluation import EvaluationConfig
-from fpq_lightning.layers import quantized_layers
-from fpq_lightning.pipelines import SamplerConfig, denoiser_name
-from fpq_lightning.recipes import Recipe
-from fpq_lightning.reconstruction.module import BlockReconstruction
-from fpq_lightning.runs import RunDirectory, RunState, hash_weights, versions
-from fpq_lightning.storage.packed import packed_layers
-from fpq_lightning.strategy import prepare_strategy, together
+from fpq_lightning.diffusion.pipelines import SamplerConfig, denoiser_name
+from fpq_lightning.evaluation.evaluate import EvaluationConfig
+from fpq_lightning.nn.calibrated import quantized_layers
+from fpq_lightning.nn.hashing import hash_weights
+from fpq_lightning.nn.packed import packed_layers
+from fpq_lightning.quantization.recipe import Recipe
+from fpq_lightning.training.callbacks import (
+    CalibrationProgress,
+    FinalizeQuantization,
+    ImageQuality,
+    RunCheckpoint,
+    RunReport,
+)
+from fpq_lightning.training.datamodule import CalibrationDataModule
+from fpq_lightning.training.estimate import estimate_run
+from fpq_lightning.training.module import BlockReconstruction
+from fpq_lightning.training.run_directory import RunDirectory, RunState
+from fpq_lightning.training.strategy import prepare_strategy, together
+from fpq_lightning.utils.provenance import versions
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "devices": 1,

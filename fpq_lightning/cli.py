@@ -30,22 +30,22 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fpq_lightning import api
-from fpq_lightning.backends.hardware import Hardware, hardware_of
-from fpq_lightning.calibration.datamodule import CalibrationDataModule
-from fpq_lightning.callbacks import CalibrationProgress, QualityReport
-from fpq_lightning.evaluation import EvaluationConfig
-from fpq_lightning.generation import ImageGeneration, SeedDataModule, WriteImages
-from fpq_lightning.inspection import inspect_pipeline, render
-from fpq_lightning.pipelines import SamplerConfig, load_pipeline
-from fpq_lightning.recipes import Recipe
-from fpq_lightning.reconstruction.module import BlockReconstruction
-from fpq_lightning.runs import RunDirectory, RunState
-from fpq_lightning.shipped import find_config
+from fpq_lightning.diffusion.pipelines import SamplerConfig, load_pipeline
+from fpq_lightning.evaluation.evaluate import EvaluationConfig
+from fpq_lightning.nn.backends.hardware import Hardware, hardware_of
+from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.storage.export import export
-from fpq_lightning.storage.quantized import is_quantized
+from fpq_lightning.storage.inspect import inspect_pipeline, render
+from fpq_lightning.storage.pipeline import is_quantized
 from fpq_lightning.study.config import StudyConfig
 from fpq_lightning.study.run import Study
 from fpq_lightning.study.table import write_table
+from fpq_lightning.training.callbacks import CalibrationProgress, QualityReport
+from fpq_lightning.training.datamodule import CalibrationDataModule
+from fpq_lightning.training.generation import ImageGeneration, SeedDataModule, WriteImages
+from fpq_lightning.training.module import BlockReconstruction
+from fpq_lightning.training.run_directory import RunDirectory, RunState
+from fpq_lightning.utils.resources import find_config
 
 _DESCRIPTION = (
     "Quantizes diffusion models to low-bit floating point. Further commands, each with its own --help: study (a grid "

@@ -114,11 +114,11 @@ import torch
 torch.set_num_threads(1)
 import lightning.pytorch as pl
 from fpq_lightning import cli
-from fpq_lightning.calibration.datamodule import CalibrationDataModule
-from fpq_lightning.reconstruction.module import BlockReconstruction
-import fpq_lightning.callbacks.checkpoint as checkpoint
-import fpq_lightning.callbacks.finalize as finalize
-import fpq_lightning.callbacks.image_quality as image_quality
+from fpq_lightning.training.datamodule import CalibrationDataModule
+from fpq_lightning.training.module import BlockReconstruction
+import fpq_lightning.training.callbacks.checkpoint as checkpoint
+import fpq_lightning.training.callbacks.finalize as finalize
+import fpq_lightning.training.callbacks.image_quality as image_quality
 
 owners = {"module": BlockReconstruction, "data": CalibrationDataModule, "trainer": pl.Trainer, "os": os}
 owners |= {"checkpoint": checkpoint, "finalize": finalize, "image_quality": image_quality}

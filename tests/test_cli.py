@@ -17,8 +17,9 @@ from models import CHECKOUT, STEPS, fit_arguments, run_fpq, run_scenarios, save_
 from packed_reader import read_denoiser
 from PIL import Image
 
-from fpq_lightning import SamplerConfig, evaluation, load_quantized
-from fpq_lightning.pipelines import sample, set_sampler
+from fpq_lightning import SamplerConfig, load_quantized
+from fpq_lightning.diffusion.pipelines import sample, set_sampler
+from fpq_lightning.evaluation.evaluate import evaluate as evaluation
 
 FEATURES = CHECKOUT / "data" / "cifar10-features"
 

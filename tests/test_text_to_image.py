@@ -18,7 +18,6 @@ from models import CHECKOUT, fit_arguments, run_fpq, tiny_text_to_image
 from torch import Tensor
 
 from fpq_lightning import AttentionRecipe, CalibrationDataModule, Recipe, RoundingRecipe, load_quantized, quantize
-from fpq_lightning.attention import quantized_attention
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.store import ActivationStore
 from fpq_lightning.calibration.trajectories import (
@@ -28,13 +27,14 @@ from fpq_lightning.calibration.trajectories import (
     sample_trajectories,
     save_calibration_set,
 )
-from fpq_lightning.layers import is_quantizable, make_quantized
-from fpq_lightning.model.blocks import discover_units
-from fpq_lightning.model.leaves import flatten, nest
-from fpq_lightning.model.trace import trace_units
-from fpq_lightning.pipelines import SamplerConfig, load_pipeline, sample, set_sampler, warn_of_long_prompts
-from fpq_lightning.prompts import load_prompts
-from fpq_lightning.quantizers import Granularity
+from fpq_lightning.diffusion.pipelines import SamplerConfig, load_pipeline, sample, set_sampler, warn_of_long_prompts
+from fpq_lightning.diffusion.prompts import load_prompts
+from fpq_lightning.graph.trace import trace_units
+from fpq_lightning.graph.tree import flatten, nest
+from fpq_lightning.graph.units import discover_units
+from fpq_lightning.nn.attention import quantized_attention
+from fpq_lightning.nn.calibrated import is_quantizable, make_quantized
+from fpq_lightning.quantization.quantizer import Granularity
 
 COCO = CHECKOUT.parent / "shared" / "data" / "prompts" / "coco_30k.csv"
 PROMPTS = ["a cat", "two dogs on the grass", "big red bus"]

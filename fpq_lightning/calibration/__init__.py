@@ -1,1 +1,1 @@
-"""Calibration data: trajectories of a sampler, and the activations that units see along them."""
+"""Calibration sets, and the activations that units see along them."""

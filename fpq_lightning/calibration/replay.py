@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fpq_lightning.calibration.store import ActivationStore
 from fpq_lightning.calibration.trajectories import CalibrationSet
-from fpq_lightning.distributed import gather_rows
-from fpq_lightning.layers import Mode, running
-from fpq_lightning.model.blocks import Unit
-from fpq_lightning.model.chain import Chain, parts_of
-from fpq_lightning.model.leaves import flatten, output_leaves
+from fpq_lightning.graph.chain import Chain, parts_of
+from fpq_lightning.graph.tree import flatten, output_leaves
+from fpq_lightning.graph.units import Unit
+from fpq_lightning.nn.calibrated import Mode, running
+from fpq_lightning.utils.distributed import gather_rows
 
 Path = str  # "full_precision" or "quantized"
 PATHS: tuple[Path, Path] = ("full_precision", "quantized")

@@ -20,11 +20,11 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fpq_lightning import distributed
-from fpq_lightning.images import image_tensor, load_images
-from fpq_lightning.model.leaves import flatten, nest, output_leaves
-from fpq_lightning.pipelines import SamplerConfig, batches_of, denoiser_name, sample, using_sampler
-from fpq_lightning.storage.files import whole_directory, write_json
+from fpq_lightning.diffusion.images import image_tensor, load_images
+from fpq_lightning.diffusion.pipelines import SamplerConfig, batches_of, denoiser_name, sample, using_sampler
+from fpq_lightning.graph.tree import flatten, nest, output_leaves
+from fpq_lightning.utils import distributed
+from fpq_lightning.utils.files import atomic_directory, write_json
 
 _WEIGHT = "sample_weight"
 _CONSTANTS = "constants.safetensors"
@@ -162,7 +162,9 @@ def sample_trajectories(
             recorder.begin(batches[i])
             sample(pipeline, sampler, [seed + trajectory for trajectory in batches[i]])
             on_batch(batches[i].stop, len(keep))
-    parts = sorted((part for parts in distributed.gather(recorder.parts) for part in parts), key=lambda part: part[0])
+    parts = sorted(
+        (part for parts in distributed.all_gather_objects(recorder.parts) for part in parts), key=lambda part: part[0]
+    )
     inputs = {name: torch.cat([part[name] for _, part in parts]) for name in parts[0][1]}
     weight = inputs.pop(_WEIGHT, None)
     if not inputs:
@@ -180,7 +182,7 @@ def sample_trajectories(
     # Neighbours in the set come from other trajectories and steps, so that any part of it is representative.
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(weight)))
     inputs = {name: value[order] for name, value in inputs.items()}
-    constants = distributed.from_first(recorder.constants)
+    constants = distributed.broadcast_from_rank0(recorder.constants)
     return CalibrationSet(inputs, (weight / weight.mean())[order], constants)
 
 
@@ -352,7 +354,7 @@ def save_calibration_set(
     features = datasets.Features({name: _feature(value) for name, value in columns.items()})
     info = datasets.DatasetInfo(description=json.dumps(constants), features=features)
     dataset = datasets.Dataset.from_dict({k: v.numpy() for k, v in columns.items()}, features=features, info=info)
-    with whole_directory(Path(directory)) as temporary:
+    with atomic_directory(Path(directory)) as temporary:
         dataset.save_to_disk(str(temporary))
         save_file(tensors, temporary / _CONSTANTS)
         if made_from is not None:

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fpq_lightning.formats import FloatFormat, Format, IntFormat
+from fpq_lightning.formats.numbers import FloatFormat, Format, IntFormat
 
 
 def constants(fmt: Format) -> dict[str, int | float | bool]:

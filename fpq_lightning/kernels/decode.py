@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fpq_lightning.formats import Format
+from fpq_lightning.formats.numbers import Format
 from fpq_lightning.kernels.codes import constants, value_of
 from fpq_lightning.kernels.launch import Launcher
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fpq_lightning.formats import Spacing
+from fpq_lightning.formats.numbers import Spacing
 from fpq_lightning.kernels.launch import Launcher
 
 _BLOCK = 1024

@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fpq_lightning.kernels.reference import GAMMA, ZETA
+
 _BLOCK = 1024
-_STRETCH = 1.2  # zeta - gamma of the rectified sigmoid
-_SHIFT = -0.1  # gamma
+_STRETCH, _SHIFT = ZETA - GAMMA, GAMMA  # of the rectified sigmoid
 
 
 @triton.jit

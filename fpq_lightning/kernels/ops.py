@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fpq_lightning import decoding, kernels
-from fpq_lightning.formats import Format, parse_format
+from fpq_lightning.formats.numbers import Format, parse_format
+from fpq_lightning.kernels import reference
+from fpq_lightning.kernels.availability import kernels_run_for
 
 
 @torch.library.custom_op("fpq::decode", mutates_args=())
@@ -44,7 +45,6 @@ def _conv(
     x: Tensor, weight: Tensor, scale: Tensor, factor: Tensor, bias: Tensor | None, stride: int,
     padding: Sequence[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    from fpq_lightning.kernels.conv import conv
 
     return conv(x, weight, scale, factor, bias, stride, (padding[0], padding[1]), dtype)
 
@@ -61,7 +61,6 @@ def _(
 
 @torch.library.custom_op("fpq::weight_gemm", mutates_args=())
 def _weight_gemm(x: Tensor, codes: Tensor, fmt: str, scale: Tensor, bias: Tensor | None) -> Tensor:
-    from fpq_lightning.kernels.weight_gemm import weight_gemm
 
     return weight_gemm(x, codes, parse_format(fmt), scale, bias)
 
@@ -74,11 +73,16 @@ def _(x: Tensor, codes: Tensor, fmt: str, scale: Tensor, bias: Tensor | None) ->
 def decode(
     codes: Tensor, fmt: Format, shape: Sequence[int], scale: Tensor, offset: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """See `fpq_lightning.kernels.decode.decode`."""
+    """See `fpq_lightning.kernels.decode.decode`; codes may also be of the torch type of their format."""
+    # A compiler fuses the plain operations of native codes.
+    if codes.dtype != torch.uint8 and (torch.compiler.is_compiling() or not kernels_run_for(codes)):
+        return reference.apply_scales(codes.float(), shape, scale, offset, dtype)
+    codes = codes.view(torch.uint8)
     if torch.compiler.is_compiling():
         return torch.ops.fpq.decode(codes, fmt.name, list(shape), scale, offset, dtype)  # type: ignore[no-any-return]
-    if not kernels.are_for(codes):
-        return decoding.decode(codes, fmt, shape, scale, offset, dtype)
+    if not kernels_run_for(codes):
+        return reference.decode(codes, fmt, shape, scale, offset, dtype)
+
     from fpq_lightning.kernels import decode as kernel  # needs Triton
 
     return kernel.decode(codes, fmt, shape, scale, offset, dtype)
@@ -98,10 +102,11 @@ def translate(codes: Tensor, fmt: Format, n: int, taps: int = 1) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return torch.ops.fpq.translate(codes, fmt.name, n, taps)  # type: ignore[no-any-return]
-    table = None if fmt == decoding.E4M3 else decoding.e4m3_codes(fmt.name, codes.device)
-    if not kernels.are_for(codes):
-        return decoding.translate(codes, fmt.bits, table, n, taps)
-    from fpq_lightning.kernels import decode as kernel
+    table = None if fmt == reference.E4M3 else reference.e4m3_codes(fmt.name, codes.device)
+    if not kernels_run_for(codes):
+        return reference.translate(codes, fmt.bits, table, n, taps)
+
+    from fpq_lightning.kernels import decode as kernel  # needs Triton
 
     return kernel.translate(codes, fmt.bits, table, n, taps)
 
@@ -113,7 +118,8 @@ def conv(
     """See `fpq_lightning.kernels.conv.conv`; compilers know the result with `channels_last` alone."""
     if torch.compiler.is_compiling():
         return torch.ops.fpq.conv(x, weight, scale, factor, bias, stride, padding, dtype)  # type: ignore[no-any-return]
-    from fpq_lightning.kernels import conv as kernel
+
+    from fpq_lightning.kernels import conv as kernel  # needs Triton
 
     return kernel.conv(x, weight, scale, factor, bias, stride, padding, dtype, channels_last)
 
@@ -122,6 +128,98 @@ def weight_gemm(x: Tensor, codes: Tensor, fmt: Format, scale: Tensor, bias: Tens
     """See `fpq_lightning.kernels.weight_gemm.weight_gemm`."""
     if torch.compiler.is_compiling():
         return torch.ops.fpq.weight_gemm(x, codes, fmt.name, scale, bias)  # type: ignore[no-any-return]
-    from fpq_lightning.kernels import weight_gemm as kernel
+
+    from fpq_lightning.kernels import weight_gemm as kernel  # needs Triton
 
     return kernel.weight_gemm(x, codes, fmt, scale, bias)
+
+
+# --- learning ------------------------------------------------------------------------------------------------------
+
+
+def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, fmt: Format) -> Tensor:
+    """Quantizes and dequantizes: the value of ``fmt`` nearest to ``(x - offset) / scale``, placed back.
+
+    The gradient is straight through inside the range and zero outside; that of the scale is LSQ's (Esser et al. 2020):
+    ``value - x / scale`` inside the range and the bound outside.
+
+    Args:
+        x: any shape, float32, float16 or bfloat16.
+        scale: float32, broadcastable to `x`.
+        offset: the value of code zero, float32 like `scale`, or None.
+        fmt: the number format.
+
+    Returns:
+        The shape and dtype of `x`.
+    """
+    # A compiler fuses the plain operations with what surrounds them.
+    spacing = None if torch.compiler.is_compiling() else fmt.spacing
+    if spacing is not None and scale.numel() == 1 and kernels_run_for(x):
+        from fpq_lightning.kernels import fake_quantize as kernel  # needs Triton
+
+        return kernel.fake_quantize(x, scale, offset, spacing)
+    return reference.fake_quantize(x, scale, offset, fmt)
+
+
+def rounded_weight(
+    v: Tensor, scale: Tensor, base: Tensor, step: Tensor, offset: Tensor | None, hardness: Tensor | float,
+    low: float, high: float, sensitivity: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``offset + scale * clamp((base + up) * step, low, high)``: a weight whose rounding is being learned.
+
+    ``up`` is h(V), or with `hardness` 1 the decision ``V >= 0`` with the gradient of h(V).
+
+    Args:
+        v: rounding variables, float32 `[n_rows, row_length]`.
+        scale: float32 `[n_rows, 1]` or one value; differentiable like `v`.
+        base: magnitudes rounded down to the grid, in steps, like `v`.
+        step: signed step of each weight's binade, like `v`.
+        offset: float32 like `scale`, or None.
+        hardness: 0 or 1, one value.
+        low: smallest value of the format.
+        high: largest value of the format.
+        sensitivity: what V is divided by, like `v`, or None.
+    """
+    if sensitivity is None and isinstance(hardness, Tensor) and kernels_run_for(v):
+        from fpq_lightning.kernels import learned_rounding as kernel  # needs Triton
+
+        return kernel.rounded_weight(v, scale, base, step, offset, hardness, low, high)
+    return reference.rounded_weight(v, scale, base, step, offset, hardness, low, high, sensitivity)
+
+
+def rounding_regulariser(v: Tensor, beta: Tensor, sensitivity: Tensor | None = None) -> Tensor:
+    """Mean of ``1 - |2 h(V) - 1|^beta`` (AdaRound, equation 24); arguments as in `rounded_weight`."""
+    if sensitivity is None and kernels_run_for(v):
+        from fpq_lightning.kernels import learned_rounding as kernel  # needs Triton
+
+        return kernel.regulariser(v, beta)
+    return reference.rounding_regulariser(reference.rectified_sigmoid(v, sensitivity), beta)
+
+
+# --- activations ---------------------------------------------------------------------------------------------------
+
+
+def round_to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
+    """E4M3 values nearest to ``x * (1 / scale)``, ties to even, saturating.
+
+    Args:
+        x: any shape, float32, float16 or bfloat16.
+        scale: one float32 value.
+
+    Returns:
+        float8_e4m3fn of the shape of `x`, contiguous.
+    """
+    if not torch.compiler.is_compiling() and scale.numel() == 1 and kernels_run_for(x):
+        from fpq_lightning.kernels import quantize as kernel  # needs Triton
+
+        return kernel.quantize(x, scale)
+    return reference.round_to_e4m3(x, scale)
+
+
+def round_pixels_to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
+    """`round_to_e4m3` of images `[b, channels, height, width]` to `[b, height, width, channels]`, contiguous."""
+    if kernels_run_for(x):
+        from fpq_lightning.kernels import quantize as kernel  # needs Triton
+
+        return kernel.quantize_pixels(x, scale)
+    return reference.round_to_e4m3(x.permute(0, 2, 3, 1), scale)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fpq_lightning.formats import Spacing, parse_format
+from fpq_lightning.formats.numbers import Spacing, parse_format
 from fpq_lightning.kernels.fake_quantize import round_to_grid
 from fpq_lightning.kernels.launch import Launcher
 

@@ -1,7 +1,7 @@
 """Products of few rows with a weight in four-bit codes, which are decoded inside: read once and never written.
 
 With few rows a product could take as long as reading the weight, a quarter of the time that sixteen bits take. How far
-it is from that is in docs/benchmarks.md. Hopper has a kernel in CUDA C++ (`few_rows`); here is Triton's, for all
+it is from that is in docs/benchmarks.md. Hopper has a kernel in CUDA C++ (`skinny_gemm`); here is Triton's, for all
 sizes, types and formats of four bits.
 """
 
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fpq_lightning.formats import Format
-from fpq_lightning.kernels import few_rows
+from fpq_lightning.formats.numbers import Format
+from fpq_lightning.kernels import skinny_gemm
 from fpq_lightning.kernels.codes import constants, four_bit_assembly, value_of
 
 
@@ -143,8 +143,8 @@ def weight_gemm(
     Returns:
         `[m, out]` of the type of `x`.
     """
-    if tiling is None and few_rows.fits(x, codes, fmt, bias) and few_rows.works(fmt, x.device):
-        return few_rows.few_rows(x, codes, fmt, scale, bias)
+    if tiling is None and skinny_gemm.fits(x, codes, fmt, bias) and skinny_gemm.works(fmt, x.device):
+        return skinny_gemm.skinny_gemm(x, codes, fmt, scale, bias)
     cut = tiling_for(codes.shape[0], x.shape[1]) if tiling is None else tiling
     assembly = _assembly(fmt, x.device) if x.is_cuda and x.dtype == torch.bfloat16 else ""
     return _launch(x, codes, fmt, scale, bias, cut, assembly)

@@ -1,1 +1,1 @@
-"""Reconstruction of a quantized network, a unit at a time."""
+"""Reconstruction of one unit: search, learned rounding, and the choice between them."""

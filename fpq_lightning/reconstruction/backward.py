@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fpq_lightning.distributed import sum_over_ranks, world_size
 from fpq_lightning.reconstruction.objective import UnitObjective
+from fpq_lightning.utils.distributed import sum_over_ranks, world_size
 
 
 class Backward:

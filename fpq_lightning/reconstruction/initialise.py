@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils._pytree import tree_map_only
 
-from fpq_lightning import distributed
-from fpq_lightning.attention import OPERANDS, OperandSample, QuantizedAttention
-from fpq_lightning.formats import Format
-from fpq_lightning.layers import LayerQuantization, QuantizedLayer, input_of, running
-from fpq_lightning.model.blocks import Unit
-from fpq_lightning.quantizers import Quantizer
-from fpq_lightning.recipes import Recipe
-from fpq_lightning.scales import parse_scale_format
-from fpq_lightning.search import search_output_error, search_tensor_error
+from fpq_lightning.formats.numbers import Format
+from fpq_lightning.formats.scales import parse_scale_format
+from fpq_lightning.graph.units import Unit
+from fpq_lightning.nn.attention import OPERANDS, OperandSample, QuantizedAttention
+from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, input_of, running
+from fpq_lightning.quantization.quantizer import Quantizer
+from fpq_lightning.quantization.recipe import Recipe
+from fpq_lightning.quantization.search import search_output_error, search_tensor_error
+from fpq_lightning.utils import distributed
 
 _MAX_VALUES = 2**20  # of an activation that the search looks at
 
@@ -251,6 +251,6 @@ def _share(found: dict[str, LayerQuantization], device: torch.device) -> dict[st
     states = {name: tree_map_only(Tensor, Tensor.cpu, quantization.to_state()) for name, quantization in found.items()}
     return {
         name: LayerQuantization.from_state(state, device)
-        for part in distributed.gather(states)
+        for part in distributed.all_gather_objects(states)
         for name, state in part.items()
     }

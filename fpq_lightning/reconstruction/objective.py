@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fpq_lightning.calibration.replay import NetworkReplay, sample_energies
-from fpq_lightning.distributed import sum_over_ranks
-from fpq_lightning.layers import LayerQuantization, Mode, running
-from fpq_lightning.model.leaves import output_leaves
+from fpq_lightning.graph.tree import output_leaves
+from fpq_lightning.nn.calibrated import LayerQuantization, Mode, running
+from fpq_lightning.quantization.rounding import LearnedRounding
 from fpq_lightning.reconstruction.attention_gradients import GradientsLikeOutputs
-from fpq_lightning.rounding import LearnedRounding
+from fpq_lightning.utils.distributed import sum_over_ranks
 
 
 def error_energies(replay: NetworkReplay, rows: Tensor) -> Tensor:

@@ -10,17 +10,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fpq_lightning import distributed
-from fpq_lightning.attention import QuantizedAttention, observing
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.shards import Samples
-from fpq_lightning.layers import LayerQuantization, QuantizedLayer, QuantizedModule, running
-from fpq_lightning.model.chain import parts_of
-from fpq_lightning.model.leaves import output_leaves
-from fpq_lightning.recipes import Recipe
+from fpq_lightning.graph.chain import parts_of
+from fpq_lightning.graph.tree import output_leaves
+from fpq_lightning.nn.attention import QuantizedAttention, observing
+from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, QuantizedModule, running
+from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.reconstruction.backward import Backward
 from fpq_lightning.reconstruction.initialise import collect_layer_inputs, search_attention, search_unit
 from fpq_lightning.reconstruction.objective import UnitObjective, unit_error
+from fpq_lightning.utils import distributed
 
 
 @dataclass
@@ -183,7 +183,7 @@ class UnitReconstruction:
             scales = [cast(Tensor, q.scale) for q in [*quantization.weights, *quantization.inputs]]
             for tensor in [*(quantization.codes or []), *(s for s in scales if s is not None)]:
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        if len(set(distributed.gather(digest.hexdigest()))) > 1:
+        if len(set(distributed.all_gather_objects(digest.hexdigest()))) > 1:
             raise RuntimeError(
                 f"{self.unit.name}: the processes learned different weights; use devices of one kind, and report this"
             )

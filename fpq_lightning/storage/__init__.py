@@ -1,1 +1,1 @@
-"""Quantized models on disk."""
+"""Quantized pipelines on disk."""

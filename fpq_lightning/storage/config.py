@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
-from fpq_lightning.recipes import ActivationRecipe, Recipe, RoundingRecipe, WeightRecipe
+from fpq_lightning.quantization.recipe import ActivationRecipe, Recipe, RoundingRecipe, WeightRecipe
 
 FORMAT_VERSION = 2
 """Of the packed files; version 1 is the dequantized form."""

@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fpq_lightning.attention import OPERANDS, make_attention_quantized, quantized_attention
-from fpq_lightning.layers import LayerQuantization, QuantizedLayer, is_quantizable, make_quantized
-from fpq_lightning.quantizers import Granularity, Quantizer
-from fpq_lightning.storage.packed import PackedLayer
+from fpq_lightning.nn.attention import OPERANDS, make_attention_quantized, quantized_attention
+from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, is_quantizable, make_quantized
+from fpq_lightning.nn.packed import PackedLayer
+from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 
 FILE = "quantization.json"
 FORMAT_VERSION = 1

@@ -10,13 +10,13 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from fpq_lightning.formats import Format, parse_format
-from fpq_lightning.layers import LayerQuantization, QuantizedLayer
-from fpq_lightning.pipelines import denoiser_name
-from fpq_lightning.quantizers import Granularity, Quantizer
-from fpq_lightning.scales import FLOAT32, ScaleFormat, parse_scale_format
+from fpq_lightning.diffusion.pipelines import denoiser_name
+from fpq_lightning.formats.numbers import Format, parse_format
+from fpq_lightning.formats.scales import FLOAT32, ScaleFormat, parse_scale_format
+from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer
+from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 from fpq_lightning.storage.dequantized import FILE
-from fpq_lightning.storage.quantized import Form, is_quantized, load_quantized, read_description, save_quantized
+from fpq_lightning.storage.pipeline import Form, is_quantized, load_quantized, read_description, save_quantized
 
 
 def export(directory: str | Path, output: str | Path, form: str) -> None:

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from fpq_lightning.calibration.datamodule import CalibrationDataModule
-from fpq_lightning.evaluation import EvaluationConfig
-from fpq_lightning.pipelines import SamplerConfig
-from fpq_lightning.recipes import Recipe
-from fpq_lightning.shipped import find_config
+from fpq_lightning.diffusion.pipelines import SamplerConfig
+from fpq_lightning.evaluation.evaluate import EvaluationConfig
+from fpq_lightning.quantization.recipe import Recipe
+from fpq_lightning.training.datamodule import CalibrationDataModule
+from fpq_lightning.utils.resources import find_config
 
 
 @dataclass

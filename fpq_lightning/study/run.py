@@ -13,17 +13,18 @@ import torch
 from diffusers import DiffusionPipeline
 
 from fpq_lightning.api import quantize
-from fpq_lightning.calibration.datamodule import CalibrationDataModule
-from fpq_lightning.evaluation import compare, image_settings, prompts_of_share, sample_variant, using_tf32
-from fpq_lightning.images import ImageDirectory
-from fpq_lightning.layers import Mode
-from fpq_lightning.pipelines import denoiser_name, load_pipeline
-from fpq_lightning.recipes import Recipe
-from fpq_lightning.runs import device_name, fingerprint, hash_weights, versions
-from fpq_lightning.statistics import weight_statistics
-from fpq_lightning.storage.files import differences, shorten, write_json
+from fpq_lightning.diffusion.images import ImageDirectory
+from fpq_lightning.diffusion.pipelines import denoiser_name, load_pipeline
+from fpq_lightning.evaluation.evaluate import compare, image_settings, prompts_of_share, sample_variant, using_tf32
+from fpq_lightning.evaluation.statistics import weight_statistics
+from fpq_lightning.nn.calibrated import Mode
+from fpq_lightning.nn.hashing import hash_weights
+from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.study.config import StudyConfig, complete
 from fpq_lightning.study.trajectory import trajectory_errors
+from fpq_lightning.training.datamodule import CalibrationDataModule
+from fpq_lightning.utils.files import differences, shorten, write_json
+from fpq_lightning.utils.provenance import device_name, fingerprint, versions
 
 _QUANTIZED = ("nearest", "learned")
 

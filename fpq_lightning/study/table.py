@@ -12,8 +12,8 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from fpq_lightning.storage.files import whole_file
 from fpq_lightning.study.config import complete
+from fpq_lightning.utils.files import atomic_write
 
 _COLUMNS = (  # key, title, digits
     ("weights", "weights", None),
@@ -201,7 +201,7 @@ def write_table(output: Path, order: Sequence[str] = ()) -> list[Path]:
         return []
     texts = {"table.md": markdown_table(rows), "table.csv": csv_table(rows)}
     for name, text in texts.items():
-        with whole_file(output / name) as temporary:
+        with atomic_write(output / name) as temporary:
             temporary.write_text(text)
     first = [row for row in rows if row["group"] == rows[0]["group"] or row["variant"] == "other_seeds"]
     figures = {"quality_fd.png": quality_figure(first, "fd", "FD to full precision")}
@@ -209,6 +209,6 @@ def write_table(output: Path, order: Sequence[str] = ()) -> list[Path]:
     if traced := [row for row in first if "trajectory" in row]:
         figures["trajectory.png"] = trajectory_figure(traced)
     for name, figure in figures.items():
-        with whole_file(output / name) as temporary:
+        with atomic_write(output / name) as temporary:
             figure.savefig(temporary, format="png", dpi=130)
     return [output / name for name in (*texts, *figures)]

@@ -10,10 +10,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from fpq_lightning.evaluation import using_tf32
-from fpq_lightning.layers import Mode, running
-from fpq_lightning.model.leaves import output_leaves
-from fpq_lightning.pipelines import SamplerConfig, denoiser_name, sample, using_sampler
+from fpq_lightning.diffusion.pipelines import SamplerConfig, denoiser_name, sample, using_sampler
+from fpq_lightning.evaluation.evaluate import using_tf32
+from fpq_lightning.graph.tree import output_leaves
+from fpq_lightning.nn.calibrated import Mode, running
 
 Call = tuple[tuple, dict[str, Any], Tensor]
 

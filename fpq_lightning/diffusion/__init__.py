@@ -1,0 +1,1 @@
+"""diffusers pipelines: loading, sampling, prompts and images."""

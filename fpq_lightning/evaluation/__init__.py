@@ -1,0 +1,1 @@
+"""Image quality: sampling, metrics and reports."""

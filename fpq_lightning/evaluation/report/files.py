@@ -1,0 +1,34 @@
+"""The files of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fpq_lightning.evaluation.report.html import render_html
+from fpq_lightning.evaluation.report.markdown import render_markdown
+from fpq_lightning.evaluation.report.pictures import save_samples
+from fpq_lightning.utils.files import atomic_write, write_json
+
+_IN_A_ROW = 8  # images of `samples.png`
+
+
+def write_reports(directory: Path, report: Mapping[str, Any], samples: Mapping[str, Tensor]) -> None:
+    """Writes `samples.png`, `report.md`, `report.html` and, last, `report.json`.
+
+    Args:
+        directory: where to.
+        report: contents of `report.json`.
+        samples: images `[n, 3, height, width]` in [-1, 1] by variant.
+    """
+    if samples:
+        with atomic_write(directory / "samples.png") as temporary:
+            save_samples({name: images[:_IN_A_ROW] for name, images in samples.items()}, temporary)
+    with atomic_write(directory / "report.md") as temporary:
+        temporary.write_text(render_markdown(report))
+    with atomic_write(directory / "report.html") as temporary:
+        temporary.write_text(render_html(report, samples))
+    write_json(directory / "report.json", report)

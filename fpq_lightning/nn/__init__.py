@@ -1,0 +1,1 @@
+"""Quantized layers and attention: calibrated, packed, and how they run."""

@@ -1,0 +1,1 @@
+"""The arithmetic of packed layers, one file for each path."""

@@ -1,0 +1,337 @@
+"""Quantized linear and convolution layers.
+
+A layer becomes quantized in place: its class changes to a subclass that quantizes its input and weight, and
+everything that refers to the module (parents, hooks, tied uses) keeps doing so. The full-precision weight stays,
+so that a layer can run in any of its modes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from fpq_lightning.quantization.quantizer import Granularity, Quantizer
+from fpq_lightning.quantization.rounding import LearnedRounding
+
+Mode = Literal["full_precision", "nearest", "learned"]
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def as_modules(modules: Sequence[M]) -> Sequence[M]:
+    """Modules to be held as an attribute; a network has thousands of such, most of them empty, which are no module."""
+    return cast(Sequence[M], nn.ModuleList(modules) if len(modules) else ())
+
+
+class LayerQuantization(nn.Module):
+    """How one layer is quantized: a weight and an input quantizer for each part of its input channels.
+
+    Attention is a layer without a weight whose inputs are the operands of its products.
+
+    Attributes:
+        weights: one quantizer a part; empty leaves the weight as it is.
+        inputs: one quantizer a part, or an operand; empty leaves the input as it is.
+        roundings: the rounding variables of each part while they are learned.
+        codes: chosen codes of each part (uint8 rows); None rounds the weight to nearest.
+        bias: replaces the layer's bias (learned or corrected), float32 `[out]`, or None.
+    """
+
+    weights: Sequence[Quantizer]
+    inputs: Sequence[Quantizer]
+    roundings: Sequence[LearnedRounding]
+    bias: nn.Parameter | None
+
+    def __init__(self, weights: Sequence[Quantizer] = (), inputs: Sequence[Quantizer] = ()) -> None:
+        super().__init__()
+        self.weights = as_modules(weights)
+        self.inputs = as_modules(inputs)
+        self.roundings = ()
+        self.codes: list[Tensor] | None = None
+        self.register_parameter("bias", None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerQuantization:
+        super()._apply(fn, recurse)
+        if self.codes is not None:
+            self.codes = [fn(codes) for codes in self.codes]
+        return self
+
+    def set_bias(self, bias: Tensor) -> None:
+        """Replaces the layer's bias."""
+        self.bias = nn.Parameter(bias.detach().float().clone(), requires_grad=False)
+
+    def copy(self) -> LayerQuantization:
+        """An independent copy."""
+        return copy.deepcopy(self)
+
+    def start_learning(self, rows: Sequence[Tensor], scale_aware: bool) -> None:
+        """Gives every weight part its rounding variables.
+
+        Args:
+            rows: the full-precision weight parts, of `QuantizedLayer.weight_rows`.
+            scale_aware: see `LearnedRounding`.
+        """
+        pairs = zip(self.weights, rows, strict=True)
+        self.roundings = as_modules([LearnedRounding(q, part, scale_aware) for q, part in pairs])
+
+    def finish_learning(self) -> None:
+        """Hardens the rounding variables to codes and freezes everything."""
+        if self.roundings:
+            self.codes = [rounding.codes() for rounding in self.roundings]
+            del self.roundings
+            self.roundings = ()
+        for quantizer in [*self.weights, *self.inputs]:
+            quantizer.freeze_scale()
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+
+    def to_state(self) -> dict[str, Any]:
+        """Tensors and plain types that `from_state` reads."""
+        return {
+            "weights": [q.to_state() for q in self.weights],
+            "inputs": [q.to_state() for q in self.inputs],
+            "codes": self.codes,
+            "bias": None if self.bias is None else self.bias.detach(),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> LayerQuantization:
+        """The inverse of `to_state`."""
+        quantization = cls(*([Quantizer.from_state(q) for q in state[key]] for key in ("weights", "inputs")))
+        if state["bias"] is not None:
+            quantization.set_bias(state["bias"])
+        if state["codes"] is not None:
+            quantization.codes = [codes.to(device) for codes in state["codes"]]
+        return quantization.to(device)
+
+
+class QuantizedModule(nn.Module):
+    """What runs quantized in one mode and in full precision in another.
+
+    Attributes:
+        variants: its quantizations by mode.
+        mode: the one in force.
+    """
+
+    variants: nn.ModuleDict
+    mode: Mode
+
+    @property
+    def quantization(self) -> LayerQuantization | None:
+        """The quantization in force, None in full precision."""
+        mode = self.mode
+        # By attribute and item it takes the host several times as long, here and in `forward`.
+        return None if mode == "full_precision" else cast(Any, self._modules["variants"]._modules[mode])  # type: ignore[union-attr]
+
+    def set_mode(self, mode: Mode) -> None:
+        """Chooses the variant that `forward` runs."""
+        self.mode = mode
+
+
+def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a Linear or Conv layer among the arguments of a call, as hooks get them."""
+    return cast(Tensor, args[0] if args else kwargs["input"])
+
+
+class SplitLayer(nn.Module):
+    """Mixin of Linear and Conv layers whose input channels are cut into parts with quantizers of their own.
+
+    A layer that reads a concatenation has a part for each piece, since their ranges differ (Q-Diffusion, Li et al.
+    2023, section 3.3).
+
+    Attributes:
+        splits: input channels of each part.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    kernel_size: tuple[int, ...]
+    splits: tuple[int, ...]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Makes a plain layer of a layer's arguments: adapters make layers of the type of their base."""
+        copied, ours = not args and not kwargs, cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+        if copied or not ours:
+            return super().__new__(cls)
+        return next(kind for kind in cls.__mro__ if kind.__module__.startswith("torch.nn."))(*args, **kwargs)
+
+    @property
+    def channel_dim(self) -> int:
+        """The dimension of the input that holds its channels."""
+        return -1 if isinstance(self, nn.Linear) else -1 - len(self.kernel_size)
+
+    @property
+    def token_dims(self) -> tuple[int, ...]:
+        """Dimensions of the input that share one scale when it is dynamic: a token, or an image of a convolution."""
+        return (-1,) if isinstance(self, nn.Linear) else tuple(range(1, 2 + len(self.kernel_size)))
+
+    def quantize_input(self, x: Tensor, quantizers: Sequence[Quantizer]) -> Tensor:
+        """Quantizes each part of the input; leaves it as it is without quantizers."""
+        if not len(quantizers):
+            return x
+        first, *others = quantizers
+        if not others:
+            return first(x)
+        parts = zip(quantizers, x.split(self.splits, dim=self.channel_dim), strict=True)
+        return torch.cat([q(part) for q, part in parts], dim=self.channel_dim)
+
+    def operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's linear operation with another weight."""
+        dtype = x.dtype
+        if weight.dtype != dtype:
+            weight = weight.to(dtype)
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        if isinstance(self, nn.Linear):
+            return nn.functional.linear(x, weight, bias)
+        return self._conv_forward(x, weight, bias)  # type: ignore[operator]
+
+
+class QuantizedLayer(SplitLayer, QuantizedModule):
+    """Mixin of the layer classes that can be calibrated; use `make_quantized` to turn a layer into one.
+
+    Attributes:
+        granularity: how many scales each weight part has.
+    """
+
+    granularity: Granularity
+    _effective_weight: Tensor | None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
+        self._effective_weight = None
+        return super()._apply(fn, recurse)
+
+    def set_mode(self, mode: Mode) -> None:
+        super().set_mode(mode)
+        self._effective_weight = None
+
+    def weight_parts(self) -> tuple[Tensor, ...]:
+        """The full-precision weight, float32, cut along its input channels."""
+        return self.weight.detach().float().split(self.splits, dim=1)
+
+    def weight_rows(self) -> list[Tensor]:
+        """The parts of the weight as rows `[n_rows, n]` of the granularity."""
+        return [self.granularity.rows(part) for part in self.weight_parts()]
+
+    def from_rows(self, rows: Sequence[Tensor]) -> Tensor:
+        """Puts rows of the parts together to a weight."""
+        shape = self.weight.shape
+        if len(rows) == 1:
+            return rows[0].reshape(shape)
+        parts = zip(rows, self.splits, strict=True)
+        return torch.cat([r.reshape(shape[0], split, *shape[2:]) for r, split in parts], dim=1)
+
+    def quantized_weight(self, quantization: LayerQuantization) -> Tensor:
+        """The weight on the grid, or between two grid values where its rounding is being learned."""
+        if not quantization.weights:
+            return self.weight
+        if quantization.roundings:
+            return self.from_rows([r() for r in quantization.roundings])
+        with torch.no_grad():
+            if quantization.codes is not None:
+                pairs = zip(quantization.weights, quantization.codes, strict=True)
+                return self.from_rows([q.decode(codes.to(self.weight.device)) for q, codes in pairs])
+            return self.from_rows([q(r) for q, r in zip(quantization.weights, self.weight_rows(), strict=True)])
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Runs the layer in its mode."""
+        x, quantization = input, self.quantization
+        if quantization is None:
+            return self.operate(x, self.weight, self.bias)
+        if quantization.roundings:
+            weight = self.quantized_weight(quantization)
+        else:
+            kept = self._effective_weight
+            if kept is None or kept.device != x.device or kept.dtype != x.dtype:
+                kept = self._effective_weight = self.quantized_weight(quantization).detach().to(x.device, x.dtype)
+            weight = kept
+        bias = quantization._parameters["bias"]
+        if bias is None:
+            bias = self._parameters["bias"]
+        return self.operate(self.quantize_input(x, quantization.inputs), weight, bias)
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
+    """`torch.nn.Linear` with quantized input and weight."""
+
+
+class QuantizedConv1d(QuantizedLayer, nn.Conv1d):  # type: ignore[misc]
+    """`torch.nn.Conv1d` with quantized input and weight."""
+
+
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
+    """`torch.nn.Conv2d` with quantized input and weight."""
+
+
+class QuantizedConv3d(QuantizedLayer, nn.Conv3d):  # type: ignore[misc]
+    """`torch.nn.Conv3d` with quantized input and weight."""
+
+
+QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Linear: QuantizedLinear,
+    nn.Conv1d: QuantizedConv1d,
+    nn.Conv2d: QuantizedConv2d,
+    nn.Conv3d: QuantizedConv3d,
+}
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """Whether a module is a layer that `make_quantized` takes (subclasses may compute something else)."""
+    return type(module) in QUANTIZED_CLASSES or isinstance(module, QuantizedLayer)
+
+
+def make_quantized(layer: nn.Module, granularity: Granularity, splits: Sequence[int] | None = None) -> QuantizedLayer:
+    """Turns a layer into its quantized class in place; it starts in mode ``full_precision``.
+
+    Args:
+        layer: a Linear or Conv layer.
+        granularity: of the weight scales.
+        splits: sizes of the parts of the input channels; one part if None or if groups of channels are convolved
+            apart.
+
+    Raises:
+        ValueError: if `splits` do not add up to the input channels, or the layer is quantized already.
+    """
+    if isinstance(layer, QuantizedLayer):
+        raise ValueError(f"{type(layer).__name__} is quantized already: load the full-precision model again")
+    quantized = cast(QuantizedLayer, layer)
+    layer.__class__ = QUANTIZED_CLASSES[type(layer)]
+    channels = quantized.weight.shape[1]
+    sizes = (channels,) if splits is None or getattr(layer, "groups", 1) != 1 else tuple(splits)
+    if sum(sizes) != channels:
+        raise ValueError(f"splits {sizes} do not add up to {channels} input channels")
+    quantized.splits = sizes
+    quantized.granularity = granularity
+    quantized.variants = nn.ModuleDict()
+    quantized.mode = "full_precision"
+    quantized._effective_weight = None
+    return quantized
+
+
+def quantized_layers(module: nn.Module) -> dict[str, QuantizedLayer]:
+    """The quantized layers below a module by name."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, QuantizedLayer)}
+
+
+def quantized_modules(module: nn.Module) -> dict[str, QuantizedModule]:
+    """The quantized layers and attention modules below a module by name."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, QuantizedModule)}
+
+
+@contextmanager
+def running(module: nn.Module, mode: Mode) -> Iterator[None]:
+    """Runs what is quantized below a module in a mode; what lacks that variant stays in full precision."""
+    found = quantized_modules(module).values()
+    before = [(m, m.mode) for m in found]
+    for m in found:
+        m.set_mode(mode if mode in m.variants else "full_precision")
+    try:
+        yield
+    finally:
+        for m, previous in before:
+            m.set_mode(previous)

@@ -1,0 +1,1 @@
+"""Quantizing tensors: granularity, scales, search, learned rounding, and the recipe that chooses them."""

@@ -1,0 +1,223 @@
+"""What a user chooses: formats, granularity, search, rounding, exclusions."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from fpq_lightning.formats.numbers import FAMILIES, HARDWARE_FORMATS, Format, IntFormat, parse_formats
+from fpq_lightning.formats.scales import parse_scale_format
+from fpq_lightning.quantization.quantizer import Granularity
+
+
+@dataclass
+class WeightRecipe:
+    """How weights are quantized.
+
+    Attributes:
+        formats: a format, a family (``fp4``, ``fp6``, ``fp8``) or a list; one is chosen for each tensor. None leaves
+            the weights in full precision.
+        granularity: one scale for each tensor, output channel or group.
+        group_size: weights in a group, with ``granularity: group``. Layers that it does not divide have one scale
+            for each output channel.
+        scale_format: what the scale of a group may be: any ``float32`` number, ``float8_e4m3fn`` times a number of the
+            tensor (as in NVFP4), or ``float8_e8m0fnu``, a power of two (as in MXFP4). The latter two are searched on
+            their own grid and not learned.
+        objective: what the search of format and clip minimises: the error of the layer's ``output`` or of the
+            ``tensor``; ``max`` takes the largest magnitude as the clip.
+    """
+
+    formats: str | list[str] | None = "fp4"
+    granularity: Literal["tensor", "channel", "group"] = "channel"
+    group_size: int | None = None
+    scale_format: Literal["float32", "float8_e4m3fn", "float8_e8m0fnu"] = "float32"
+    objective: Literal["output", "tensor", "max"] = "output"
+
+
+@dataclass
+class ActivationRecipe:
+    """How the inputs of layers are quantized.
+
+    Attributes:
+        formats: as for weights; None leaves activations in full precision.
+        unsigned: also try the unsigned formats of the same width, whose range starts at the smallest value
+            (MSFP, arXiv 2505.21591).
+        granularity: one static scale for each ``tensor``, or one for each ``token`` at run time.
+        token_layers: glob pattern or patterns of layers whose inputs have a scale for each token in any case.
+        objective: as for weights; run-time scales have nothing to search.
+    """
+
+    formats: str | list[str] | None = "fp8"
+    unsigned: bool = False
+    granularity: Literal["tensor", "token"] = "tensor"
+    token_layers: list[str] | str = field(default_factory=list)
+    objective: Literal["output", "tensor", "max"] = "tensor"
+
+
+@dataclass
+class AttentionRecipe:
+    """How the products of scaled dot-product attention are quantized: one static scale for each operand.
+
+    Attributes:
+        formats: of queries, keys and values, as for weights, but signed. The softmax output takes the unsigned formats
+            of the same width (hardware types have none, so the same). None leaves attention in full precision.
+    """
+
+    formats: str | list[str] | None = None
+
+
+@dataclass
+class RoundingRecipe:
+    """How the rounding of the weights is learned, a unit at a time.
+
+    Attributes:
+        learned: whether it is learned at all.
+        iterations: optimisation steps for each unit.
+        batch_size: samples a step.
+        learning_rate: of the rounding variables (Adam).
+        scale_learning_rate: of weight and activation scales, relative to their size (Adam).
+        regularisation: weight of the regulariser that drives the variables to 0 or 1. The error it is weighed
+            against is relative to that of nearest rounding.
+        warmup: share of the iterations without regulariser.
+        straight_through: share of the iterations after which the forward pass takes the hard decision while the
+            gradient stays that of the rectified sigmoid; 1 is AdaRound as published.
+        scale_aware: learn V in units of each weight's step (FP4DiT).
+        learn_weight_scales: learn a factor for each weight scale of ``scale_format: float32``, too.
+        learn_activation_scales: learn static activation scales, too (LSQ).
+    """
+
+    learned: bool = True
+    iterations: int = 2500
+    batch_size: int = 32
+    learning_rate: float = 1e-2
+    scale_learning_rate: float = 1e-3
+    regularisation: float = 1.0
+    warmup: float = 0.2
+    straight_through: float = 0.5
+    scale_aware: bool = False
+    learn_weight_scales: bool = True
+    learn_activation_scales: bool = True
+
+
+@dataclass
+class Recipe:
+    """Everything that decides the quantized model, apart from the model and its calibration data.
+
+    Attributes:
+        weights: of the layers' weights.
+        activations: of the layers' inputs.
+        attention: of the products of attention.
+        rounding: of the weights.
+        include: glob pattern or patterns of layer names; a layer must match one, and so must a module that computes
+            attention.
+        exclude: glob pattern or patterns of the names of those that stay in full precision.
+        components: format or family of the weights of other components by name, such as ``text_encoder: fp8``; rounded
+            to nearest by output channel.
+        hardware_types: take families (``fp4``, ``fp6``, ``fp8``) as the types that tensor cores know.
+        units: what is reconstructed at once: a ``block``, or each ``layer`` alone.
+        split_skips: one quantizer for each piece of a concatenation that a layer reads.
+        quantized_inputs: reconstruct a unit from the inputs that the quantized network gives it rather than those
+            of the full-precision one.
+        correct_biases: take the mean error of a unit's output out of its last layer's bias, where that helps.
+    """
+
+    weights: WeightRecipe = field(default_factory=WeightRecipe)
+    activations: ActivationRecipe = field(default_factory=ActivationRecipe)
+    attention: AttentionRecipe = field(default_factory=AttentionRecipe)
+    rounding: RoundingRecipe = field(default_factory=RoundingRecipe)
+    include: list[str] | str = field(default_factory=lambda: ["*"])
+    exclude: list[str] | str = field(default_factory=list)
+    components: dict[str, str] = field(default_factory=dict)
+    hardware_types: bool = False
+    units: Literal["block", "layer"] = "block"
+    split_skips: bool = True
+    quantized_inputs: bool = True
+    correct_biases: bool = True
+
+    def __post_init__(self) -> None:
+        self.include = [self.include] if isinstance(self.include, str) else self.include
+        self.exclude = [self.exclude] if isinstance(self.exclude, str) else self.exclude
+        tokens = self.activations.token_layers
+        self.activations.token_layers = [tokens] if isinstance(tokens, str) else tokens
+        self.weight_formats()
+        for name in self.components:
+            self.component_formats(name)
+        self.activation_formats()
+        if parse_scale_format(self.granularity().scale_format) and any(f.min == 0 for f in self.weight_formats()):
+            raise ValueError(f"weights.scale_format {self.weights.scale_format} needs signed weights.formats")
+        if not (self.weight_formats() or self.activation_formats() or self.attention_formats()):
+            raise ValueError("the recipe quantizes neither weights nor activations: set a format for one of them")
+        self.softmax_formats()
+        if self.attention.formats is not None and self.units == "layer":
+            raise ValueError("recipe.attention is calibrated with its block: leave recipe.units at block")
+        formats = self.activation_formats()
+        if self.activations.granularity == "token" and any(f.min == 0 for f in formats):
+            raise ValueError("activations.granularity token needs signed formats, without activations.unsigned")
+        if self.activations.token_layers and not any(f.min < 0 for f in formats):
+            raise ValueError("activations.token_layers needs a signed format among activations.formats")
+        r = self.rounding
+        if r.learned and (r.iterations < 1 or r.batch_size < 1 or not 0 <= r.warmup < 1):
+            raise ValueError(
+                "learned rounding needs recipe.rounding.iterations and batch_size of at least 1 and warmup in [0, 1), "
+                f"got {r.iterations}, {r.batch_size} and {r.warmup}"
+            )
+
+    def granularity(self) -> Granularity:
+        """The granularity of weight scales."""
+        return Granularity(self.weights.granularity, self.weights.group_size, self.weights.scale_format)
+
+    def weight_formats(self) -> tuple[Format, ...]:
+        """Candidate formats of weights, empty for full precision."""
+        return self._formats(self.weights.formats)
+
+    def component_formats(self, name: str) -> tuple[Format, ...]:
+        """Candidate formats of the weights of another component."""
+        return self._formats(self.components[name])
+
+    def activation_formats(self) -> tuple[Format, ...]:
+        """Candidate formats of activations, empty for full precision."""
+        formats = self._formats(self.activations.formats)
+        if not (self.activations.unsigned and formats):
+            return formats
+        return formats + self._unsigned(formats[0].bits, "activations.unsigned")
+
+    def attention_formats(self) -> tuple[Format, ...]:
+        """Candidate formats of queries, keys and values, empty for full precision."""
+        formats = self._formats(self.attention.formats)
+        if unsigned := [f.name for f in formats if f.min == 0]:
+            raise ValueError(f"recipe.attention.formats must be signed, got {', '.join(unsigned)}")
+        return formats
+
+    def softmax_formats(self) -> tuple[Format, ...]:
+        """Candidate formats of the softmax output of attention, which is in [0, 1]; empty for full precision."""
+        formats = self.attention_formats()
+        if not formats or formats[0].name in HARDWARE_FORMATS:
+            return formats
+        if isinstance(formats[0], IntFormat):
+            return parse_formats(f"u{formats[0]}")
+        return self._unsigned(formats[0].bits, "attention.formats")
+
+    def _unsigned(self, bits: int, option: str) -> tuple[Format, ...]:
+        family = f"ufp{bits}"
+        if self.hardware_types or family not in FAMILIES:
+            kind = "hardware formats" if self.hardware_types else "formats"
+            raise ValueError(f"there are no unsigned {kind} of {bits} bits, which recipe.{option} needs")
+        return parse_formats(family)
+
+    def has_token_scales(self, layer: str) -> bool:
+        """Whether the input of a layer has a scale for each token."""
+        patterns = self.activations.token_layers
+        return self.activations.granularity == "token" or any(fnmatchcase(layer, p) for p in patterns)
+
+    def _formats(self, names: str | list[str] | None) -> tuple[Format, ...]:
+        if names is None:
+            return ()
+        items = [names] if isinstance(names, str) else names
+        if self.hardware_types:
+            items = [f"hardware_{item}" if f"hardware_{item}" in FAMILIES else item for item in items]
+        return parse_formats(items)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only."""
+        return asdict(self)

@@ -1,0 +1,1 @@
+"""Layouts of other libraries, one file for each."""

@@ -1,0 +1,1 @@
+"""The Lightning side: module, datamodule, callbacks, strategy and run directories."""

@@ -1,0 +1,134 @@
+"""Checkpoints of a calibration."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+from fpq_lightning.training.callbacks.checkpoint_io import PlainCheckpointIO
+from fpq_lightning.training.datamodule import STEPS_PER_BATCH
+from fpq_lightning.training.module import BlockReconstruction
+from fpq_lightning.utils import distributed
+from fpq_lightning.utils.files import sync_file
+
+
+class RunCheckpoint(Checkpoint):
+    """Writes ``last.ckpt`` after every unit, every so many steps within one, and when the run is told to stop.
+
+    A checkpoint is written whole or not at all, and the one before it stays as ``previous.ckpt``. Lightning's
+    `ModelCheckpoint` writes ``last`` only beside a monitored checkpoint, which there is none of here, and its handlers
+    of SIGTERM and of SLURM's signal save in the middle of whatever step they interrupt.
+
+    Args:
+        directory: of the checkpoints.
+        every_n_steps: optimisation steps between checkpoints within a unit.
+    """
+
+    def __init__(self, directory: Path, every_n_steps: int) -> None:
+        self.file = directory / "last.ckpt"
+        self.previous = directory / "previous.ckpt"
+        self.every_n_batches = max(1, every_n_steps // STEPS_PER_BATCH)
+        self._is_good = False
+        self._requeue_signal = 0
+        self._requests = [0, 0]  # to stop, and to be requeued
+        self._exit_code = 128 + signal.SIGTERM
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Keeps checkpoints out of the system's temporary directory."""
+        trainer.strategy.checkpoint_io = PlainCheckpointIO()
+        # One that is damaged, so that the run goes on from the one before it, is not to take its place.
+        self._is_good = str(trainer.ckpt_path) == str(self.file)
+
+    # --- signals -----------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes the signals over from Lightning, which puts back what was before when the run ends."""
+        environment = trainer._accelerator_connector.cluster_environment  # also where the strategy has none
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self._requeue_signal = int(environment.requeue_signal or signal.SIGUSR1)
+        if threading.current_thread() is threading.main_thread():
+            for number in filter(None, (signal.SIGTERM, signal.SIGINT, self._requeue_signal)):
+                signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self._requests[number == self._requeue_signal] += 1
+        if number == signal.SIGINT:
+            self._exit_code = 128 + number
+            print("\nstopping at the next step; once more to stop now", flush=True)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _received(self, device: torch.device) -> list[int]:
+        """Requests to stop and to be requeued that the processes of the run have received."""
+        if distributed.world_size() == 1:
+            return self._requests
+        return distributed.sum_over_ranks(torch.tensor(self._requests, device=device)).tolist()
+
+    def _stop(self, trainer: pl.Trainer, requeue: bool) -> None:
+        if trainer.is_global_zero:
+            requeued = requeue and _requeue_slurm_job()
+            print(f"\nstopped by a signal, saved{' and requeued' * requeued}: go on with --ckpt_path last", flush=True)
+        raise SystemExit(self._exit_code)
+
+    # --- saving ------------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves within a unit; its end is saved once it is finished."""
+        assert isinstance(pl_module, BlockReconstruction)
+        if pl_module.iteration >= pl_module.iterations:
+            return
+        stop, requeue = self._received(pl_module.device)
+        if stop or requeue or (batch_idx + 1) % self.every_n_batches == 0:
+            self._save(trainer)
+        if stop or requeue:
+            self._stop(trainer, requeue > 0)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves after a unit (Lightning calls this after the module's own hook)."""
+        assert isinstance(pl_module, BlockReconstruction)
+        self._save(trainer)
+        stop, requeue = self._received(pl_module.device)
+        if stop or requeue:
+            self._stop(trainer, requeue > 0)
+        if pl_module.finished and threading.current_thread() is threading.main_thread():
+            # From here on they end the evaluation, which starts again on resume.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if self._requeue_signal:
+                signal.signal(self._requeue_signal, lambda number, frame: self._stop(trainer, requeue=True))
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        temporary = self.file.with_name(".last.ckpt")
+        try:
+            trainer.save_checkpoint(temporary, weights_only=False)
+            if trainer.is_global_zero:
+                sync_file(temporary)
+                if self._is_good:
+                    os.replace(self.file, self.previous)
+                os.replace(temporary, self.file)
+                self._is_good = True
+        except OSError as error:
+            error.filename = error.filename or str(self.file)
+            raise
+        finally:
+            if trainer.is_global_zero:
+                temporary.unlink(missing_ok=True)
+
+
+def _requeue_slurm_job() -> bool:
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        return subprocess.call(["scontrol", "requeue", job]) == 0
+    except OSError:  # not there
+        return False

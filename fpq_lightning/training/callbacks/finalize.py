@@ -1,0 +1,41 @@
+"""Writing the quantized pipeline."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only
+
+from fpq_lightning.evaluation.statistics import weight_statistics
+from fpq_lightning.storage.pipeline import save_quantized
+from fpq_lightning.training.module import BlockReconstruction
+from fpq_lightning.training.run_directory import RunDirectory
+
+
+class FinalizeQuantization(pl.Callback):
+    """At the end of the calibration writes ``quantized/``.
+
+    Args:
+        run: where to.
+        base_model: path or hub id of the full-precision model.
+    """
+
+    def __init__(self, run: RunDirectory, base_model: str) -> None:
+        self.run = run
+        self.base_model = base_model
+
+    @rank_zero_only
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes the pipeline, whole or not at all."""
+        assert isinstance(pl_module, BlockReconstruction)
+        if not pl_module.finished:
+            return
+        details = {
+            "base_model": self.base_model,
+            "recipe": pl_module.recipe.to_dict(),
+            "version": version("fpq-lightning"),
+            "fingerprint": self.run.fingerprint,
+            **weight_statistics(pl_module.denoiser),
+        }
+        save_quantized(pl_module.pipeline, self.run.quantized, details)

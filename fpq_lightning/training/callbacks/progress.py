@@ -1,0 +1,90 @@
+"""Progress of a calibration: one bar with the time left for all units, one line for each unit that is done."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm
+
+from fpq_lightning.training.module import BlockReconstruction, UnitReport
+
+
+def unit_line(index: int, total: int, report: UnitReport) -> str:
+    """One line about a unit: name, parameters, chosen formats, error before and after, seconds."""
+    formats = []
+    for chosen in (report.weight_formats, report.activation_formats):
+        counts = Counter(f for names in chosen.values() for f in names)
+        formats.append(" ".join(f"{name}" + (f"x{n}" if n > 1 else "") for name, n in counts.most_common()) or "fp32")
+    if report.error_nearest is None:
+        return f"[{index + 1:>2}/{total}] {report.name}: not quantized"
+    corrected = report.kept == "nearest" and cast(float, report.error_learned) < report.error_nearest
+    kept = f"{report.kept}, bias corrected" if corrected else report.kept
+    return (
+        f"[{index + 1:>2}/{total}] {report.name:<30} {report.parameters / 1e3:>8.1f}k  "
+        f"{formats[0]} / {formats[1]}  error {report.error_nearest:.2e} -> {report.error_learned:.2e} "
+        f"({kept})  {report.seconds:.1f}s"
+    )
+
+
+class CalibrationProgress(ProgressBar):
+    """Shows one bar over the steps of all units, weighted by nothing: every unit takes the recipe's iterations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: Any = None
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Shows nothing, as Lightning asks of all processes but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Shows again."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Opens the bar."""
+        assert isinstance(pl_module, BlockReconstruction)
+        steps = max(pl_module.recipe.rounding.iterations if pl_module.recipe.rounding.learned else 1, 1)
+        self._bar = tqdm(
+            total=len(pl_module.units) * steps,
+            initial=pl_module.position * steps + pl_module.iteration,
+            desc="calibrating",
+            unit="step",
+            disable=not self._enabled,
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
+        self._steps = steps
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Moves the bar."""
+        assert isinstance(pl_module, BlockReconstruction)
+        if pl_module.finished:  # a resumed run that has only its output left to write
+            return
+        self._bar.update(len(batch) or self._steps)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Names the unit."""
+        assert isinstance(pl_module, BlockReconstruction)
+        if not pl_module.finished:
+            self._bar.set_description(f"calibrating {pl_module.units[pl_module.position].name}")
+
+    def unit_finished(self, index: int, total: int, report: UnitReport) -> None:
+        """Writes the unit's line."""
+        if self._enabled:
+            tqdm.write(unit_line(index, total, report))
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves the line, so that what is said of the error starts a new one."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Closes the bar."""
+        self._bar.close()

@@ -1,0 +1,53 @@
+"""The reports that ``fpq test`` ends with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+from fpq_lightning.diffusion.pipelines import denoiser_name
+from fpq_lightning.evaluation.report.files import write_reports
+from fpq_lightning.storage.pipeline import is_quantized, read_description
+from fpq_lightning.training.generation import ImageGeneration
+from fpq_lightning.utils.files import weights_size
+from fpq_lightning.utils.provenance import device_name, versions
+
+_KEPT = ("weight_bits", "sparsity", "quantized_share", "fingerprint", "recipe")
+
+
+class QualityReport(pl.Callback):
+    """At the end of a test writes `samples.png`, `report.md`, `report.html` and, last, `report.json`.
+
+    Args:
+        model: directory or hub id of what is tested.
+        output: where to.
+    """
+
+    def __init__(self, model: str, output: str | Path) -> None:
+        self.model = model
+        self.output = Path(output)
+
+    @rank_zero_only
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes the reports."""
+        assert isinstance(pl_module, ImageGeneration)
+        assert pl_module.evaluation is not None
+        description: dict[str, Any] = read_description(self.model) if is_quantized(self.model) else {}
+        seeds = pl_module.evaluation.seeds
+        report = {
+            "schema_version": 1,
+            "model": self.model,
+            **{name: description[name] for name in _KEPT if name in description},
+            "disk_bytes": weights_size(Path(self.model) / denoiser_name(pl_module.pipeline)),
+            "variants": {pl_module.variant: {**pl_module.values, "seeds": [seeds.start, seeds.stop - 1]}},
+            "evaluation": pl_module.settings(),
+            "device": device_name(pl_module.device),
+            "versions": versions(),
+        }
+        samples = {name: torch.cat(images) for name, images in pl_module.shown.items()}
+        write_reports(self.output, report, samples)
+        print(f"wrote {self.output / 'report.html'}")

@@ -1,0 +1,82 @@
+"""The reports that a run ends with."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import asdict
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+from fpq_lightning.diffusion.pipelines import denoiser_name
+from fpq_lightning.evaluation.report.files import write_reports
+from fpq_lightning.evaluation.statistics import activation_ranges, layer_statistics, weight_statistics
+from fpq_lightning.training.callbacks.image_quality import ImageQuality
+from fpq_lightning.training.module import BlockReconstruction
+from fpq_lightning.training.run_directory import RunDirectory
+from fpq_lightning.utils.files import weights_size
+from fpq_lightning.utils.provenance import device_name, versions
+
+SCHEMA_VERSION = 1
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's allocator, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class RunReport(pl.Callback):
+    """At the end of a run writes `samples.png`, `report.md`, `report.html` and, last, `report.json`.
+
+    Args:
+        run: where to.
+        quality: the callback that judged the images.
+    """
+
+    def __init__(self, run: RunDirectory, quality: ImageQuality) -> None:
+        self.run = run
+        self.quality = quality
+        self._calibration_peak = 0
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remembers the peak before images are sampled."""
+        self._calibration_peak = peak_memory(pl_module.device)
+
+    @rank_zero_only
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes the reports."""
+        assert isinstance(pl_module, BlockReconstruction)
+        if not pl_module.finished:
+            return
+        write_reports(self.run.path, self.report(pl_module), self.quality.samples)
+
+    def report(self, module: BlockReconstruction) -> dict[str, Any]:
+        """The contents of `report.json`."""
+        calibration = module.calibration
+        layers = layer_statistics(module.denoiser)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": self.run.fingerprint,
+            "model": self.run.parts["model"]["name"],
+            "recipe": self.run.parts["recipe"],
+            "variants": self.quality.variants,
+            "blocks": [asdict(report) for report in module.reports],
+            "calibration": {
+                "seconds": sum(report.seconds for report in module.reports) + calibration.sampling_seconds,
+                "peak_memory_bytes": self._calibration_peak,
+                "samples": calibration.n,
+                "seeds": [calibration.seed],
+            },
+            **weight_statistics(module.denoiser, layers),
+            "layers": layers,
+            "activation_ranges": activation_ranges(
+                module.denoiser, calibration.set, calibration.micro_batch, module.device
+            ),
+            "disk_bytes": weights_size(self.run.quantized / denoiser_name(module.pipeline)),
+            "device": device_name(module.device),
+            "versions": versions(),
+        }

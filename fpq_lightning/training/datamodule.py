@@ -1,0 +1,272 @@
+"""The calibration set as a LightningDataModule, spread over the processes of a run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fpq_lightning.calibration.shards import Samples, Shard
+from fpq_lightning.calibration.store import ActivationStore, parse_bytes
+from fpq_lightning.calibration.trajectories import (
+    MADE_FROM,
+    CalibrationSet,
+    load_calibration_set,
+    noise_real_images,
+    sample_trajectories,
+    save_calibration_set,
+)
+from fpq_lightning.diffusion.pipelines import SamplerConfig, warn_of_long_prompts
+from fpq_lightning.utils import distributed
+from fpq_lightning.utils.files import differences, shorten
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+STEPS_PER_BATCH = 10
+"""Optimisation steps that Lightning sees as one batch; what it does around a batch takes longer than a short step."""
+
+
+class UnitBatches:
+    """Sample indices for the optimisation steps of one unit; those of step i are a function of (seed, unit, i) alone.
+
+    Position j of a step draws from the samples of stratum j (see `Shard`). A batch holds the indices of up to
+    `STEPS_PER_BATCH` steps, `[steps, batch_size]`.
+
+    Args:
+        seed: of the calibration.
+        unit: position of the unit.
+        n: samples to draw from.
+        batch_size: indices a step, at most n.
+        steps: number of steps; with 0 there is one batch without steps.
+    """
+
+    def __init__(self, seed: int, unit: int, n: int, batch_size: int, steps: int) -> None:
+        self.seed, self.unit, self.steps = seed, unit, steps
+        self.strata = np.arange(batch_size)
+        self.stratum_sizes = -(-(n - self.strata) // batch_size)
+        self.length = max(1, -(-steps // STEPS_PER_BATCH))
+        self._next = 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while self._next < self.length:
+            first = self._next * STEPS_PER_BATCH
+            self._next += 1
+            steps = range(first, min(first + STEPS_PER_BATCH, self.steps))
+            yield torch.stack([self.step(i) for i in steps]) if steps else torch.empty(0, 0)
+        self._next = 0
+
+    def step(self, i: int) -> Tensor:
+        """Indices of step i, int64 `[batch_size]`."""
+        draw = np.random.default_rng([self.seed, self.unit, i])
+        return torch.from_numpy(self.strata + len(self.strata) * draw.integers(self.stratum_sizes))
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the loader is."""
+        return {"next": self._next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on from there."""
+        self._next = state["next"]
+
+
+class CalibrationDataModule(pl.LightningDataModule):
+    """Samples what the denoiser sees along the sampler's trajectories and serves it a unit at a time.
+
+    Args:
+        n_samples: size of the calibration set, over all timesteps.
+        seed: of its noise and of the order of batches.
+        source: ``trajectories`` of the full-precision model, or the name or directory of a `datasets` dataset, or a
+            parquet file, of real images that are noised to random timesteps.
+        image_column: of the dataset of real images.
+        timesteps: how often each timestep is kept: ``uniform``, ``late`` (towards the image) or ``early``.
+        weighting: of the errors of samples: all alike, or by how much of an error of the denoiser's output the
+            sampler lets through to the image at their timestep.
+        held_out_fraction: share of the set that decides between learned and nearest rounding.
+        n_search: samples that the search of formats and clips sees.
+        micro_batch: samples a forward pass outside the optimisation.
+        directory: where the set is kept as a `datasets` dataset; None leaves the choice to the run.
+        store_budget: bytes of each compute device that captured activations may take, such as ``4GiB``.
+        store_host_budget: bytes of host memory that they may take beyond, for each GPU; what is left goes to
+            memory-mapped files.
+        store_dtype: of captured activations.
+        store_directory: where those files go; None leaves the choice to the run.
+    """
+
+    def __init__(
+        self,
+        n_samples: int = 5120,
+        seed: int = 0,
+        source: str = "trajectories",
+        image_column: str = "image",
+        timesteps: Literal["uniform", "late", "early"] = "uniform",
+        weighting: Literal["uniform", "sensitivity"] = "sensitivity",
+        held_out_fraction: float = 0.0625,
+        n_search: int = 64,
+        micro_batch: int = 64,
+        directory: str | None = None,
+        store_budget: str = "4GiB",
+        store_host_budget: str = "16GiB",
+        store_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        store_directory: str | None = None,
+    ) -> None:
+        super().__init__()
+        if n_samples < 4:
+            raise ValueError(f"the calibration set would be empty: data.n_samples must be at least 4, got {n_samples}")
+        if not 0 < held_out_fraction < 1:
+            raise ValueError(f"data.held_out_fraction must be between 0 and 1, got {held_out_fraction}")
+        if micro_batch < 1 or n_search < 1:
+            raise ValueError(f"data.micro_batch and data.n_search must be at least 1, got {micro_batch} and {n_search}")
+        if round(n_samples * held_out_fraction) >= n_samples:
+            raise ValueError(
+                f"data.held_out_fraction {held_out_fraction} leaves none of {n_samples} samples to learn from"
+            )
+        parse_bytes(store_budget), parse_bytes(store_host_budget)
+        self.n_samples = n_samples
+        self.seed = seed
+        self.source = source
+        self.image_column = image_column
+        self.timesteps = timesteps
+        self.weighting = weighting
+        self.held_out_fraction = held_out_fraction
+        self.n_search = n_search
+        self.micro_batch = micro_batch
+        self.directory = directory
+        self.store_budget, self.store_host_budget = store_budget, store_host_budget
+        self.store_dtype = store_dtype
+        self.store_directory = store_directory
+        self.sampler = SamplerConfig()
+        self._set: CalibrationSet | None = None
+        self.made_from: dict[str, Any] | None = None
+        self.sampling_seconds = 0.0
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result of a calibration: not where things are kept."""
+        names = (
+            "n_samples",
+            "seed",
+            "source",
+            "image_column",
+            "timesteps",
+            "weighting",
+            "held_out_fraction",
+            "n_search",
+        )
+        return {name: getattr(self, name) for name in (*names, "store_dtype")}
+
+    # --- Lightning ---------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Makes the calibration set, each process its part, unless it is there."""
+        if self._set is not None:
+            return
+        if self.directory is not None and distributed.broadcast_from_rank0(Path(self.directory).is_dir()):
+            self._check_origin(Path(self.directory) / MADE_FROM)
+            self._set = load_calibration_set(self.directory)
+            return
+        start = time.perf_counter()
+        self._set = self.make_set()
+        self.sampling_seconds = time.perf_counter() - start
+        if self.directory is not None and distributed.rank() == 0:
+            save_calibration_set(self._set, self.directory, self.made_from)
+
+    def _check_origin(self, file: Path) -> None:
+        """Refuses a set that says it was made from another model or with other options."""
+        if self.made_from is None or not file.is_file():
+            return
+        if changed := differences(json.loads(file.read_text()), json.loads(json.dumps(self.made_from))):
+            raise ValueError(
+                f"the calibration set at {file.parent} was made otherwise ({shorten(changed)}): choose another "
+                "data.directory or delete it"
+            )
+
+    def train_dataloader(self) -> UnitBatches:
+        """Batches of the unit in work."""
+        module = cast(Any, self.trainer).lightning_module
+        return UnitBatches(self.seed, module.position, self.n_train, self.batch_size, module.iterations)
+
+    # --- the set -----------------------------------------------------------------------------------------------
+
+    def make_set(self) -> CalibrationSet:
+        """Samples or noises the calibration set with the trainer's pipeline."""
+        trainer = cast(Any, self.trainer)
+        module = trainer.lightning_module
+        module.place(trainer.strategy.root_device)
+        pipeline = module.pipeline
+        if self.source == "trajectories":
+            hidden = distributed.rank() > 0
+            trajectories = -(-self.n_samples // self.sampler.steps)
+            if not hidden:
+                prompts = self.sampler.prompts_of(range(self.seed, self.seed + trajectories))
+                warn_of_long_prompts(pipeline, prompts or ())
+            with tqdm(desc="sampling calibration set", unit="trajectory", dynamic_ncols=True, disable=hidden) as bar:
+
+                def show(done: int, total: int) -> None:
+                    bar.total = total
+                    bar.update(done - bar.n)
+
+                return sample_trajectories(
+                    pipeline, self.sampler, self.n_samples, self.seed, self.timesteps, self.weighting, show
+                )
+        return noise_real_images(pipeline, self.source, self.image_column, self.n_samples, self.seed)
+
+    @property
+    def set(self) -> CalibrationSet:
+        """The calibration set, once `setup` has run."""
+        assert self._set is not None, "setup has not run"
+        return self._set
+
+    @property
+    def n(self) -> int:
+        """Samples in the set."""
+        return len(self.set)
+
+    @property
+    def n_train(self) -> int:
+        """Samples that are learned from; the rest is held out."""
+        return self.n_train_of(self.n)
+
+    def n_train_of(self, n: int) -> int:
+        """The same for n samples."""
+        return n - max(1, round(n * self.held_out_fraction))
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of one optimisation step, over all processes."""
+        return min(cast(Any, self.trainer).lightning_module.recipe.rounding.batch_size, self.n_train)
+
+    @property
+    def shard(self) -> Shard:
+        """The samples of this process."""
+        return Shard(self.batch_size, distributed.rank(), distributed.world_size())
+
+    def samples(self) -> Samples:
+        """What the samples are for."""
+        every = torch.arange(self.n)
+        train, held_out = every[: self.n_train], every[self.n_train :]
+        return Samples(self.n, train, held_out, train[: self.n_search], self.shard)
+
+    def local_set(self) -> CalibrationSet:
+        """The part of the set that this process holds."""
+        return self.set.select(self.shard.owned(self.n))
+
+    def make_store(self, device: torch.device) -> ActivationStore:
+        """An empty activation store under the budgets."""
+        return ActivationStore(
+            device,
+            _DTYPES[self.store_dtype],
+            parse_bytes(self.store_budget),
+            parse_bytes(self.store_host_budget),
+            self.store_directory,
+        )

@@ -1,0 +1,180 @@
+"""Run directories, and the fingerprint that tells one run from another."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fpq_lightning.utils.files import differences, shorten, write_json
+from fpq_lightning.utils.provenance import fingerprint
+
+
+class _UnreadableError(ValueError):
+    """A checkpoint is damaged."""
+
+
+class RunState(Enum):
+    """What a run directory holds."""
+
+    NEW = "new"
+    UNFINISHED = "unfinished"
+    FINISHED = "finished"
+
+
+class RunDirectory:
+    """``runs/<name>/``: checkpoints, the quantized model, reports.
+
+    Args:
+        path: of the directory.
+        parts: everything that decides the quantized model, plain types.
+    """
+
+    def __init__(self, path: str | Path, parts: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self.parts = json.loads(json.dumps(parts))
+        self.fingerprint = fingerprint(self.parts)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def checkpoint_files(self) -> tuple[Path, Path]:
+        """The checkpoint, and the one before it."""
+        return self.checkpoints / "last.ckpt", self.checkpoints / "previous.ckpt"
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint that can be read, None if there is none at all.
+
+        Raises:
+            ValueError: if none can be read, or it is of another run.
+        """
+        files = [file for file in self.checkpoint_files if file.is_file()]
+        for file in files:
+            try:
+                self.check_checkpoint(file)
+            except _UnreadableError as error:
+                warnings.warn(f"{error}: trying the one before it", stacklevel=2)
+            else:
+                return file
+        if files:
+            raise ValueError(f"no checkpoint in {self.checkpoints} can be read: delete it to start from the beginning")
+        return None
+
+    def check_checkpoint(self, file: Path) -> None:
+        """Reads a checkpoint once, so that a damaged one is found before anything else is done.
+
+        Raises:
+            ValueError: if it cannot be read or is of another run.
+        """
+        try:
+            with zipfile.ZipFile(file) as archive:  # torch.load compares no checksums
+                if (damaged := archive.testzip()) is not None:
+                    raise ValueError(f"{damaged} in it is damaged")
+            made_from = torch.load(file, map_location="cpu", weights_only=True)["fpq"]["made_from"]
+        except Exception as error:  # whatever a damaged file raises
+            reason = " ".join(str(error).split())[:200]
+            raise _UnreadableError(f"the checkpoint {file} cannot be read ({reason})") from error
+        if changed := differences(made_from, self.parts):
+            raise ValueError(f"the checkpoint {file} is of another run ({shorten(changed)}): choose another --run_dir")
+
+    @property
+    def quantized(self) -> Path:
+        """Directory of the quantized pipeline."""
+        return self.path / "quantized"
+
+    @property
+    def images(self) -> Path:
+        """Directory of sampled images, one below it for each variant."""
+        return self.path / "images"
+
+    @property
+    def activations(self) -> Path:
+        """Directory of captured activations that fit nowhere else."""
+        return self.path / "activations"
+
+    @property
+    def report(self) -> Path:
+        """The machine-readable report, the last file that a run writes."""
+        return self.path / "report.json"
+
+    @property
+    def _fingerprint_file(self) -> Path:
+        return self.path / "fingerprint.json"
+
+    def state(self) -> RunState:
+        """What is there already.
+
+        Raises:
+            ValueError: if it belongs to another run.
+        """
+        if not self._fingerprint_file.is_file():
+            # What is hidden may be another process's temporary file.
+            if self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
+                raise ValueError(f"{self.path} is not empty and no run of ours: choose another --run_dir")
+            return RunState.NEW
+        found = json.loads(self._fingerprint_file.read_text())["parts"]
+        leftovers = [*self.checkpoint_files, self.path / "calibration", self.quantized, self.report]
+        if changed := differences(found, self.parts):
+            if not any(entry.exists() for entry in leftovers):
+                return RunState.NEW  # of a run that never got anywhere
+            raise ValueError(
+                f"{self.path} holds another run ({shorten(changed)}): choose another --run_dir or delete it"
+            )
+        if self.report.is_file() and self.quantized.is_dir():
+            return RunState.FINISHED
+        return RunState.UNFINISHED if any(file.is_file() for file in self.checkpoint_files) else RunState.NEW
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Makes the directory, writes whose it is, and keeps other commands out meanwhile.
+
+        Raises:
+            ValueError: if it cannot be written to, or another process works in it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise ValueError(f"cannot write to {self.path} ({error.strerror}): choose another --run_dir") from error
+        try:
+            self._take(lock)
+            self._clean()
+            self.state()
+            try:
+                write_json(self._fingerprint_file, {"fingerprint": self.fingerprint, "parts": self.parts})
+            except OSError as error:
+                raise ValueError(f"cannot write to {self.path} ({error.strerror}): choose another --run_dir") from error
+            yield
+            self._clean()
+        finally:
+            os.close(lock)
+
+    def _clean(self) -> None:
+        """Removes what processes that were killed have left half-written."""
+        for target in (self.quantized, self.path / "calibration", self.report, self._fingerprint_file):
+            for left in self.path.glob(f".{target.stem}-*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        shutil.rmtree(self.activations, ignore_errors=True)
+
+    def _take(self, lock: int) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process works in {self.path}: wait for it or choose another --run_dir"
+            ) from error
+        except OSError:
+            pass  # a file system without locks

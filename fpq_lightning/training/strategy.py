@@ -1,0 +1,113 @@
+"""The strategy of a calibration on several devices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+from fpq_lightning.training.watchdog import Watchdog
+
+_STOPPED = (130, 143)  # by a signal, on which all processes stop together
+
+
+class CalibrationStrategy(DDPStrategy):
+    """DDP for variables that change with every unit.
+
+    DDP's wrapper averages the gradients of the parameters that it found at first, so there is none: the
+    reconstruction adds gradients up itself. A process that dies ends the others.
+    """
+
+    watchdog: Watchdog
+
+    def setup_environment(self) -> None:
+        """Starts watching once the processes know each other."""
+        super().setup_environment()
+        assert self.cluster_environment is not None
+        self.watchdog = Watchdog(self.cluster_environment.main_address)
+
+    def configure_ddp(self) -> None:
+        """Leaves the module unwrapped."""
+
+
+class _Launcher(_SubprocessScriptLauncher):
+    """Lightning's launcher, whose observer of the processes it started kills this one without a word."""
+
+    def launch(self, function: Callable, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        """Starts the other processes of this machine and calls the function."""
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+            threading.Thread(target=_watch_children, args=(self.procs,), daemon=True).start()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        return function(*args, **kwargs)
+
+
+def _watch_children(processes: Sequence[subprocess.Popen]) -> None:
+    """Ends everything when a child has failed."""
+    while any(process.poll() is None for process in processes):
+        time.sleep(0.5)
+        for number, process in enumerate(processes, start=1):
+            if process.poll() not in (None, 0, *_STOPPED):
+                for other in processes:
+                    other.kill()
+                print(
+                    f"fpq: process {number} ended with code {process.returncode}, so all end: correct what it says, "
+                    "and go on with --ckpt_path last",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)
+
+
+def prepare_strategy(trainer: pl.Trainer) -> None:
+    """Gives the trainer a strategy that fits.
+
+    Raises:
+        ValueError: if the trainer's is for several devices and not ``ddp``.
+    """
+    strategy: Any = trainer.strategy
+    if type(strategy) is DDPStrategy and strategy._start_method == "popen":
+        strategy.__class__ = CalibrationStrategy
+        if strategy.launcher is not None:
+            strategy.launcher.__class__ = _Launcher
+    elif (trainer.world_size > 1 or isinstance(strategy, DDPStrategy)) and not isinstance(
+        strategy, CalibrationStrategy
+    ):
+        raise ValueError(f"trainer.strategy {type(strategy).__name__} is not supported: use ddp for several devices")
+
+
+@contextmanager
+def together(trainer: pl.Trainer) -> Iterator[None]:
+    """What the processes of a run do together; after it they may end one after the other.
+
+    Raises:
+        ValueError: if another process has gone.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if watchdog := getattr(trainer.strategy, "watchdog", None):
+            orderly = isinstance(error, SystemExit) and error.code in _STOPPED
+            watchdog.close() if orderly else watchdog.abandon()
+        if trainer.world_size > 1 and isinstance(error, RuntimeError) and _is_loss(error):
+            reason = str(error).splitlines()[0][:150]
+            raise ValueError(f"another process of the run has gone ({reason}): go on with --ckpt_path last") from error
+        raise
+    if watchdog := getattr(trainer.strategy, "watchdog", None):
+        watchdog.close()
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "onnection" in str(error)

@@ -1,0 +1,1 @@
+"""Files, processes, memory and resources: what every room may use."""

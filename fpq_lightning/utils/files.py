@@ -1,0 +1,79 @@
+"""Writing whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """A temporary directory beside `target` that takes its place once the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield temporary
+        for entry in [temporary, *temporary.rglob("*")]:  # temporary names come with private modes
+            entry.chmod(0o755 if entry.is_dir() else 0o644)
+        old = temporary.with_name(f"{temporary.name}-old")
+        if target.exists():
+            os.replace(target, old)
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            if old.exists():
+                os.replace(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_file(file: Path) -> None:
+    """Makes sure that a file's contents are on the disk."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+@contextmanager
+def atomic_write(target: Path) -> Iterator[Path]:
+    """A temporary file beside `target`, with its suffix, that takes its place once the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
+    try:
+        yield temporary
+        sync_file(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Writes strict JSON (no NaN or Infinity)."""
+    with atomic_write(target) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Where two nested values differ, as ``path: a -> b``."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted({*a, *b})
+        return [d for k in keys for d in differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)]
+    return [] if a == b else [f"{path}: {a} -> {b}"]
+
+
+def shorten(differences: list[str]) -> str:
+    """The first few in one line."""
+    more = len(differences) - 3
+    return "; ".join(differences[:3]) + (f"; and {more} more" if more > 0 else "")
+
+
+def weights_size(directory: Path) -> int:
+    """Bytes of the weight files of a model's directory."""
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))

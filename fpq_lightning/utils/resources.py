@@ -1,0 +1,32 @@
+"""What is shipped beside the code: configurations and the feature network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FEATURES = "cifar10-features"
+_ROOTS = (Path(__file__).parents[1], Path(__file__).parents[2])  # of a wheel, of a checkout
+
+
+def find_config(name: str) -> str:
+    """A configuration file: a path, or the name of a shipped one such as ``fp4_fp8``.
+
+    Raises:
+        FileNotFoundError: if it is neither.
+    """
+    if Path(name).is_file():
+        return name
+    places = [root / "configs" for root in _ROOTS]
+    root = next((place for place in places if place.is_dir()), places[0])
+    stem = name.removesuffix(".yaml")
+    shipped = {str(f.relative_to(root).with_suffix("")): f for f in sorted(root.rglob("*.yaml"))}
+    for key, file in shipped.items():
+        if stem in (key, f"configs/{key}", Path(key).name):
+            return str(file)
+    raise FileNotFoundError(f"there is no configuration {name}: give a YAML file or one of {', '.join(shipped)}")
+
+
+def find_features(name: str) -> str:
+    """A directory of a feature network: as named, or the shipped one."""
+    places = [Path(name), *(root / "data" / name for root in _ROOTS if name == FEATURES)]
+    return str(next((place for place in places if place.is_dir()), places[0]))
