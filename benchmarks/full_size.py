@@ -424,6 +424,7 @@ class Bench:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         with phases("finish"):
+            reconstruction.stop_learning()
             reconstruction.harden()
             error = reconstruction.held_out_error("quantized")
         with phases("advance"):

@@ -38,8 +38,8 @@ def advance(replay: NetworkReplay) -> None:
 class UnitTrainer:
     """Quantizes the unit that a replay is at, in plain torch.
 
-    The order of calls is `begin`, `train` until the steps are done, `harden`, `held_out_error`, `end`. What runs out of
-    memory is done again with less. A unit without layers to quantize is carried along.
+    The order of calls is `begin`, `train` until the steps are done, `stop_learning`, `harden`, `held_out_error`, `end`.
+    What runs out of memory is done again with less. A unit without layers to quantize is carried along.
 
     Args:
         replay: at the unit.
@@ -197,13 +197,16 @@ class UnitTrainer:
 
     # --- the end -----------------------------------------------------------------------------------------------
 
+    def stop_learning(self) -> None:
+        """Lets go of what computes the gradients."""
+        self.backward = None
+
     def harden(self) -> None:
         """Turns the variables into codes and scales.
 
         Raises:
             RuntimeError: if the processes of the run do not agree on them.
         """
-        self.backward = None
         if self.replay.store.device.type == "cuda":
             torch.cuda.empty_cache()  # what the CUDA graph had for itself
         for module in self.quantized.values():

@@ -59,7 +59,7 @@ class BlockReconstruction(pl.LightningModule):
         self.reports: list[UnitReport] = []
         self.plan = Plan()
         self.made_from: dict[str, Any] = {}  # what decides the result, kept in checkpoints
-        self.unit: UnitTrainer | None = None  # the unit in work, once its epoch has started
+        self.unit_trainer: UnitTrainer | None = None  # the unit in work, once its epoch has started
         self._replay: NetworkReplay | None = None
         self._resumed: dict[str, Any] = {}  # variables and optimiser of the unit that a checkpoint left off in
         self._held_out_error: float | None = None
@@ -79,10 +79,10 @@ class BlockReconstruction(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Adam over the rounding variables and scales of the unit in work; none before and after it is learned."""
-        if self.unit is None or self.unit.backward is None:
+        if self.unit_trainer is None or self.unit_trainer.backward is None:
             return []
         rounding = self.recipe.rounding
-        return self.unit.adam(rounding.learning_rate, rounding.scale_learning_rate)
+        return self.unit_trainer.adam(rounding.learning_rate, rounding.scale_learning_rate)
 
     def on_train_start(self) -> None:
         """Goes on with a unit in the middle; Lightning starts no epoch anew that it resumes."""
@@ -92,7 +92,7 @@ class BlockReconstruction(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Begins a unit: captures what it sees, searches its formats, makes its variables and their optimiser."""
-        if self.unit is None and not self.plan.finished:
+        if self.unit_trainer is None and not self.plan.finished:
             self._begin_unit()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
@@ -102,11 +102,11 @@ class BlockReconstruction(pl.LightningModule):
             The loss of the last step: the error of the unit's output in units of that of nearest rounding, plus the
             regulariser that drives the rounding variables to 0 or 1.
         """
-        if self.unit is None or self.plan.unit_is_learned:
+        if self.unit_trainer is None or self.plan.unit_is_learned:
             return None
         optimizer = cast(LightningOptimizer, self.optimizers())
         # Lightning counts one step a batch.
-        losses = self.unit.train(batch, self.plan.step, optimizer.optimizer, last_step=optimizer.step)
+        losses = self.unit_trainer.train(batch, self.plan.step, optimizer.optimizer, last_step=optimizer.step)
         self.plan.step += len(batch)
         reconstruction_loss, rounding_loss = losses.unbind()
         loss = reconstruction_loss + rounding_loss
@@ -114,20 +114,21 @@ class BlockReconstruction(pl.LightningModule):
         return loss
 
     def on_validation_start(self) -> None:
-        """Hardens what was learned; its optimiser is no longer needed."""
-        if self.unit is not None:
-            self.unit.harden()
+        """Hardens what was learned; before that its optimiser goes, and with it the memory of its CUDA graph."""
+        if self.unit_trainer is not None:
+            self.unit_trainer.stop_learning()
             self._renew_optimizer()
+            self.unit_trainer.harden()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Measures the error of the quantized unit's output on held-out samples, relative to the output's energy."""
-        if self.unit is not None and self.unit.layers:
-            self._held_out_error = self.unit.held_out_error("quantized")
+        if self.unit_trainer is not None and self.unit_trainer.layers:
+            self._held_out_error = self.unit_trainer.held_out_error("quantized")
             self.log("held_out_error", self._held_out_error, batch_size=1)
 
     def on_train_epoch_end(self) -> None:
         """Ends the unit: keeps the better rounding, corrects the bias, moves both paths on."""
-        if self.unit is not None:
+        if self.unit_trainer is not None:
             self._end_unit()
         if self.plan.finished:
             self.trainer.should_stop = True
@@ -167,8 +168,8 @@ class BlockReconstruction(pl.LightningModule):
 
     def _begin_unit(self) -> None:
         replay = self._replay_at_unit()
-        self.unit = UnitTrainer(replay, self.data.samples(), self.recipe, self.reports[self.plan.unit])
-        self.unit.begin(learns=self.plan.unit_steps > 0, state=self._resumed.get("variables"))
+        self.unit_trainer = UnitTrainer(replay, self.data.samples(), self.recipe, self.reports[self.plan.unit])
+        self.unit_trainer.begin(learns=self.plan.unit_steps > 0, state=self._resumed.get("variables"))
         self._renew_optimizer()
         if self._resumed:
             self.trainer.strategy.load_optimizer_state_dict(self._resumed)
@@ -193,9 +194,9 @@ class BlockReconstruction(pl.LightningModule):
         self.trainer.strategy.setup_optimizers(self.trainer)
 
     def _end_unit(self) -> None:
-        unit, replay = cast(UnitTrainer, self.unit), cast(NetworkReplay, self._replay)
+        unit, replay = cast(UnitTrainer, self.unit_trainer), cast(NetworkReplay, self._replay)
         unit.end(self._held_out_error, self.plan.step)
-        self.unit = self._held_out_error = None
+        self.unit_trainer = self._held_out_error = None
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, CalibrationCallback):
                 callback.on_unit_end(self.trainer, self, unit.report)
@@ -280,14 +281,14 @@ class BlockReconstruction(pl.LightningModule):
         for name, module in self._known_modules():
             variants = cast(dict[str, LayerQuantization], module.variants)
             layers[name] = {mode: q.to_state() for mode, q in variants.items() if mode == "nearest" or not q.roundings}
-        if self.unit is not None:
-            self.unit.lap()
+        if self.unit_trainer is not None:
+            self.unit_trainer.lap()
         checkpoint["fpq"] = {
             "made_from": self.made_from,
             "unit": self.plan.unit,
             "step": self.plan.step,
             "layers": layers,
-            "variables": None if self.unit is None else self.unit.learning_state(),
+            "variables": None if self.unit_trainer is None else self.unit_trainer.learning_state(),
             "reports": [asdict(r) for r in self.reports],
         }
 

@@ -375,7 +375,7 @@ class _Probe(pl.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if pl_module.units[pl_module.plan.unit].name == UNIT:
-            self.use(pl_module.unit)
+            self.use(pl_module.unit_trainer)
             raise _DoneError
 
 

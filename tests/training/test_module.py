@@ -227,7 +227,7 @@ class _Probe(pl.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if pl_module.units[pl_module.plan.unit].name == self.unit:
-            self.use(pl_module, pl_module.unit.backward.objective)
+            self.use(pl_module, pl_module.unit_trainer.backward.objective)
             raise _DoneError
 
 
