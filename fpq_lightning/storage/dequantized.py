@@ -41,9 +41,9 @@ def describe(denoiser: nn.Module, details: Mapping[str, Any]) -> dict[str, Any]:
         for name, layer in packed_layers(denoiser).items()
     }
     attention = {
-        name: [_describe(q) for q in cast(LayerQuantization, module.variants["learned"]).inputs]
+        name: [_describe(q) for q in cast(LayerQuantization, module.variants["quantized"]).inputs]
         for name, module in quantized_attention(denoiser).items()
-        if "learned" in module.variants
+        if "quantized" in module.variants
     }
     described = {"format_version": FORMAT_VERSION, **details, "layers": layers}
     return {**described, "attention": attention} if attention else described
@@ -101,8 +101,8 @@ def _apply_inputs(layer: nn.Module, entry: Mapping[str, Any]) -> None:
     inputs = _read_quantizers(entry["inputs"])
     if len(inputs) not in (0, len(quantized.splits)):
         raise ValueError(f"{len(inputs)} input quantizers for {len(quantized.splits)} parts of the input")
-    quantized.variants["learned"] = LayerQuantization(inputs=inputs)
-    quantized.set_mode("learned")
+    quantized.variants["quantized"] = LayerQuantization(inputs=inputs)
+    quantized.set_mode("quantized")
 
 
 def _apply_operands(module: nn.Module, name: str, entry: list[dict[str, Any]]) -> None:
@@ -110,8 +110,8 @@ def _apply_operands(module: nn.Module, name: str, entry: list[dict[str, Any]]) -
     if not operands or len(operands) % len(OPERANDS):
         raise ValueError(f"{len(operands)} quantizers for the attention of {name}, expected {len(OPERANDS)} a call")
     quantized = make_attention_quantized(module, name, len(operands) // len(OPERANDS))
-    quantized.variants["learned"] = LayerQuantization(inputs=operands)
-    quantized.set_mode("learned")
+    quantized.variants["quantized"] = LayerQuantization(inputs=operands)
+    quantized.set_mode("quantized")
 
 
 def _read_quantizers(entries: list[dict[str, Any]]) -> list[Quantizer]:

@@ -57,7 +57,7 @@ def save_quantized(pipeline: DiffusionPipeline, directory: Path, details: Mappin
     """Writes a quantized pipeline, whole or not at all; the pipeline stays as it is.
 
     Args:
-        pipeline: its denoiser's layers have the variant ``learned`` or are packed.
+        pipeline: its denoiser's layers have the variant ``quantized`` or are packed.
         directory: replaced if it exists.
         details: where it comes from: ``base_model``, ``recipe``, ``version``, ``fingerprint``.
         form: the name of an export.
@@ -66,7 +66,7 @@ def save_quantized(pipeline: DiffusionPipeline, directory: Path, details: Mappin
         ValueError: if there is no such export, a quantized weight holds NaN or Inf, or no layer fits the export.
     """
     export, denoiser = EXPORTS[form], getattr(pipeline, denoiser_name(pipeline))
-    calibrated = {name: layer for name, layer in quantized_layers(denoiser).items() if "learned" in layer.variants}
+    calibrated = {name: layer for name, layer in quantized_layers(denoiser).items() if "quantized" in layer.variants}
     stored: dict[str, QuantizedLayer | PackedLayer] = {**calibrated, **packed_layers(denoiser)}
     for name, layer in stored.items():
         if not quantized_weight(layer).isfinite().all():
@@ -74,7 +74,7 @@ def save_quantized(pipeline: DiffusionPipeline, directory: Path, details: Mappin
     components = [c for c in pipeline.components.values() if isinstance(c, nn.Module)]
     with atomic_directory(directory) as temporary, _restored(components):
         for learned in calibrated.values():
-            pack_layer(learned, cast(LayerQuantization, learned.variants["learned"]))
+            pack_layer(learned, cast(LayerQuantization, learned.variants["quantized"]))
         for component in components:
             for left in quantized_layers(component).values():
                 make_plain(left)
