@@ -29,12 +29,12 @@ _FLOAT32_EXPONENT_MASK = 0x7F800000
 
 
 class Spacing(NamedTuple):
-    """The numbers that decide the rounding to a format whose ties go to the even multiple of its step.
+    """What decides the rounding to a format, where ties go to the even multiple of the step.
 
     Attributes:
         low: smallest value.
         high: largest value.
-        smallest_normal: the smallest number that has the full mantissa.
+        smallest_normal: the smallest number with the full mantissa.
         relative_step: step over binade, ``2^-mantissa``; 0 for integers, whose step is 1.
     """
 
@@ -84,11 +84,11 @@ class Format(ABC):
     @property
     @abstractmethod
     def spacing(self) -> Spacing | None:
-        """What a kernel needs to know, None if ties are not those of multiples."""
+        """What kernels need for rounding; None where ties do not go to the even multiple of the step."""
 
     @abstractmethod
     def _code_values(self) -> list[float]:
-        """The value of every code, NaN for a code that is none."""
+        """The value of every code, NaN for a code that stands for no number."""
 
     @abstractmethod
     def _encode(self, q: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Format(ABC):
         """Codes (uint8) of the nearest values.
 
         Raises:
-            ValueError: if `x` holds NaN, which no code stands for.
+            ValueError: if `x` holds NaN, which has no code.
         """
         if torch.isnan(x).any():
             raise ValueError(f"cannot encode NaN as {self.name}: check the tensor for non-finite values first")
@@ -116,7 +116,7 @@ class Format(ABC):
 
     @property
     def values(self) -> Tensor:
-        """The value of every code, NaN for a code that is none; float32 `[2^bits]`."""
+        """The value of every code, NaN for a code that stands for no number; float32 `[2^bits]`."""
         return _value_table(self)
 
     @property
@@ -142,7 +142,7 @@ class FloatFormat(Format):
         mantissa: number of mantissa bits, 0 allowed.
         signed: whether the top bit of the code is a sign.
         reserved: how many of the largest codes of each sign stand for NaN or Inf (0 in the free convention).
-        hardware_name: name of the type as torch and ml_dtypes have it; empty in the free convention.
+        hardware_name: name of the type in torch and ml_dtypes; empty in the free convention.
     """
 
     exponent: int
@@ -209,8 +209,8 @@ class FloatFormat(Format):
             x = x.relu() + 0.0  # no negative zero
         if self.mantissa:
             return super().quantize(x)
-        # Without mantissa bits every normal value is a multiple 1 of its step, and the code of 2 * step is the
-        # next one: whether it is even depends on the binade, not on the multiple.
+        # Without mantissa bits every normal value is its own step, and twice the step has the next code. Whether a
+        # code is even depends on the binade, not on the multiple of the step.
         x = x.clamp(self.min, self.max)
         step = self.step(x)
         multiple = x.abs() / step

@@ -73,7 +73,7 @@ def read_description(directory: Path) -> dict[str, Any]:
 
 
 def apply_inputs(denoiser: nn.Module, description: Mapping[str, Any]) -> None:
-    """Puts the activation formats in force in a denoiser whose weights are on the grid already.
+    """Makes a denoiser, whose weights lie on the grid already, quantize its activations.
 
     Raises:
         ValueError: if the description does not fit the model.
@@ -115,7 +115,7 @@ def _apply_operands(module: nn.Module, name: str, entry: list[dict[str, Any]]) -
 
 
 def _read_quantizers(entries: list[dict[str, Any]]) -> list[Quantizer]:
-    """The inverse of `_describe` for each entry."""
+    """Quantizers from what `_describe` gave of each."""
     return [
         Quantizer.from_state({k: _tensor(v) if k in ("scale", "offset") else v for k, v in entry.items()})
         for entry in entries

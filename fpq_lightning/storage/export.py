@@ -51,14 +51,14 @@ def export(directory: str | Path, output: str | Path, form: str) -> None:
 
 @torch.no_grad()
 def find_codes(denoiser: nn.Module, description: Mapping[str, Any]) -> None:
-    """Gives layers whose weights are on the grid already the codes and scales that they were decoded from.
+    """Finds the codes and scales from which the weights of a dequantized model were decoded.
 
     Args:
-        denoiser: of a pipeline in the dequantized form.
-        description: what that says of itself.
+        denoiser: of a pipeline in the dequantized form; its layers get codes and scales.
+        description: the contents of its ``quantization.json``.
 
     Raises:
-        ValueError: if it does not say the granularity, or a weight is on no such grid.
+        ValueError: if the description lacks the granularity, or a weight does not lie on its grid.
     """
     try:
         recipe = description["recipe"]["weights"]
@@ -92,10 +92,10 @@ def find_codes(denoiser: nn.Module, description: Mapping[str, Any]) -> None:
 
 
 def find_scale(rows: Tensor, fmt: Format, scale_format: ScaleFormat | None = None) -> Tensor | None:
-    """Scales that rows of values were decoded with.
+    """Finds the scales with which rows of values were decoded.
 
     The largest magnitude of a row is a value of the format times the scale, rounded to float32. So the scale is that
-    magnitude over one of the values, or a float32 number beside it.
+    magnitude over one of the values, or a float32 number next to it.
 
     Args:
         rows: float32 `[n_rows, n]`, each row values of the format times one scale.

@@ -73,8 +73,8 @@ def save_quantized(pipeline: DiffusionPipeline, directory: Path, details: Mappin
             raise ValueError(f"{name}: its quantized weight holds NaN or Inf; nothing was written")
     components = [c for c in pipeline.components.values() if isinstance(c, nn.Module)]
     with atomic_directory(directory) as temporary, _restored(components):
-        for learned in calibrated.values():
-            pack_layer(learned, cast(LayerQuantization, learned.variants["quantized"]))
+        for chosen in calibrated.values():
+            pack_layer(chosen, cast(LayerQuantization, chosen.variants["quantized"]))
         for component in components:
             for left in quantized_layers(component).values():
                 make_plain(left)
@@ -97,7 +97,7 @@ def load_quantized(directory: str | Path) -> DiffusionPipeline:
     packed = _packed_config(Path(directory).expanduser())
     if packed is not None:
         for file in sorted(packed.parent.glob("*.safetensors")):
-            read_header(file)  # names the tensor where it is cut off, which diffusers does not
+            read_header(file)  # its error names the tensor that is cut off, unlike that of diffusers
     pipeline = load_pipeline(directory)
     denoiser = getattr(pipeline, denoiser_name(pipeline)).eval().requires_grad_(False)
     if packed is None:
@@ -118,10 +118,10 @@ def is_quantized(directory: str | Path) -> bool:
 
 
 def read_description(directory: str | Path) -> dict[str, Any]:
-    """What a quantized pipeline says of itself: formats of its ``layers``, ``base_model``, ``recipe``, ``version``.
+    """The description of a quantized pipeline: formats of its ``layers``, ``base_model``, ``recipe``, ``version``.
 
     Raises:
-        ValueError: if that is damaged or of another version.
+        ValueError: if it is damaged or of another version.
     """
     path = Path(directory).expanduser()
     config = _packed_config(path)
