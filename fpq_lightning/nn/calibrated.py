@@ -18,7 +18,7 @@ from fpq_lightning.nn.swap import SwappedModule
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 from fpq_lightning.quantization.rounding import LearnedRounding
 
-Mode = Literal["full_precision", "nearest", "learned"]
+Mode = Literal["full_precision", "nearest", "quantized"]
 
 
 M = TypeVar("M", bound=nn.Module)

@@ -37,12 +37,12 @@ def test_a_layer_made_plain_holds_what_a_plain_layer_does_and_what_others_gave_i
     layer.of_others = 7
     before, plain = state(layer), type(layer)
     quantized = make_quantized(layer, Granularity())
-    quantized.variants["learned"] = quantization_of(quantized, x)
-    with running(quantized, "learned"):
+    quantized.variants["quantized"] = quantization_of(quantized, x)
+    with running(quantized, "quantized"):
         expected = quantized(x)
-        weight = quantized.quantized_weight(quantized.variants["learned"])
+        weight = quantized.quantized_weight(quantized.variants["quantized"])
     if packed:
-        low_bit = pack_layer(quantized, quantized.variants["learned"])
+        low_bit = pack_layer(quantized, quantized.variants["quantized"])
         assert not any(name in vars(low_bit) for name in ("granularity", "mode", "_effective_weight"))
         assert torch.equal(low_bit(x), expected)
         set_arithmetic(low_bit, "simulated")
@@ -83,10 +83,10 @@ def test_the_type_of_a_layer_makes_plain_layers_and_copies_of_its_own_kind(kind:
     layer, x = make_layer(kind)
     plain = type(layer)
     quantized = make_quantized(layer, Granularity())
-    quantized.variants["learned"] = quantization_of(quantized, x)
+    quantized.variants["quantized"] = quantization_of(quantized, x)
     sizes = (6, 4) if kind == "linear" else (6, 4, 3)
     assert type(type(quantized)(*sizes, bias=False)) is plain
-    packed = pack_layer(quantized, quantized.variants["learned"])
+    packed = pack_layer(quantized, quantized.variants["quantized"])
     assert type(type(packed)(*sizes)) is plain
     for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
         assert isinstance(other, PackedLayer)
@@ -96,9 +96,9 @@ def test_the_type_of_a_layer_makes_plain_layers_and_copies_of_its_own_kind(kind:
 def test_a_quantized_layer_is_not_quantized_again() -> None:
     layer, x = make_layer("linear")
     quantized = make_quantized(layer, Granularity())
-    quantized.variants["learned"] = quantization_of(quantized, x)
+    quantized.variants["quantized"] = quantization_of(quantized, x)
     with pytest.raises(ValueError, match="QuantizedLinear is quantized already"):
         make_quantized(quantized, Granularity())
-    packed = pack_layer(quantized, quantized.variants["learned"])
+    packed = pack_layer(quantized, quantized.variants["quantized"])
     with pytest.raises(ValueError, match="PackedLinear is quantized already"):
         make_quantized(packed, Granularity())
