@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from fpq_lightning.calibration.shards import Shard
-from fpq_lightning.diffusion.pipelines import SamplerConfig, denoiser_name
+from fpq_lightning.diffusion.pipelines import denoiser_name
+from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.evaluate import EvaluationConfig
 from fpq_lightning.nn.calibrated import quantized_layers
 from fpq_lightning.nn.hashing import hash_weights

@@ -30,7 +30,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fpq_lightning import api
-from fpq_lightning.diffusion.pipelines import SamplerConfig, load_pipeline
+from fpq_lightning.diffusion.pipelines import load_pipeline
+from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.evaluate import EvaluationConfig
 from fpq_lightning.nn.backends.hardware import Hardware, hardware_of
 from fpq_lightning.quantization.recipe import Recipe

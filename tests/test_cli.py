@@ -18,8 +18,8 @@ from packed_reader import read_denoiser
 from PIL import Image
 
 from fpq_lightning import SamplerConfig, load_quantized
-from fpq_lightning.diffusion.pipelines import sample, set_sampler
-from fpq_lightning.evaluation.evaluate import evaluate as evaluation
+from fpq_lightning.diffusion.sampling import sample, set_sampler
+from fpq_lightning.evaluation import evaluate as evaluation
 
 FEATURES = CHECKOUT / "data" / "cifar10-features"
 

@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from fpq_lightning.diffusion.images import ImageDirectory, from_bytes, load_images, read_images, to_bytes
-from fpq_lightning.diffusion.pipelines import SamplerConfig, batches_of, running_pipeline, sample, using_sampler
+from fpq_lightning.diffusion.sampling import SamplerConfig, batches_of, running_pipeline, sample, using_sampler
 from fpq_lightning.evaluation.metrics.clip import PromptScore
 from fpq_lightning.evaluation.metrics.distribution import DistributionMetrics, Features
 from fpq_lightning.evaluation.metrics.features import FeatureNetwork

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fpq_lightning.calibration.trajectories import CalibrationSet
+from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, input_of, quantized_layers, running
 
 _TIMESTEP_BINS = 10

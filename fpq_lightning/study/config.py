@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from fpq_lightning.diffusion.pipelines import SamplerConfig
+from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.evaluate import EvaluationConfig
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.training.datamodule import CalibrationDataModule

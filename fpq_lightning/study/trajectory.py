@@ -10,7 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from fpq_lightning.diffusion.pipelines import SamplerConfig, denoiser_name, sample, using_sampler
+from fpq_lightning.diffusion.pipelines import denoiser_name
+from fpq_lightning.diffusion.sampling import SamplerConfig, sample, using_sampler
 from fpq_lightning.evaluation.evaluate import using_tf32
 from fpq_lightning.graph.tree import output_leaves
 from fpq_lightning.nn.calibrated import Mode, running

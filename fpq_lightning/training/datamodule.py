@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fpq_lightning.calibration.shards import Samples, Shard
-from fpq_lightning.calibration.store import ActivationStore, parse_bytes
-from fpq_lightning.calibration.trajectories import (
+from fpq_lightning.calibration.calibration_set import (
     MADE_FROM,
     CalibrationSet,
     load_calibration_set,
-    noise_real_images,
-    sample_trajectories,
     save_calibration_set,
 )
-from fpq_lightning.diffusion.pipelines import SamplerConfig, warn_of_long_prompts
+from fpq_lightning.calibration.noised_images import noise_real_images
+from fpq_lightning.calibration.shards import Samples, Shard
+from fpq_lightning.calibration.store import ActivationStore, parse_bytes
+from fpq_lightning.calibration.trajectories import sample_trajectories
+from fpq_lightning.diffusion.sampling import SamplerConfig, warn_of_long_prompts
 from fpq_lightning.utils import distributed
 from fpq_lightning.utils.files import differences, shorten
 

@@ -13,15 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fpq_lightning.diffusion.images import ImageDirectory, save_png
-from fpq_lightning.diffusion.pipelines import (
-    SamplerConfig,
-    batches_of,
-    denoiser_name,
-    load_pipeline,
-    sample,
-    set_sampler,
-    warn_of_long_prompts,
-)
+from fpq_lightning.diffusion.pipelines import denoiser_name, load_pipeline
+from fpq_lightning.diffusion.sampling import SamplerConfig, batches_of, sample, set_sampler, warn_of_long_prompts
 from fpq_lightning.evaluation.evaluate import SHOWN, EvaluationConfig, image_settings, sample_images, using_tf32
 from fpq_lightning.evaluation.metrics.quality import ALONE
 from fpq_lightning.nn.hashing import hash_quantization, hash_weights

@@ -23,7 +23,7 @@ from fpq_lightning.diffusion.images import (
     save_png,
     to_bytes,
 )
-from fpq_lightning.diffusion.pipelines import SamplerConfig, sample, set_sampler
+from fpq_lightning.diffusion.sampling import SamplerConfig, sample, set_sampler
 from fpq_lightning.evaluation.evaluate import (
     EvaluationConfig,
     image_settings,

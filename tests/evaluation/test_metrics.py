@@ -13,7 +13,7 @@ from models import CHECKOUT, tiny_pipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fpq_lightning.diffusion.pipelines import SamplerConfig, batches_of, sample, set_sampler
+from fpq_lightning.diffusion.sampling import SamplerConfig, batches_of, sample, set_sampler
 from fpq_lightning.evaluation.evaluate import EvaluationConfig, compare, sample_variant
 from fpq_lightning.evaluation.metrics.distribution import DistributionMetrics
 from fpq_lightning.evaluation.metrics.features import FeatureNetwork

@@ -18,7 +18,7 @@ from models import fit_arguments, save_tiny
 from torch import Tensor, nn
 
 import fpq_lightning as fpq
-from fpq_lightning.calibration.trajectories import CalibrationSet
+from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.cli import main
 from fpq_lightning.evaluation.report.html import render_html
 from fpq_lightning.evaluation.report.markdown import render_markdown, variants_table

@@ -17,7 +17,7 @@ from models import CHECKOUT, run_fpq, save_tiny, tiny_pipeline
 
 from fpq_lightning import api
 from fpq_lightning.cli import main
-from fpq_lightning.diffusion.pipelines import SamplerConfig
+from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.evaluate import EvaluationConfig
 from fpq_lightning.formats.numbers import parse_formats
 from fpq_lightning.nn.calibrated import LayerQuantization, make_quantized

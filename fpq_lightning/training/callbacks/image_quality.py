@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fpq_lightning.diffusion.images import ImageDirectory
-from fpq_lightning.diffusion.pipelines import SamplerConfig
+from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.evaluate import (
     SHOWN,
     EvaluationConfig,
