@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from fpq_lightning.calibration.shards import Shard
 from fpq_lightning.diffusion.pipelines import denoiser_name
 from fpq_lightning.diffusion.sampling import SamplerConfig
-from fpq_lightning.evaluation.evaluate import EvaluationConfig
+from fpq_lightning.evaluation.config import EvaluationConfig
+from fpq_lightning.evaluation.evaluator import Evaluator
 from fpq_lightning.nn.calibrated import quantized_layers
 from fpq_lightning.nn.hashing import hash_weights
 from fpq_lightning.nn.packed import packed_layers
@@ -117,13 +118,14 @@ def quantize(
     data = data or CalibrationDataModule()
     sampler = sampler or SamplerConfig()
     name = base_model or getattr(pipeline, "name_or_path", None) or type(pipeline).__name__
+    evaluation = evaluation or EvaluationConfig(n_images=0)
+    Evaluator(evaluation, sampler).check()
     run = open_run(run_dir, pipeline, name, recipe, data, sampler)
     if (state := run.state()) is RunState.FINISHED:
         raise ValueError(f"{run.path} holds this run, finished: use load_quantized({str(run.quantized)!r})")
     if state is RunState.UNFINISHED and ckpt_path is None:
         raise ValueError(f"{run.path} holds this run, unfinished: pass ckpt_path='last' to go on with it")
     options = {**TRAINER_DEFAULTS, "logger": TensorBoardLogger(run.path, name="", version="logs"), **trainer_options}
-    evaluation = evaluation or EvaluationConfig(n_images=0)
     callbacks = run_callbacks(run, name, evaluation, sampler, checkpoint_steps=2500)
     if options.get("enable_progress_bar", True):
         callbacks.insert(0, CalibrationProgress())  # its bar ends before the next one begins

@@ -19,7 +19,7 @@ from PIL import Image
 
 from fpq_lightning import SamplerConfig, load_quantized
 from fpq_lightning.diffusion.sampling import sample, set_sampler
-from fpq_lightning.evaluation import evaluate as evaluation
+from fpq_lightning.evaluation import sampling
 
 FEATURES = CHECKOUT / "data" / "cifar10-features"
 
@@ -66,9 +66,9 @@ def test_a_run_leaves_the_files_of_the_pinned_interface(finished: Path) -> None:
 
 
 def test_the_report_has_the_pinned_schema(report: dict[str, Any]) -> None:
-    assert report["schema_version"] == 1
+    assert report["schema_version"] == 2
     assert {"weight_bits", "sparsity", "versions", "fingerprint"} <= report.keys()
-    assert report["variants"].keys() == {"full_precision", "nearest", "learned"}
+    assert report["variants"].keys() == {"full_precision", "nearest", "quantized"}
     for variant in report["variants"].values():
         assert {"fd", "fd_real", "psnr", "ssim", "n_images", "seeds", "kid", "is"} <= variant.keys()
         assert variant["n_images"] == 3
@@ -77,7 +77,7 @@ def test_the_report_has_the_pinned_schema(report: dict[str, Any]) -> None:
         assert variant["fd_real"] > 0
     assert report["variants"]["full_precision"]["psnr"] is None
     assert report["variants"]["nearest"]["psnr"] > 5
-    assert report["variants"]["learned"]["psnr"] > 5
+    assert report["variants"]["quantized"]["psnr"] > 5
     keys = {"name", "parameters", "weight_formats", "activation_formats", "error_nearest", "error_learned", "kept"}
     for block in report["blocks"]:
         assert block.keys() == keys | {"iterations", "seconds"}
@@ -187,8 +187,8 @@ def test_test_prints_the_quality_of_a_quantized_model(
         if len(words) == 2 and words[0] in ("fd", "psnr", "ssim"):
             values[words[0]] = float(words[1])
     # The same images as in the run, so the same figures.
-    assert values["psnr"] == pytest.approx(report["variants"]["learned"]["psnr"], abs=1e-2)
-    assert values["fd"] == pytest.approx(report["variants"]["learned"]["fd"], rel=1e-2)
+    assert values["psnr"] == pytest.approx(report["variants"]["quantized"]["psnr"], abs=1e-2)
+    assert values["fd"] == pytest.approx(report["variants"]["quantized"]["fd"], rel=1e-2)
 
 
 def test_a_test_leaves_a_report_and_does_not_sample_again_what_is_there(
@@ -205,13 +205,13 @@ def test_a_test_leaves_a_report_and_does_not_sample_again_what_is_there(
     assert first["weight_bits"] > 4
     (tmp_path / "out" / "images" / "quantized" / "000001.png").unlink()
     sampled: list[list[int]] = []
-    original = evaluation.sample
+    original = sampling.sample
 
     def counted(pipeline: Any, sampler: Any, seeds: Any, *rest: Any) -> Any:
         sampled.append(list(seeds))
         return original(pipeline, sampler, seeds, *rest)
 
-    monkeypatch.setattr(evaluation, "sample", counted)
+    monkeypatch.setattr(sampling, "sample", counted)
     assert run_fpq(capsys, arguments).code == 0
     assert sampled == [[1]]
     again = json.loads((tmp_path / "out" / "report.json").read_text())

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.utils.files import differences
 from fpq_lightning.utils.provenance import fingerprint
 
@@ -39,6 +40,20 @@ class CalibrationKey:
     timesteps: str
     weighting: str
     sampler: dict[str, Any]
+
+    _OPTIONS = ("n_samples", "seed", "source", "image_column", "timesteps", "weighting")
+
+    @classmethod
+    def of(cls, options: Any, sampler: SamplerConfig, model_weights: str) -> CalibrationKey:
+        """The key of a set that is to be made.
+
+        Args:
+            options: has the attributes `n_samples` to `weighting`, as `CalibrationDataModule` does.
+            sampler: how images are sampled.
+            model_weights: hash of the denoiser's weights.
+        """
+        values = {name: getattr(options, name) for name in cls._OPTIONS}
+        return cls(model_weights, **values, sampler={**sampler.identity(), "batch_size": sampler.batch_size})
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of ``made_from.json``, plain types only."""

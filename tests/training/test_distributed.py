@@ -673,7 +673,7 @@ def test_images_are_shared_out_and_judged_together(evaluated: list[dict[str, Any
     one, two = evaluated
     for key in ("weight_formats", "activation_formats"):
         assert [block[key] for block in two["blocks"]] == [block[key] for block in one["blocks"]]
-    assert list(two["variants"]) == list(one["variants"]) == ["full_precision", "nearest", "learned"]
+    assert list(two["variants"]) == list(one["variants"]) == ["full_precision", "nearest", "quantized"]
     for variant, expected in one["variants"].items():
         found = two["variants"][variant]
         assert found["n_images"] == expected["n_images"] == 6

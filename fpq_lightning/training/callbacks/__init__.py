@@ -1,4 +1,4 @@
-"""Lightning callbacks: finalising weights, judging images, progress, reports."""
+"""Lightning callbacks: checkpoints, progress, the quantized pipeline, image quality and reports."""
 
 from fpq_lightning.training.callbacks.checkpoint import RunCheckpoint
 from fpq_lightning.training.callbacks.finalize import FinalizeQuantization
