@@ -67,7 +67,7 @@ class Evaluator:
                 warnings.warn(
                     f"{config.n_images} images are too few for the covariance of the {width} features of "
                     f"{network.name} (at least {width + 1}): such Fréchet distances only rank sets of this size",
-                    stacklevel=2,
+                    stacklevel=1,  # so that it is shown once, whoever checks
                 )
         if config.real_images is not None:
             load_images(config.real_images, config.real_column)
