@@ -36,10 +36,10 @@ import torch
 from torch import Tensor, nn
 
 import fpq_lightning as fpq
+from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.replay import PATHS, NetworkReplay
 from fpq_lightning.calibration.shards import Samples, Shard
 from fpq_lightning.calibration.store import ActivationStore
-from fpq_lightning.calibration.trajectories import CalibrationSet
 from fpq_lightning.graph.chain import parts_of
 from fpq_lightning.graph.offload import Offload
 from fpq_lightning.graph.trace import trace_units

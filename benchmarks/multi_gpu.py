@@ -28,10 +28,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 import fpq_lightning as fpq
+from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.shards import Samples, Shard
 from fpq_lightning.calibration.store import ActivationStore
-from fpq_lightning.calibration.trajectories import CalibrationSet
 from fpq_lightning.graph.units import Unit
 from fpq_lightning.nn.calibrated import is_quantizable
 from fpq_lightning.nn.convert import make_quantized

@@ -1,8 +1,8 @@
 """Post-training floating-point quantization of diffusion models."""
 
 from fpq_lightning.api import quantize
-from fpq_lightning.diffusion.pipelines import SamplerConfig
-from fpq_lightning.evaluation.evaluate import EvaluationConfig
+from fpq_lightning.diffusion.sampling import SamplerConfig
+from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.formats.numbers import FloatFormat, Format, IntFormat, parse_format
 from fpq_lightning.nn.packed_layer import set_arithmetic
 from fpq_lightning.quantization.recipe import ActivationRecipe, AttentionRecipe, Recipe, RoundingRecipe, WeightRecipe

@@ -28,8 +28,10 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from fpq_lightning.diffusion.pipelines import SamplerConfig, load_pipeline
-from fpq_lightning.evaluation.evaluate import EvaluationConfig
+from fpq_lightning.diffusion.pipelines import load_pipeline
+from fpq_lightning.diffusion.sampling import SamplerConfig
+from fpq_lightning.evaluation.config import EvaluationConfig
+from fpq_lightning.evaluation.evaluator import Evaluator
 from fpq_lightning.nn.backends.hardware import Hardware, hardware_of
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.storage.export import export
@@ -155,6 +157,7 @@ class FPQCommandLine(LightningCLI):
     def _prepare_test(self, options: Namespace) -> list[pl.Callback]:
         if not options.evaluation.n_images:
             raise ValueError("--evaluation.n_images must be at least 2 to evaluate a model")
+        Evaluator(options.evaluation, options.sampler).check()
         output = Path(options.output or default_test_directory(options.model))
         if options.evaluation.images is None:
             options.evaluation.images = str(output / "images")
@@ -165,6 +168,7 @@ class FPQCommandLine(LightningCLI):
     def _prepare_predict(self, options: Namespace) -> list[pl.Callback]:
         if options.n_images < 1:
             raise ValueError(f"--n_images must be at least 1, got {options.n_images}")
+        options.sampler.check()
         self.model = ImageGeneration(options.model, options.sampler)
         if options.prompts and len(options.prompts) != options.n_images:
             raise ValueError(

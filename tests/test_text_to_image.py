@@ -18,17 +18,13 @@ from models import CHECKOUT, fit_arguments, run_fpq, tiny_text_to_image
 from torch import Tensor
 
 from fpq_lightning import AttentionRecipe, CalibrationDataModule, Recipe, RoundingRecipe, load_quantized, quantize
+from fpq_lightning.calibration.calibration_set import CalibrationSet, load_calibration_set, save_calibration_set
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.store import ActivationStore
-from fpq_lightning.calibration.trajectories import (
-    CalibrationSet,
-    guidance_shares,
-    load_calibration_set,
-    sample_trajectories,
-    save_calibration_set,
-)
-from fpq_lightning.diffusion.pipelines import SamplerConfig, load_pipeline, sample, set_sampler, warn_of_long_prompts
+from fpq_lightning.calibration.trajectories import guidance_shares, sample_trajectories
+from fpq_lightning.diffusion.pipelines import load_pipeline
 from fpq_lightning.diffusion.prompts import load_prompts
+from fpq_lightning.diffusion.sampling import SamplerConfig, sample, set_sampler, warn_of_long_prompts
 from fpq_lightning.graph.trace import trace_units
 from fpq_lightning.graph.tree import flatten, nest
 from fpq_lightning.graph.units import discover_units

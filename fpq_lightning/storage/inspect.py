@@ -13,7 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from fpq_lightning.diffusion.pipelines import SamplerConfig, denoiser_name, load_pipeline, sample, using_sampler
+from fpq_lightning.diffusion.pipelines import denoiser_name, load_pipeline
+from fpq_lightning.diffusion.sampling import SamplerConfig, sample, using_sampler
 from fpq_lightning.nn.backends.hardware import Hardware
 from fpq_lightning.nn.backends.paths import PATHS, choose
 from fpq_lightning.nn.calibrated import input_of

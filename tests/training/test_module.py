@@ -27,8 +27,8 @@ from fpq_lightning import (
     load_quantized,
     quantize,
 )
+from fpq_lightning.calibration.calibration_set import load_calibration_set
 from fpq_lightning.calibration.replay import sample_energies
-from fpq_lightning.calibration.trajectories import load_calibration_set
 from fpq_lightning.graph.units import Unit
 from fpq_lightning.nn.calibrated import quantized_layers
 from fpq_lightning.nn.convert import make_quantized
