@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 
 def describe_layer(layer: QuantizedLayer | PackedLayer) -> dict[str, Any]:
     """What `quantization.json` says of a layer: parts, weight formats, input quantizers."""
-    found = layer if isinstance(layer, PackedLayer) else cast(LayerQuantization, layer.variants["learned"])
+    found = layer if isinstance(layer, PackedLayer) else cast(LayerQuantization, layer.variants["quantized"])
     return {
         "splits": list(layer.splits),
         "weights": [weight.format.name for weight in found.weights],
@@ -35,9 +35,9 @@ def describe_layer(layer: QuantizedLayer | PackedLayer) -> dict[str, Any]:
 def describe_attention(model: nn.Module) -> dict[str, Any]:
     """What `quantization.json` says of each module whose attention is quantized: its operands' quantizers."""
     return {
-        name: [_describe(q) for q in cast(LayerQuantization, module.variants["learned"]).inputs]
+        name: [_describe(q) for q in cast(LayerQuantization, module.variants["quantized"]).inputs]
         for name, module in quantized_attention(model).items()
-        if "learned" in module.variants
+        if "quantized" in module.variants
     }
 
 
@@ -93,8 +93,8 @@ def _apply_inputs(layer: nn.Module, entry: Mapping[str, Any]) -> None:
     inputs = _read_quantizers(entry["inputs"])
     if len(inputs) not in (0, len(quantized.splits)):
         raise ValueError(f"{len(inputs)} input quantizers for {len(quantized.splits)} parts of the input")
-    quantized.variants["learned"] = LayerQuantization(inputs=inputs)
-    quantized.set_mode("learned")
+    quantized.variants["quantized"] = LayerQuantization(inputs=inputs)
+    quantized.set_mode("quantized")
 
 
 def _apply_operands(module: nn.Module, name: str, entry: list[dict[str, Any]]) -> None:
@@ -102,8 +102,8 @@ def _apply_operands(module: nn.Module, name: str, entry: list[dict[str, Any]]) -
     if not operands or len(operands) % len(OPERANDS):
         raise ValueError(f"{len(operands)} quantizers for the attention of {name}, expected {len(OPERANDS)} a call")
     quantized = make_attention_quantized(module, name, len(operands) // len(OPERANDS))
-    quantized.variants["learned"] = LayerQuantization(inputs=operands)
-    quantized.set_mode("learned")
+    quantized.variants["quantized"] = LayerQuantization(inputs=operands)
+    quantized.set_mode("quantized")
 
 
 def _read_quantizers(entries: list[dict[str, Any]]) -> list[Quantizer]:

@@ -78,7 +78,7 @@ def find_codes(denoiser: nn.Module, description: Mapping[str, Any]) -> None:
         layer = cast(QuantizedLayer, denoiser.get_submodule(name))
         layer.granularity = granularity.fitting(layer.weight_parts())
         scale_format = parse_scale_format(layer.granularity.scale_format)
-        quantization = cast(LayerQuantization, layer.variants["learned"])
+        quantization = cast(LayerQuantization, layer.variants["quantized"])
         quantizers, codes = [], []
         for rows, fmt in zip(layer.weight_rows(), chosen, strict=True):
             scale = find_scale(rows, fmt, scale_format)
@@ -88,7 +88,7 @@ def find_codes(denoiser: nn.Module, description: Mapping[str, Any]) -> None:
             codes.append(quantizers[-1].encode(rows))
         found = LayerQuantization(quantizers, quantization.inputs)
         found.codes = codes
-        layer.variants["learned"] = found
+        layer.variants["quantized"] = found
 
 
 def find_scale(rows: Tensor, fmt: Format, scale_format: ScaleFormat | None = None) -> Tensor | None:

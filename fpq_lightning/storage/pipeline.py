@@ -104,7 +104,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 def _learned(model: nn.Module) -> dict[str, QuantizedLayer | PackedLayer]:
     """The layers whose quantization is to be stored."""
-    calibrated = {name: layer for name, layer in quantized_layers(model).items() if "learned" in layer.variants}
+    calibrated = {name: layer for name, layer in quantized_layers(model).items() if "quantized" in layer.variants}
     return {**calibrated, **packed_layers(model)}
 
 
@@ -113,7 +113,7 @@ def _convert(denoiser: nn.Module, form: Form, details: Mapping[str, Any]) -> Non
     if form != "dequantized":
         for layer in _learned(denoiser).values():
             if isinstance(layer, QuantizedLayer):
-                pack_layer(layer, cast(LayerQuantization, layer.variants["learned"]))
+                pack_layer(layer, cast(LayerQuantization, layer.variants["quantized"]))
     if form == "fpq":
         descriptions = {name: layer.describe() for name, layer in packed_layers(denoiser).items()}
         attention = {name: describe_attention(module) for name, module in keep_learned_attention(denoiser).items()}

@@ -157,7 +157,7 @@ class Study:
             "samples": data.n_samples,
             "calibration_seconds": seconds,
         }
-        modes: dict[str, Mode] = {"nearest": "nearest", "learned": "learned"}
+        modes: dict[str, Mode] = {"nearest": "nearest", "learned": "quantized"}
         for variant in variants:
             images = self._images(pipeline, modes[variant], seeds)
             values = {**shared, "metrics": self._compare(images, seeds, reference, same_seeds=True)}
