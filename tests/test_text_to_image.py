@@ -183,6 +183,20 @@ def _calls(model: str, sampler: SamplerConfig, seeds: range) -> list[dict[str, T
     return found
 
 
+def test_the_weight_of_a_sample_holds_the_share_of_its_pass_of_guidance(model: str) -> None:
+    """An error of the unconditional pass goes into the image times 1 - g, one of the conditional pass times g."""
+    guidance = 3.0
+    sampler = SamplerConfig(steps=4, batch_size=3, guidance_scale=guidance, prompts=PROMPTS)
+    found = sample_trajectories(load_pipeline(model), sampler, 12, seed=6, weighting="sensitivity")
+    (without,) = _calls(model, SamplerConfig(steps=1, guidance_scale=guidance, prompts=PROMPTS), range(1))
+    unconditional = torch.isclose(found.inputs["encoder_hidden_states"], without["text"][0], atol=1e-5).all(-1).all(-1)
+    assert unconditional.sum() == 6
+    for timestep in found.inputs["timestep"].unique():
+        at_step = found.inputs["timestep"] == timestep
+        of_pass = [found.weights[at_step & mask].mean().item() for mask in (unconditional, ~unconditional)]
+        assert of_pass[1] / of_pass[0] == pytest.approx((guidance / (1 - guidance)) ** 2, rel=0.01)
+
+
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 def test_a_set_holds_both_passes_of_guidance_with_their_own_text(model: str, guidance: float) -> None:
     sampler = SamplerConfig(steps=4, batch_size=3, guidance_scale=guidance, prompts=PROMPTS)
