@@ -26,10 +26,8 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from fpq_lightning import api
 from fpq_lightning.diffusion.pipelines import load_pipeline
 from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.config import EvaluationConfig
@@ -42,11 +40,10 @@ from fpq_lightning.storage.pipeline import is_quantized
 from fpq_lightning.study.config import StudyConfig
 from fpq_lightning.study.run import Study
 from fpq_lightning.study.table import write_table
-from fpq_lightning.training.callbacks import CalibrationProgress, QualityReport
+from fpq_lightning.training.callbacks.quality_report import QualityReport
 from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.training.generation import ImageGeneration, SeedDataModule, WriteImages
-from fpq_lightning.training.module import BlockReconstruction
-from fpq_lightning.training.run_directory import RunDirectory, RunState
+from fpq_lightning.training.run import TRAINER_DEFAULTS, Run, RunFinishedError, check_images, prepare_run
 from fpq_lightning.utils.resources import find_config
 
 _DESCRIPTION = (
@@ -69,7 +66,7 @@ class _SaveConfig(SaveConfigCallback):
 class FPQCommandLine(LightningCLI):
     """LightningCLI whose ``--model`` is a diffusers pipeline."""
 
-    run: RunDirectory
+    run: Run
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -128,37 +125,35 @@ class FPQCommandLine(LightningCLI):
         callbacks: list[pl.Callback] = prepare[cast(str, self.subcommand)](options)
         trainer = dict(options.trainer)
         trainer["callbacks"] = [*(trainer.get("callbacks") or []), *callbacks]
+        if self.subcommand == "fit":
+            self.trainer = self.run.trainer(cast("type[pl.Trainer]", self.trainer_class), **trainer)
+            return
         if trainer["logger"] is None:
-            fits = self.subcommand == "fit"
-            trainer["logger"] = TensorBoardLogger(self.run.path, name="", version="logs") if fits else False
+            trainer["logger"] = False
         self.trainer = self.trainer_class(**trainer)
         if self.subcommand == "test":
-            api.check_images(options.evaluation.n_images, self.trainer.world_size, "--evaluation.n_images")
+            check_images(options.evaluation.n_images, self.trainer.world_size, "--evaluation.n_images")
         if self.subcommand == "predict":
-            api.check_images(options.n_images, self.trainer.world_size, "--n_images")
+            check_images(options.n_images, self.trainer.world_size, "--n_images")
 
     def _prepare_fit(self, options: Namespace) -> list[pl.Callback]:
         if is_quantized(options.model):
             raise ValueError(f"{options.model} is quantized already: give the full-precision model")
         Evaluator(options.evaluation, options.sampler).check()
         pipeline = load_pipeline(options.model, _DTYPES[options.torch_dtype])
-        self.datamodule = options.data
         run_dir = options.run_dir or default_run_dir(options.model, options.recipe)
         options.run_dir = self.config[self.subcommand].run_dir = run_dir
-        self.run = api.open_run(run_dir, pipeline, options.model, options.recipe, options.data, options.sampler)
-        state = self.run.state()
-        if state is RunState.FINISHED:
-            print(f"{self.run.path} is finished: see {self.run.path / 'report.md'}. To run it again, delete it.")
-            raise SystemExit(0)
-        if state is RunState.UNFINISHED and options.ckpt_path is None:
-            raise ValueError(f"{self.run.path} holds this run, unfinished: add --ckpt_path last to go on with it")
-        self.model = BlockReconstruction(pipeline, options.recipe, options.offload)
-        save = _SaveConfig(self._parser(self.subcommand), self.config[self.subcommand], save_to_log_dir=False)
-        callbacks = api.run_callbacks(
-            self.run, options.model, options.evaluation, options.sampler, options.checkpoint_steps
-        )
-        progress = [CalibrationProgress()] if options.trainer.enable_progress_bar in (None, True) else []
-        return [save, *progress, *callbacks]  # the bar of the calibration ends before the next one begins
+        try:
+            self.run = prepare_run(
+                pipeline, options.model, options.recipe, options.data, options.sampler, options.evaluation, run_dir,
+                resume=options.ckpt_path is not None, offload=options.offload,
+                checkpoint_steps=options.checkpoint_steps,
+            )  # fmt: skip
+        except RunFinishedError:
+            print(f"{run_dir} is finished: see {Path(run_dir) / 'report.md'}. To run it again, delete it.")
+            raise SystemExit(0) from None
+        self.model, self.datamodule = self.run.module, self.run.data
+        return [_SaveConfig(self._parser(self.subcommand), self.config[self.subcommand], save_to_log_dir=False)]
 
     def _prepare_test(self, options: Namespace) -> list[pl.Callback]:
         if not options.evaluation.n_images:
@@ -186,15 +181,13 @@ class FPQCommandLine(LightningCLI):
 
     def fit(self, **options: Any) -> None:
         """Runs the calibration in its run directory."""
-        chosen = self.config_init[self.subcommand]
-        api.check_processes(self.trainer, chosen.recipe, self.datamodule, chosen.evaluation)
-        api.print_estimate(self.trainer, self.model, self.datamodule, chosen.sampler, chosen.evaluation)
-        if chosen.dry_run:
+        self.run.log_estimate(self.trainer)
+        if self.config_init[self.subcommand].dry_run:
             return
-        api.fit(self.trainer, self.model, self.datamodule, self.run,
-                self.config_init[self.subcommand].sampler, options.get("ckpt_path"))  # fmt: skip
-        if (self.run.path / "report.md").is_file():
-            print(f"wrote {self.run.quantized}, {self.run.path / 'report.md'}")
+        self.run.fit(self.trainer, options.get("ckpt_path"))
+        directory = self.run.directory
+        if (directory.path / "report.md").is_file():
+            print(f"wrote {directory.quantized}, {directory.path / 'report.md'}")
 
 
 def default_run_dir(model: str, recipe: Recipe) -> str:
@@ -263,6 +256,11 @@ def inspect_model(arguments: list[str]) -> None:
     print(render(inspect_pipeline(options.model, hardware, getattr(torch, options.dtype))))
 
 
+class _Plain(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), flush=True)
+
+
 def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*torch_dtype.*")
     warnings.filterwarnings("ignore", message=".*num_workers.*")
@@ -281,6 +279,9 @@ def _quiet() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of ``fpq``."""
     _quiet()
+    root = logging.getLogger("fpq_lightning")
+    root.setLevel(logging.INFO)
+    root.handlers = [_Plain()]
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         for i, argument in enumerate(arguments):
@@ -296,7 +297,7 @@ def main(arguments: list[str] | None = None) -> None:
             commands[arguments[0]](arguments[1:])
             return
         FPQCommandLine(
-            trainer_defaults=api.TRAINER_DEFAULTS,
+            trainer_defaults=TRAINER_DEFAULTS,
             args=arguments,
             seed_everything_default=0,
             auto_configure_optimizers=False,

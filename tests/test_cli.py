@@ -78,7 +78,7 @@ def test_the_report_has_the_pinned_schema(report: dict[str, Any]) -> None:
     assert report["variants"]["full_precision"]["psnr"] is None
     assert report["variants"]["nearest"]["psnr"] > 5
     assert report["variants"]["quantized"]["psnr"] > 5
-    keys = {"name", "parameters", "weight_formats", "activation_formats", "error_nearest", "error_learned", "kept"}
+    keys = {"name", "parameters", "weight_formats", "activation_formats", "error_nearest", "error_quantized", "kept"}
     for block in report["blocks"]:
         assert block.keys() == keys | {"iterations", "seconds"}
     calibration = report["calibration"]

@@ -15,7 +15,7 @@ _TIMESTEPS = ("timestep", "timesteps")  # names of the denoisers' argument
 
 
 def _quantization(layer: QuantizedLayer) -> LayerQuantization | None:
-    found = dict(layer.variants.items()).get("learned")
+    found = dict(layer.variants.items()).get("quantized")
     return found if isinstance(found, LayerQuantization) else None
 
 

@@ -32,7 +32,7 @@ from fpq_lightning.utils.tf32 import using_tf32
 
 logger = logging.getLogger(__name__)
 
-_MODES: dict[str, Mode] = {"nearest": "nearest", "quantized": "learned"}  # of quantized variants
+_QUANTIZED: dict[str, Mode] = {"nearest": "nearest", "quantized": "quantized"}  # variants that need a calibration
 
 
 class Study:
@@ -79,7 +79,7 @@ class Study:
         judged = {"n_images": evaluation.n_images, "seed": evaluation.seed, "real": evaluation.real}
         images = image_settings(self._weights, self.config.sampler)
         settings: dict[str, Any] = {"variant": variant, "images": images, "evaluation": judged}
-        if variant in _MODES:
+        if variant in _QUANTIZED:
             recipe, data = self.built[name]
             settings |= {"recipe": recipe.to_dict(), "data": data.identity(), "tf32": self.config.tf32}
         return json.loads(json.dumps(settings))
@@ -105,9 +105,9 @@ class Study:
     def run(self, only: Sequence[str] = ()) -> None:
         """Computes what is missing and writes the file of each row as soon as it is finished."""
         for name, variants in self.missing(only).items():
-            if full_precision := [variant for variant in variants if variant not in _MODES]:
+            if full_precision := [variant for variant in variants if variant not in _QUANTIZED]:
                 self._full_precision(name, full_precision)
-            if quantized := [variant for variant in variants if variant in _MODES]:
+            if quantized := [variant for variant in variants if variant in _QUANTIZED]:
                 self._recipe(name, quantized)
 
     # --- rows --------------------------------------------------------------------------------------------------
@@ -162,11 +162,11 @@ class Study:
             "calibration_seconds": seconds,
         }
         for variant in variants:
-            images = self._images(pipeline, _MODES[variant], seeds)
+            images = self._images(pipeline, _QUANTIZED[variant], seeds)
             values = {**shared, "metrics": self.evaluator.compare(images, seeds, reference, self.device)}
             if n := self.config.trajectories:
                 first = range(seeds.start, seeds.start + n)
-                values["trajectory"] = trajectory_errors(pipeline, self.config.sampler, first, _MODES[variant])
+                values["trajectory"] = trajectory_errors(pipeline, self.config.sampler, first, _QUANTIZED[variant])
             self._write(name, variant, values)
 
     def _calibrate(self, name: str, pipeline: DiffusionPipeline, recipe: Recipe, data: CalibrationDataModule) -> None:

@@ -116,7 +116,7 @@ class ImageGeneration(pl.LightningModule):
         for name, pipeline in ((name, p) for name, p in variants.items() if p is not None):
             modules = {k: v for k, v in pipeline.components.items() if isinstance(v, nn.Module)}
             weights = fingerprint({key: hash_weights(module) for key, module in modules.items()})
-            quantization = hash_quantization(modules[denoiser_name(pipeline)], "learned")
+            quantization = hash_quantization(modules[denoiser_name(pipeline)], "quantized")
             found[name] = image_settings(weights, self.sampler, quantization)
         return found
 

@@ -39,7 +39,7 @@ def _block(i: int) -> dict[str, Any]:
         "weight_formats": {f"unit.{i}.a": ["e2m1"], f"unit.{i}.b": ["e1m2", "e2m1"]},
         "activation_formats": {f"unit.{i}.a": ["e2m5"]},
         "error_nearest": 1e-2 / (i + 1),
-        "error_learned": 3e-3 / (i + 1),
+        "error_quantized": 3e-3 / (i + 1),
         "kept": "learned",
         "iterations": 10,
         "seconds": 1.0,
@@ -130,7 +130,7 @@ def _quantized_layers(activations: str | None = "e4m3") -> _TwoLayers:
         quantized = make_quantized(layer, Granularity("tensor"))
         weight = Quantizer(parse_format("e2m1"), torch.tensor([[layer.weight.abs().max() / 6]]))
         inputs = [] if activations is None else [Quantizer(parse_format(activations), torch.tensor(0.01))]
-        quantized.variants["learned"] = LayerQuantization([weight], inputs)
+        quantized.variants["quantized"] = LayerQuantization([weight], inputs)
     return model
 
 

@@ -396,7 +396,7 @@ def test_a_small_model_is_quantized_saved_opened_and_sampled(
     assert len(left) == (name == "HunyuanDiT")
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert {layer for block in report["blocks"] for layer in block["weight_formats"]} == called
-    assert all(block["error_learned"] <= block["error_nearest"] < 0.5 for block in report["blocks"])
+    assert all(block["error_quantized"] <= block["error_nearest"] < 0.5 for block in report["blocks"])
     assert report["variants"]["quantized"]["psnr"] > 15
     expected = _samples(quantized)
     assert torch.equal(_samples(fpq.load_quantized(tmp_path / "run" / "quantized")), expected)
@@ -426,7 +426,7 @@ def test_a_model_in_bfloat16_is_quantized_and_keeps_its_types(name: str, tmp_pat
     )
     assert {parameter: value.dtype for parameter, value in model.named_parameters() if parameter in types} == types
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert all(0 < block["error_learned"] <= block["error_nearest"] < 0.5 for block in report["blocks"])
+    assert all(0 < block["error_quantized"] <= block["error_nearest"] < 0.5 for block in report["blocks"])
     assert report["variants"]["quantized"]["psnr"] > 15
     calibration = load_calibration_set(tmp_path / "run" / "calibration")
     assert {value.dtype for value in calibration.inputs.values()} >= {torch.bfloat16}

@@ -1,10 +1,1 @@
 """Lightning callbacks: checkpoints, progress, the quantized pipeline, image quality and reports."""
-
-from fpq_lightning.training.callbacks.checkpoint import RunCheckpoint
-from fpq_lightning.training.callbacks.finalize import FinalizeQuantization
-from fpq_lightning.training.callbacks.image_quality import ImageQuality
-from fpq_lightning.training.callbacks.progress import CalibrationProgress
-from fpq_lightning.training.callbacks.quality_report import QualityReport
-from fpq_lightning.training.callbacks.report import RunReport
-
-__all__ = ["CalibrationProgress", "FinalizeQuantization", "ImageQuality", "QualityReport", "RunCheckpoint", "RunReport"]

@@ -21,8 +21,6 @@ from fpq_lightning.training.module import BlockReconstruction
 from fpq_lightning.training.run_directory import RunDirectory
 from fpq_lightning.utils.provenance import fingerprint
 
-_MODES: dict[str, Mode] = {"full_precision": "full_precision", "nearest": "nearest", "quantized": "learned"}
-
 
 class ImageQuality(pl.Callback):
     """At the end of the calibration samples the same seeds with each variant of the model and compares them.
@@ -48,48 +46,45 @@ class ImageQuality(pl.Callback):
         self.samples: dict[str, Tensor] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Finds mistakes before hours are spent."""
-        self.evaluator.check()
+        """Finds images of another model or sampler before hours are spent."""
         if self.config.n_images:
             self._directory("full_precision")
 
-    def _directory(self, variant: str, module: BlockReconstruction | None = None) -> ImageDirectory:
+    def _directory(self, variant: Mode, module: BlockReconstruction | None = None) -> ImageDirectory:
         root = self.run.images if self.config.images is None else Path(self.config.images)
         weights = self.run.parts["model"]["weights"]
         if module is None:
             return ImageDirectory(root / variant, image_settings(weights, self.sampler))
         # A calibration that starts over may end differently, so its images must not be mixed with earlier ones.
         components = {k: v for k, v in module.pipeline.components.items() if isinstance(v, nn.Module)}
-        quantization = fingerprint(
-            {name: hash_quantization(part, _MODES[variant]) for name, part in components.items()}
-        )
+        quantization = fingerprint({name: hash_quantization(part, variant) for name, part in components.items()})
         settings = image_settings(weights, self.sampler, quantization)
         return ImageDirectory(root / f"{variant}-{quantization[:8]}", settings)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Samples and compares."""
         assert isinstance(pl_module, BlockReconstruction)
-        if not pl_module.finished or not self.config.n_images:
+        if not pl_module.plan.finished or not self.config.n_images:
             return
         n, seeds = self.config.n_images, self.config.seeds
         device = pl_module.device
-        pl_module.place(device)
+        pl_module.placement.to(device)
         share = 4 * n // trainer.world_size  # the images of this process
         hidden = not trainer.is_global_zero
         with tqdm(total=share, desc="sampling", unit="image", dynamic_ncols=True, disable=hidden) as bar:
 
-            def images(variant: str, seeds: range) -> Tensor:
+            def images(variant: Mode, seeds: range) -> Tensor:
                 bar.set_description(f"sampling {variant.replace('_', ' ')}")
                 directory = self._directory(variant, None if variant == "full_precision" else pl_module)
-                mode = _MODES[variant]
-                return sample_variant(pl_module.pipeline, self.sampler, seeds, mode, bar.update, directory)
+                return sample_variant(pl_module.pipeline, self.sampler, seeds, variant, bar.update, directory)
 
             reference = images("full_precision", seeds)
             other_seeds = images("full_precision", range(seeds.stop, seeds.stop + n))
             # The noise floor: the difference between two sets of full-precision images.
             metrics = self.evaluator.compare(reference, seeds, other_seeds, device, same_seeds=False)
             self._keep("full_precision", reference, metrics)
-            for variant in ("nearest", "quantized"):
+            variants: tuple[Mode, ...] = ("nearest", "quantized")
+            for variant in variants:
                 found = images(variant, seeds)
                 self._keep(variant, found, self.evaluator.compare(found, seeds, reference, device))
         if device.type == "cuda":
