@@ -91,14 +91,14 @@ def main() -> None:
         precision(tf32=False)
         pipeline.to(device)
         statistics = weight_statistics(pipeline.unet)
-        for variant in ("nearest", "quantized"):
-            images = sample_variant(pipeline, sampler, evaluation.seeds, variant)
+        for mode in ("nearest", "quantized"):
+            images = sample_variant(pipeline, sampler, evaluation.seeds, mode)
             metrics = evaluator.compare(images, evaluation.seeds, reference, device)
             row = {**metrics, **statistics}
-            if variant == "quantized":
+            if mode == "quantized":
                 row |= {"calibration_seconds": seconds, "peak_gib": memory}
                 row |= {"iterations": recipe.rounding.iterations, "samples": data.n_samples}
-            write(f"{name}{args.label}-{variant}", row)
+            write(f"{name}{args.label}-{mode}", row)
     pipeline = load_pipeline(args.model).to(device)
     other_seeds = range(args.n_images, 2 * args.n_images)
     others = sample_variant(pipeline, sampler, other_seeds, "full_precision")

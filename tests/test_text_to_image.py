@@ -18,7 +18,8 @@ from models import CHECKOUT, fit_arguments, run_fpq, tiny_text_to_image
 from torch import Tensor
 
 from fpq_lightning import AttentionRecipe, CalibrationDataModule, Recipe, RoundingRecipe, load_quantized, quantize
-from fpq_lightning.calibration.calibration_set import CalibrationSet, load_calibration_set, save_calibration_set
+from fpq_lightning.calibration.calibration_set import CalibrationSet
+from fpq_lightning.calibration.disk import load_calibration_set, save_calibration_set
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.store import ActivationStore
 from fpq_lightning.calibration.trajectories import guidance_shares, sample_trajectories

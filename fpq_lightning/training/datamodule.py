@@ -14,12 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fpq_lightning.calibration.calibration_set import (
-    MADE_FROM,
-    CalibrationSet,
-    load_calibration_set,
-    save_calibration_set,
-)
+from fpq_lightning.calibration.calibration_set import CalibrationSet
+from fpq_lightning.calibration.disk import MADE_FROM, load_calibration_set, save_calibration_set
 from fpq_lightning.calibration.key import CalibrationKey
 from fpq_lightning.calibration.noised_images import noise_real_images
 from fpq_lightning.calibration.shards import Samples, Shard

@@ -16,7 +16,8 @@ from models import tiny_pipeline
 from PIL import Image
 from torch import Tensor
 
-from fpq_lightning.calibration.calibration_set import CalibrationSet, load_calibration_set, save_calibration_set
+from fpq_lightning.calibration.calibration_set import CalibrationSet
+from fpq_lightning.calibration.disk import load_calibration_set, save_calibration_set
 from fpq_lightning.calibration.noised_images import noise_real_images
 from fpq_lightning.calibration.trajectories import (
     output_sensitivity,

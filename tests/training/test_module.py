@@ -27,7 +27,7 @@ from fpq_lightning import (
     load_quantized,
     quantize,
 )
-from fpq_lightning.calibration.calibration_set import load_calibration_set
+from fpq_lightning.calibration.disk import load_calibration_set
 from fpq_lightning.calibration.replay import sample_energies
 from fpq_lightning.graph.units import Unit
 from fpq_lightning.nn.calibrated import quantized_layers

@@ -46,11 +46,11 @@ class ImageQuality(pl.Callback):
         self.samples: dict[str, Tensor] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Finds images that were made otherwise before hours are spent."""
+        """Finds images of another model or sampler before hours are spent."""
         if self.config.n_images:
             self._directory("full_precision")
 
-    def _directory(self, variant: str, module: BlockReconstruction | None = None) -> ImageDirectory:
+    def _directory(self, variant: Mode, module: BlockReconstruction | None = None) -> ImageDirectory:
         root = self.run.images if self.config.images is None else Path(self.config.images)
         weights = self.run.parts["model"]["weights"]
         if module is None:
