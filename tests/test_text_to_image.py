@@ -31,7 +31,7 @@ from fpq_lightning.graph.tree import flatten, nest
 from fpq_lightning.graph.units import discover_units
 from fpq_lightning.nn.attention import quantized_attention
 from fpq_lightning.nn.calibrated import is_quantizable
-from fpq_lightning.nn.convert import make_quantized
+from fpq_lightning.nn.convert import make_attention_plain, make_quantized
 from fpq_lightning.quantization.quantizer import Granularity
 
 COCO = CHECKOUT.parent / "shared" / "data" / "prompts" / "coco_30k.csv"
@@ -323,7 +323,7 @@ def test_attention_of_a_text_to_image_model_is_quantized_saved_and_opened(
     expected = sample(pipeline, sampler, range(4))
     assert torch.equal(sample(again, sampler, range(4)), expected)
     for module in quantized_attention(again.unet).values():
-        module.set_mode("full_precision")
+        make_attention_plain(module)
     assert not torch.equal(sample(again, sampler, range(4)), expected)
 
 

@@ -8,10 +8,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fpq_lightning.nn.attention import OPERANDS, QuantizedAttention, attention_class, quantized_attention
+from fpq_lightning.nn.attention import (
+    OPERANDS,
+    InterceptedAttention,
+    PackedAttention,
+    QuantizedAttention,
+    attention_class,
+)
 from fpq_lightning.nn.backends.paths import fitting_paths
 from fpq_lightning.nn.calibrated import QUANTIZED_CLASSES, LayerQuantization, QuantizedLayer, Variants, as_modules
-from fpq_lightning.nn.input_quantizer import describe_quantizer, empty_quantizer
+from fpq_lightning.nn.input_quantizer import empty_quantizer
 from fpq_lightning.nn.packed_layer import PACKED_CLASSES, PackedLayer
 from fpq_lightning.nn.packed_weight import PackedWeight
 from fpq_lightning.nn.swap import SwappedModule, restore, swap
@@ -151,7 +157,7 @@ def make_attention_quantized(module: nn.Module, name: str, n_calls: int) -> Quan
     """
     return swap(
         module,
-        attention_class(type(module)),  # type: ignore[arg-type]  # mypy takes no class for hashable
+        attention_class(QuantizedAttention, type(module)),
         full_name=name,
         n_calls=n_calls,
         observers=(),
@@ -160,32 +166,35 @@ def make_attention_quantized(module: nn.Module, name: str, n_calls: int) -> Quan
     )
 
 
-def make_attention_empty(module: nn.Module, name: str, entry: Sequence[Mapping[str, Any]]) -> None:
-    """Makes the attention of a module quantized, with scales that are to be loaded.
+def _make_attention_packed(
+    module: nn.Module, name: str, n_calls: int, operands: Sequence[Quantizer]
+) -> PackedAttention:
+    kind = attention_class(PackedAttention, _plain_class(module))
+    return swap(module, kind, full_name=name, n_calls=n_calls, operands=as_modules(operands))
+
+
+def pack_attention(module: QuantizedAttention) -> PackedAttention:
+    """Packs the attention of a calibrated module in place: of its variants it keeps ``quantized``."""
+    operands = list(module.variants["quantized"].inputs)
+    return _make_attention_packed(module, module.full_name, module.n_calls, operands)
+
+
+def make_attention_empty(module: nn.Module, name: str, entry: Sequence[Mapping[str, Any]]) -> PackedAttention:
+    """Makes the attention of a module a packed one whose scales are to be loaded.
+
+    Args:
+        module: plain.
+        name: of the module in the network.
+        entry: what `PackedAttention.describe` said.
 
     Raises:
         ValueError: if the description does not say the operands of whole calls.
     """
     if not entry or len(entry) % len(OPERANDS):
         raise ValueError(f"{len(entry)} quantizers for attention, expected {len(OPERANDS)} a call")
-    attention = make_attention_quantized(module, name, len(entry) // len(OPERANDS))
-    attention.variants["quantized"] = LayerQuantization(inputs=[empty_quantizer(q) for q in entry])
-    attention.set_mode("quantized")
+    return _make_attention_packed(module, name, len(entry) // len(OPERANDS), [empty_quantizer(q) for q in entry])
 
 
-def keep_learned_attention(model: nn.Module) -> dict[str, QuantizedAttention]:
-    """Drops all but the learned variant of attention, as files hold that alone; the modules that have it, by name."""
-    found = {name: m for name, m in quantized_attention(model).items() if "quantized" in m.variants}
-    for module in found.values():
-        module.variants = Variants({"quantized": module.variants["quantized"]})
-    return found
-
-
-def describe_attention(module: QuantizedAttention) -> list[dict[str, Any]]:
-    """`describe_quantizer` of the operands of attention, for one call after the other."""
-    return [describe_quantizer(q) for q in module.variants["quantized"].inputs]
-
-
-def make_attention_plain(module: QuantizedAttention) -> None:
+def make_attention_plain(module: InterceptedAttention) -> None:
     """Turns a module back into what it was, in place."""
     restore(module)

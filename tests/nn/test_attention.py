@@ -550,7 +550,7 @@ def test_the_report_lists_the_formats_of_attention_and_learning_moves_their_scal
     assert [q["format"] for q in listed[ATTENTION]] == [q["format"] for q in state["quantized"]["inputs"]]
     stored = load_file(runs["whole"] / "quantized" / "unet" / "diffusion_pytorch_model.safetensors")
     for k, q in enumerate(state["quantized"]["inputs"]):
-        assert stored[f"{ATTENTION}.variants.learned.inputs.{k}.scale"] == q["scale"]
+        assert stored[f"{ATTENTION}.operands.{k}.scale"] == q["scale"]
 
 
 def test_without_formats_nothing_of_attention_is_quantized_and_units_before_it_do_not_change(

@@ -11,17 +11,20 @@ from test_attention import TwoCalls
 from test_calibrated import LAYERS, make_layer, quantization_of
 from torch import nn
 
-from fpq_lightning.nn.calibrated import running
+from fpq_lightning.formats.numbers import parse_format
+from fpq_lightning.nn.calibrated import LayerQuantization, running
 from fpq_lightning.nn.convert import (
+    make_attention_empty,
     make_attention_plain,
     make_attention_quantized,
     make_plain,
     make_quantized,
+    pack_attention,
     pack_layer,
 )
 from fpq_lightning.nn.packed_layer import PackedLayer, set_arithmetic
 from fpq_lightning.nn.swap import SwappedModule, swap
-from fpq_lightning.quantization.quantizer import Granularity
+from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 
 
 def state(module: nn.Module) -> dict[str, object]:
@@ -52,14 +55,30 @@ def test_a_layer_made_plain_holds_what_a_plain_layer_does_and_what_others_gave_i
     assert torch.equal(layer.weight, weight)
 
 
-def test_a_module_whose_attention_is_made_plain_is_as_before() -> None:
-    module = TwoCalls()
-    before = state(module)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_module_whose_attention_is_made_plain_is_as_before(packed: bool) -> None:
+    torch.manual_seed(0)
+    module, inputs = TwoCalls(), {"x": torch.randn(2, 5, 6), "other": torch.randn(2, 8, 6)}
+    before, expected = state(module), module(**inputs)
     quantized = make_attention_quantized(module, "inner", 2)
-    assert isinstance(module, SwappedModule)
-    make_attention_plain(quantized)
+    quantizers = [Quantizer(parse_format("e2m1"), torch.tensor(0.1 * (i + 1))) for i in range(8)]
+    quantized.variants["quantized"] = LayerQuantization(inputs=quantizers)
+    with running(quantized, "quantized"):
+        low_bit = quantized(**inputs)
+    assert not torch.allclose(low_bit, expected)
+    if packed:
+        made = pack_attention(quantized)
+        assert not any(name in vars(made) for name in ("mode", "observers"))
+        assert set(made.state_dict()) - set(TwoCalls().state_dict()) == {f"operands.{k}.scale" for k in range(8)}
+        for other in (made, copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+            assert torch.equal(other(**inputs), low_bit)
+        empty = make_attention_empty(TwoCalls(), "inner", made.describe())
+        empty.load_state_dict(made.state_dict(), assign=True)
+        assert torch.equal(empty(**inputs), low_bit)
+    make_attention_plain(module)  # type: ignore[arg-type]
     assert type(module) is TwoCalls
     assert state(module) == before
+    assert torch.equal(module(**inputs), expected)
 
 
 def test_what_a_class_declares_must_be_given_and_nothing_else() -> None:
