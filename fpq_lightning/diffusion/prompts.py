@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import datasets
-
 _COLUMNS = ("prompt", "caption", "text")
 
 
@@ -46,6 +44,8 @@ def _read(source: str, column: str | None) -> list[str]:
             reader = csv.DictReader(handle, delimiter="\t" if path.suffix == ".tsv" else ",")
             chosen = _choose(source, reader.fieldnames or [], column)
             return [row[chosen] for row in reader]
+    import datasets  # takes a second, and most runs read no dataset
+
     try:
         if path.suffix == ".parquet":
             dataset = datasets.load_dataset("parquet", data_files=source, split="train")
