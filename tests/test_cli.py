@@ -19,7 +19,7 @@ from PIL import Image
 
 from fpq_lightning import SamplerConfig, load_quantized
 from fpq_lightning.diffusion.pipelines import sample, set_sampler
-from fpq_lightning.evaluation.evaluate import evaluate as evaluation
+from fpq_lightning.evaluation import evaluate as evaluation
 
 FEATURES = CHECKOUT / "data" / "cifar10-features"
 
@@ -326,9 +326,11 @@ def test_a_bad_option_ends_fit_in_one_line(
 def test_an_unknown_command_and_help_say_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run_fpq(capsys, ["inspec", "somewhere"])
     assert outcome.code
-    assert "there is no command 'inspec': use fit, test, predict, study, export or inspect" in outcome.errors[0]
+    assert "there is no command 'inspec': did you mean inspect?" in outcome.errors[0]
     shown = run_fpq(capsys, ["--help"]).out
-    assert all(command in shown for command in ("study", "export", "inspect"))
+    for command in ("fit", "test", "predict", "study", "export", "inspect", "doctor"):
+        assert command in outcome.errors[0]
+        assert command in shown
 
 
 @pytest.mark.parametrize("command", ["fit", "test", "predict"])

@@ -18,7 +18,6 @@ from models import CHECKOUT, save_tiny
 
 import fpq_lightning as fpq
 
-
 # --- importing -------------------------------------------------------------------------------------------------
 
 _HEAVY = ("lightning", "matplotlib", "jinja2", "torchmetrics", "datasets")

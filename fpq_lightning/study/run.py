@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from datetime import date
@@ -25,6 +26,8 @@ from fpq_lightning.study.trajectory import trajectory_errors
 from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.utils.files import differences, shorten, write_json
 from fpq_lightning.utils.provenance import device_name, fingerprint, versions
+
+_log = logging.getLogger(__name__)
 
 _QUANTIZED = ("nearest", "learned")
 
@@ -125,7 +128,7 @@ class Study:
         }
         write_json(self.file(name, variant), row)
         shown = {k: round(v, 3) for k, v in values["metrics"].items() if isinstance(v, float)}
-        print(f"{name} ({variant}): {shown}", flush=True)
+        _log.info(f"{name} ({variant}): {shown}")
 
     def _compare(self, images: torch.Tensor, seeds: range, reference: torch.Tensor, same_seeds: bool) -> dict[str, Any]:
         metrics = self.config.evaluation.metrics(self.device)

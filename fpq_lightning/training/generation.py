@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
 from diffusers import DiffusionPipeline
-from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -28,6 +28,8 @@ from fpq_lightning.nn.hashing import hash_quantization, hash_weights
 from fpq_lightning.storage.pipeline import is_quantized, load_quantized, read_description
 from fpq_lightning.utils import distributed
 from fpq_lightning.utils.provenance import fingerprint
+
+_log = logging.getLogger(__name__)
 
 
 class SeedDataModule(pl.LightningDataModule):
@@ -151,7 +153,7 @@ class ImageGeneration(pl.LightningModule):
         return {"seeds": batch["seeds"], "images": images}
 
 
-class WriteImages(BasePredictionWriter):
+class WriteImages(pl.Callback):
     """Writes predicted images as ``<seed>.png``.
 
     Args:
@@ -159,25 +161,23 @@ class WriteImages(BasePredictionWriter):
     """
 
     def __init__(self, output: str) -> None:
-        super().__init__(write_interval="batch")
         self.output = Path(output)
         self.output.mkdir(parents=True, exist_ok=True)
 
-    def write_on_batch_end(
+    def on_predict_batch_end(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
+        outputs: Any,
         batch: Any,
         batch_idx: int,
-        dataloader_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Writes the images of a batch."""
-        for seed, image in zip(prediction["seeds"], prediction["images"], strict=True):
+        for seed, image in zip(outputs["seeds"], outputs["images"], strict=True):
             save_png(image, self.output / f"{seed:06d}.png")
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Says where they are."""
         if trainer.is_global_zero:
-            print(f"wrote images to {self.output}")
+            _log.info(f"wrote images to {self.output}")
