@@ -371,9 +371,9 @@ def simulation() -> list[dict[str, Any]]:
     for n, layer in layers_of(model).items():
         quantized = make_quantized(layer, Granularity("channel"))
         quantizers = [Quantizer(parse_format("e4m3"), largest[n].float() / 480)]
-        quantized.variants["learned"] = LayerQuantization([], quantizers).to("cuda")
+        quantized.variants["quantized"] = LayerQuantization([], quantizers).to("cuda")
     assert quantized_layers(model)
-    with running(model, "learned"):
+    with running(model, "quantized"):
         rows.append(measure("FP8 inputs, simulated", model, inputs, None, 0.0))
     return rows
 

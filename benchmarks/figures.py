@@ -89,11 +89,11 @@ def main() -> None:
         precision(tf32=False)
         pipeline.to(device)
         statistics = weight_statistics(pipeline.unet)
-        for mode in ("nearest", "learned"):
+        for mode in ("nearest", "quantized"):
             images = sample_variant(pipeline, sampler, evaluation.seeds, mode)
             metrics = compare(evaluation.metrics(), images, reference, device)
             row = {**metrics, **statistics}
-            if mode == "learned":
+            if mode == "quantized":
                 row |= {"calibration_seconds": seconds, "peak_gib": memory}
                 row |= {"iterations": recipe.rounding.iterations, "samples": data.n_samples}
             write(f"{name}{args.label}-{mode}", row)

@@ -49,7 +49,8 @@ from fpq_lightning.nn.calibrated import QuantizedModule, make_quantized
 from fpq_lightning.reconstruction.backward import Backward
 from fpq_lightning.reconstruction.optimizer import GraphedAdam
 from fpq_lightning.reconstruction.out_of_memory import gradients, within_memory
-from fpq_lightning.reconstruction.unit import UnitReconstruction, UnitReport
+from fpq_lightning.reconstruction.report import UnitReport
+from fpq_lightning.reconstruction.unit import UnitTrainer
 from fpq_lightning.training.datamodule import STEPS_PER_BATCH, UnitBatches
 
 GIB = 2**30
@@ -386,21 +387,19 @@ class Bench:
         with phases("load"):
             self.offload.hold(parts_of(unit.module))
         draw_sources(replay, self.scales)
-        with phases("capture"):
-            within_memory(replay, replay.capture)
-            energies = within_memory(replay, replay.target_energies)
         held_out = max(1, round(n * 0.0625))
         every = torch.arange(n)
         train = every[:-held_out]
         batch_size = min(self.recipe.rounding.batch_size, len(train))
         samples = Samples(n, train, every[-held_out:], train[: self.n_search], Shard(batch_size))
         report = UnitReport(unit.name, unit.parameters)
-        reconstruction = UnitReconstruction(replay, energies, samples, self.recipe, report)
+        reconstruction = UnitTrainer(replay, samples, self.recipe, report)
+        with phases("capture"):
+            reconstruction.capture()
         with phases("search"):
             within_memory(replay, reconstruction.initialise)
         with phases("learn"), torch.enable_grad():
             within_memory(replay, lambda: reconstruction.start_learning(None))
-            within_memory(replay, lambda: reconstruction.make_backward(device))
             steps = self._steps(reconstruction, batch_size)
             seconds: list[float] = []
             steps(WARMUP if device.type == "cuda" else 1)
@@ -425,16 +424,17 @@ class Bench:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         with phases("finish"):
-            within_memory(replay, lambda: reconstruction.harden(True))
-            within_memory(replay, reconstruction.correct_bias)
+            reconstruction.stop_learning()
+            reconstruction.harden()
+            error = reconstruction.held_out_error("quantized")
         with phases("advance"):
-            within_memory(replay, replay.advance)
+            reconstruction.end(error, len(seconds))
         row |= {"seconds": phases.seconds, "gib": phases.gib, "error_nearest": report.error_nearest}
-        row |= {"error_learned": report.error_learned, "kernels": kernels}
+        row |= {"error_quantized": report.error_quantized, "kernels": kernels}
         row |= {"allocated_gib": phases.peak("allocated"), "reserved_gib": phases.peak("reserved")}
         return row
 
-    def _steps(self, reconstruction: UnitReconstruction, batch_size: int) -> Callable[[int], None]:
+    def _steps(self, reconstruction: UnitTrainer, batch_size: int) -> Callable[[int], None]:
         """What makes a number of optimisation steps of the unit."""
         replay, backward = self.replay, cast(Backward, reconstruction.backward)
         variables = [p for _, p in reconstruction.variables()]

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fpq_lightning import cli
+from fpq_lightning.reconstruction import unit
 from fpq_lightning.training.callbacks import finalize
 from fpq_lightning.training.callbacks.checkpoint import RunCheckpoint
 from fpq_lightning.training.module import BlockReconstruction
@@ -99,10 +100,9 @@ def _watch(pipe: int, kill: Kill | None) -> None:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             nonlocal steps, armed
             os.write(pipe, letter.encode())
-            unit_work = module(*args)
             position = float("inf")
-            if unit_work is not None:
-                position = unit_work.position * unit_work.recipe.rounding.iterations + unit_work.iteration
+            if (at_work := module(*args)) is not None:
+                position = at_work.plan.unit * at_work.recipe.rounding.iterations + at_work.plan.step
             made = steps > 0 or letter == "q"  # nothing is left to learn when quantized/ is written
             if armed and kill is not None and letter == kill.work and position >= kill.step and made:
                 armed = False
@@ -114,9 +114,15 @@ def _watch(pipe: int, kill: Kill | None) -> None:
 
         setattr(owner, name, wrapped)
 
-    wrap(BlockReconstruction, "enter_unit", "e", lambda module: module)
-    wrap(BlockReconstruction, "_step", "l", lambda module, *args: module)
-    wrap(BlockReconstruction, "finish_unit", "f", lambda module: module)
+    def remember(module: BlockReconstruction) -> BlockReconstruction:
+        current[:] = [module]
+        return module
+
+    current: list[BlockReconstruction] = []
+    wrap(BlockReconstruction, "on_train_start", "e", remember)
+    wrap(BlockReconstruction, "on_train_epoch_start", "e", remember)
+    wrap(unit, "gradients", "l", lambda *args: current[0])
+    wrap(BlockReconstruction, "on_train_epoch_end", "f", lambda module: module)
     wrap(RunCheckpoint, "_save", "c", lambda callback, trainer: trainer.lightning_module)
     wrap(finalize, "save_quantized", "q", lambda *args: None)
 

@@ -36,7 +36,8 @@ from fpq_lightning.graph.units import Unit
 from fpq_lightning.nn.calibrated import is_quantizable, make_quantized
 from fpq_lightning.reconstruction.backward import Backward
 from fpq_lightning.reconstruction.optimizer import GraphedAdam
-from fpq_lightning.reconstruction.unit import UnitReconstruction, UnitReport
+from fpq_lightning.reconstruction.report import UnitReport
+from fpq_lightning.reconstruction.unit import UnitTrainer
 from fpq_lightning.training.datamodule import STEPS_PER_BATCH
 from fpq_lightning.utils import distributed
 
@@ -100,13 +101,8 @@ def prepare(name: str, n: int, batch_size: int, device: torch.device) -> tuple[d
     inputs = {k: torch.randn(local, *shape) for k, shape in shapes.items()}
     store = ActivationStore(device, torch.float32, 2**36)
     replay = NetworkReplay(model, [unit], CalibrationSet(inputs, torch.ones(local)), store, micro_batch=4)
-    replay.capture()
-    reconstruction = UnitReconstruction(
-        replay, replay.target_energies(), samples, recipe, UnitReport("block", unit.parameters)
-    )
-    reconstruction.initialise()
-    reconstruction.start_learning(None)
-    reconstruction.make_backward(device)
+    reconstruction = UnitTrainer(replay, samples, recipe, UnitReport("block", unit.parameters))
+    reconstruction.begin(learns=True)
     backward = cast(Backward, reconstruction.backward)
     optimizer = GraphedAdam([p for _, p in reconstruction.variables()], replay.is_on_device)
     batches = torch.arange(batch_size).expand(STEPS_PER_BATCH, -1)
@@ -168,11 +164,12 @@ def profile(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from fpq_lightning import api, cli
-    from fpq_lightning.training.callbacks import FinalizeQuantization, ImageQuality
+    from fpq_lightning import cli
     from fpq_lightning.training.callbacks.checkpoint import RunCheckpoint
+    from fpq_lightning.training.callbacks.finalize import FinalizeQuantization
+    from fpq_lightning.training.callbacks.image_quality import ImageQuality
     from fpq_lightning.training.datamodule import CalibrationDataModule
-    from fpq_lightning.training.module import BlockReconstruction
+    from fpq_lightning.training.run import Run
 
     phases: dict[str, float] = defaultdict(float)
 
@@ -194,15 +191,16 @@ def run(args: argparse.Namespace) -> None:
     timed(CalibrationDataModule, "make_set", "sampling")
     timed(NetworkReplay, "capture", "capture")
     timed(NetworkReplay, "advance", "capture")
-    timed(UnitReconstruction, "initialise", "search")
-    timed(BlockReconstruction, "training_step", "learning")
-    timed(UnitReconstruction, "harden", "finish")
-    timed(UnitReconstruction, "correct_bias", "finish")
+    timed(UnitTrainer, "initialise", "search")
+    timed(UnitTrainer, "train", "learning")
+    timed(UnitTrainer, "harden", "finish")
+    timed(UnitTrainer, "held_out_error", "finish")
+    timed(UnitTrainer, "correct_bias", "finish")
     timed(NetworkReplay, "target_energies", "capture")
     timed(RunCheckpoint, "_save", "checkpoints")
     timed(FinalizeQuantization, "on_train_end", "writing")
     timed(ImageQuality, "on_train_end", "evaluation")
-    timed(api, "print_estimate", "estimate")
+    timed(Run, "log_estimate", "estimate")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     strategy = "ddp" if world_size > 1 else "auto"

@@ -61,7 +61,7 @@ _FOREIGN_WARNINGS = (  # that say nothing a user could act on
     ".*Checkpoint directory .* exists and is not empty.*",
 )
 
-_log = logging.getLogger("fpq_lightning.cli")  # also where this module runs as a script
+logger = logging.getLogger("fpq_lightning.cli")  # also where this module runs as a script
 
 # --- commands --------------------------------------------------------------------------------------------------
 
@@ -95,7 +95,7 @@ def study(arguments: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     Study(config, device).run(only)
     for file in write_table(Path(config.output), list(config.rows)):
-        _log.info(f"wrote {file}")
+        logger.info("wrote %s", file)
 
 
 def export_model(arguments: list[str]) -> None:
@@ -115,7 +115,7 @@ def export_model(arguments: list[str]) -> None:
 
     _quiet_libraries()
     export(options.model, options.output, options.format)
-    _log.info(f"wrote {options.output}")
+    logger.info("wrote %s", options.output)
 
 
 def inspect_model(arguments: list[str]) -> None:
@@ -230,19 +230,19 @@ def _messages() -> Iterator[None]:
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    logger, handler, format_warning = logging.getLogger("fpq_lightning"), _Lines(), warnings.formatwarning
-    level = logger.level
+    package, handler, format_warning = logging.getLogger("fpq_lightning"), _Lines(), warnings.formatwarning
+    level = package.level
     with warnings.catch_warnings():
         for message in _FOREIGN_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         warnings.formatwarning = _format_warning
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
+        package.addHandler(handler)
+        package.setLevel(logging.INFO)
         try:
             yield
         finally:
-            logger.removeHandler(handler)
-            logger.setLevel(level)
+            package.removeHandler(handler)
+            package.setLevel(level)
             warnings.formatwarning = format_warning
 
 

@@ -116,12 +116,12 @@ import lightning.pytorch as pl
 from fpq_lightning import cli
 import fpq_lightning.training.command_line
 from fpq_lightning.training.datamodule import CalibrationDataModule
-from fpq_lightning.training.module import BlockReconstruction
+from fpq_lightning.reconstruction import unit
 import fpq_lightning.training.callbacks.checkpoint as checkpoint
 import fpq_lightning.training.callbacks.finalize as finalize
 import fpq_lightning.training.callbacks.image_quality as image_quality
 
-owners = {"module": BlockReconstruction, "data": CalibrationDataModule, "trainer": pl.Trainer, "os": os}
+owners = {"unit": unit.UnitTrainer, "steps": unit, "data": CalibrationDataModule, "trainer": pl.Trainer, "os": os}
 owners |= {"checkpoint": checkpoint, "finalize": finalize, "image_quality": image_quality}
 
 def disturb(owner, name, call, file, halved, number, error):
@@ -193,8 +193,8 @@ def disturbance(
     """What happens to a command of `scenario` at the n-th call of a function.
 
     Args:
-        owner: of the function: ``module``, ``data``, ``trainer``, ``checkpoint``, ``finalize``, ``image_quality`` or
-            ``os``.
+        owner: of the function: ``unit``, ``steps``, ``data``, ``trainer``, ``checkpoint``, ``finalize``,
+            ``image_quality`` or ``os``.
         name: of the function.
         call: n.
         file: only calls with a path of that name count.

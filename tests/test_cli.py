@@ -68,7 +68,7 @@ def test_a_run_leaves_the_files_of_the_pinned_interface(finished: Path) -> None:
 def test_the_report_has_the_pinned_schema(report: dict[str, Any]) -> None:
     assert report["schema_version"] == 1
     assert {"weight_bits", "sparsity", "versions", "fingerprint"} <= report.keys()
-    assert report["variants"].keys() == {"full_precision", "nearest", "learned"}
+    assert report["variants"].keys() == {"full_precision", "nearest", "quantized"}
     for variant in report["variants"].values():
         assert {"fd", "fd_real", "psnr", "ssim", "n_images", "seeds", "kid", "is"} <= variant.keys()
         assert variant["n_images"] == 3
@@ -77,8 +77,8 @@ def test_the_report_has_the_pinned_schema(report: dict[str, Any]) -> None:
         assert variant["fd_real"] > 0
     assert report["variants"]["full_precision"]["psnr"] is None
     assert report["variants"]["nearest"]["psnr"] > 5
-    assert report["variants"]["learned"]["psnr"] > 5
-    keys = {"name", "parameters", "weight_formats", "activation_formats", "error_nearest", "error_learned", "kept"}
+    assert report["variants"]["quantized"]["psnr"] > 5
+    keys = {"name", "parameters", "weight_formats", "activation_formats", "error_nearest", "error_quantized", "kept"}
     for block in report["blocks"]:
         assert block.keys() == keys | {"iterations", "seconds"}
     calibration = report["calibration"]
@@ -187,8 +187,8 @@ def test_test_prints_the_quality_of_a_quantized_model(
         if len(words) == 2 and words[0] in ("fd", "psnr", "ssim"):
             values[words[0]] = float(words[1])
     # The same images as in the run, so the same figures.
-    assert values["psnr"] == pytest.approx(report["variants"]["learned"]["psnr"], abs=1e-2)
-    assert values["fd"] == pytest.approx(report["variants"]["learned"]["fd"], rel=1e-2)
+    assert values["psnr"] == pytest.approx(report["variants"]["quantized"]["psnr"], abs=1e-2)
+    assert values["fd"] == pytest.approx(report["variants"]["quantized"]["fd"], rel=1e-2)
 
 
 def test_a_test_leaves_a_report_and_does_not_sample_again_what_is_there(

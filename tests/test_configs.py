@@ -69,7 +69,7 @@ def test_a_recipe_runs_end_to_end(file: Path, model: str, tmp_path: Path, capsys
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     recipe = yaml.safe_load(file.read_text())["recipe"]
     assert report["recipe"]["weights"]["formats"] == recipe["weights"]["formats"]
-    assert all(0 < b["error_learned"] <= b["error_nearest"] < 1 for b in report["blocks"])
+    assert all(0 < b["error_quantized"] <= b["error_nearest"] < 1 for b in report["blocks"])
     used = {f for b in report["blocks"] for names in b["weight_formats"].values() for f in names}
     inputs = {f for b in report["blocks"] for names in b["activation_formats"].values() for f in names}
     if file.stem == "fp8_fp8_hardware":

@@ -263,13 +263,13 @@ def test_a_text_to_image_model_is_quantized_judged_and_used(
     assert outcome.code == 0, outcome.err
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["quantized_share"] > 0.95
-    assert report["variants"]["learned"]["psnr"] > 5
+    assert report["variants"]["quantized"]["psnr"] > 5
     assert "down_blocks.0.attentions.0+down_blocks.0.downsamplers.0" in {b["name"] for b in report["blocks"]}
     command = ["test", f"--model={tmp_path / 'run' / 'quantized'}", f"--output={tmp_path / 'test'}", *options]
     again = run_fpq(capsys, [*command, "--sampler.steps=4", "--evaluation.n_images=4", "--trainer.accelerator=cpu"])
     assert again.code == 0, again.err
     found = json.loads((tmp_path / "test" / "report.json").read_text())["variants"]["quantized"]
-    assert found["psnr"] == pytest.approx(report["variants"]["learned"]["psnr"], abs=0.3)
+    assert found["psnr"] == pytest.approx(report["variants"]["quantized"]["psnr"], abs=0.3)
 
 
 def test_prompts_that_no_tokenizer_takes_whole_are_counted(model: str) -> None:

@@ -26,7 +26,7 @@ from fpq_lightning.utils.distributed import gather_rows
 
 Path = str  # "full_precision" or "quantized"
 PATHS: tuple[Path, Path] = ("full_precision", "quantized")
-_MODES: dict[Path, Mode] = {"full_precision": "full_precision", "quantized": "learned"}
+_MODES: dict[Path, Mode] = {"full_precision": "full_precision", "quantized": "quantized"}
 
 
 class _Stop(Exception):  # noqa: N818
@@ -332,7 +332,7 @@ class NetworkReplay:
         """Stores the current unit's quantized outputs, forgets what no later unit needs, and moves on."""
         index, unit = self.position, self.unit
         if self._allocate_advance():
-            with running(unit.module, "learned"):
+            with running(unit.module, "quantized"):
                 for rows in self._batches():
                     args, kwargs = self.inputs(rows)
                     output = unit.module(*args, **kwargs)

@@ -15,7 +15,7 @@ _TIMESTEPS = ("timestep", "timesteps")  # what denoisers call them
 
 
 def _learned(layer: QuantizedLayer) -> LayerQuantization | None:
-    found = dict(layer.variants.items()).get("learned")
+    found = dict(layer.variants.items()).get("quantized")
     return found if isinstance(found, LayerQuantization) else None
 
 

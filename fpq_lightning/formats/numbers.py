@@ -1,7 +1,7 @@
 """Number formats: which values exist, and the code of each.
 
-A format is a value object over the *unit* scale; placing it on a tensor (scale, offset,
-granularity) is the job of `fpq_lightning.quantization.quantizer`.
+A format is a value object at the *unit* scale. `fpq_lightning.quantization.quantizer` places it on a tensor (scale,
+offset, granularity). To add a named format or a family, register it as those at the end of this file.
 
 Two conventions for floating point (docs/formats.md has the value tables):
 
@@ -23,16 +23,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fpq_lightning.utils.registry import Registry
+
 _FLOAT32_EXPONENT_MASK = 0x7F800000
 
 
 class Spacing(NamedTuple):
-    """The numbers that decide the rounding to a format whose ties go to the even multiple of its step.
+    """What decides the rounding to a format, where ties go to the even multiple of the step.
 
     Attributes:
         low: smallest value.
         high: largest value.
-        smallest_normal: the smallest number that has the full mantissa.
+        smallest_normal: the smallest number with the full mantissa.
         relative_step: step over binade, ``2^-mantissa``; 0 for integers, whose step is 1.
     """
 
@@ -82,11 +84,11 @@ class Format(ABC):
     @property
     @abstractmethod
     def spacing(self) -> Spacing | None:
-        """What a kernel needs to know, None if ties are not those of multiples."""
+        """What kernels need for rounding; None where ties do not go to the even multiple of the step."""
 
     @abstractmethod
     def _code_values(self) -> list[float]:
-        """The value of every code, NaN for a code that is none."""
+        """The value of every code, NaN for a code that stands for no number."""
 
     @abstractmethod
     def _encode(self, q: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ class Format(ABC):
         """Codes (uint8) of the nearest values.
 
         Raises:
-            ValueError: if `x` holds NaN, which no code stands for.
+            ValueError: if `x` holds NaN, which has no code.
         """
         if torch.isnan(x).any():
             raise ValueError(f"cannot encode NaN as {self.name}: check the tensor for non-finite values first")
@@ -114,7 +116,7 @@ class Format(ABC):
 
     @property
     def values(self) -> Tensor:
-        """The value of every code, NaN for a code that is none; float32 `[2^bits]`."""
+        """The value of every code, NaN for a code that stands for no number; float32 `[2^bits]`."""
         return _value_table(self)
 
     @property
@@ -140,7 +142,7 @@ class FloatFormat(Format):
         mantissa: number of mantissa bits, 0 allowed.
         signed: whether the top bit of the code is a sign.
         reserved: how many of the largest codes of each sign stand for NaN or Inf (0 in the free convention).
-        hardware_name: name of the type as torch and ml_dtypes have it; empty in the free convention.
+        hardware_name: name of the type in torch and ml_dtypes; empty in the free convention.
     """
 
     exponent: int
@@ -207,8 +209,8 @@ class FloatFormat(Format):
             x = x.relu() + 0.0  # no negative zero
         if self.mantissa:
             return super().quantize(x)
-        # Without mantissa bits every normal value is a multiple 1 of its step, and the code of 2 * step is the
-        # next one: whether it is even depends on the binade, not on the multiple.
+        # Without mantissa bits every normal value is its own step, and twice the step has the next code. Whether a
+        # code is even depends on the binade, not on the multiple of the step.
         x = x.clamp(self.min, self.max)
         step = self.step(x)
         multiple = x.abs() / step
@@ -278,34 +280,49 @@ class IntFormat(Format):
         return [float(c - 2**self.width if self.signed and c >= 2 ** (self.width - 1) else c) for c in codes]
 
 
-HARDWARE_FORMATS: dict[str, FloatFormat] = {
-    f.name: f
-    for f in (
-        FloatFormat(4, 3, reserved=1, hardware_name="float8_e4m3fn"),
-        FloatFormat(5, 2, reserved=4, hardware_name="float8_e5m2"),
-        FloatFormat(2, 3, hardware_name="float6_e2m3fn"),
-        FloatFormat(3, 2, hardware_name="float6_e3m2fn"),
-        FloatFormat(2, 1, hardware_name="float4_e2m1fn"),
-    )
-}
+@dataclass(frozen=True)
+class Family:
+    """One name for several formats, among which the search chooses one for each tensor.
 
-FAMILIES: dict[str, tuple[str, ...]] = {
-    "fp8": ("e5m2", "e4m3", "e3m4", "e2m5"),
-    "fp6": ("e3m2", "e2m3", "e4m1"),
-    "fp4": ("e2m1", "e1m2", "e3m0"),
-    "ufp8": ("ue5m3", "ue4m4", "ue3m5", "ue2m6"),
-    "hardware_fp8": ("float8_e4m3fn",),  # no E5M2: tensor cores do not multiply E5M2 by E5M2
-    "hardware_fp6": ("float6_e2m3fn", "float6_e3m2fn"),
-    "hardware_fp4": ("float4_e2m1fn",),
-}
-"""Names for several formats among which the search chooses one for each tensor."""
+    Attributes:
+        name: of the family.
+        members: names of its formats, all of one width.
+    """
+
+    name: str
+    members: tuple[str, ...]
+
+
+FORMATS: Registry[Format] = Registry("format")
+"""Formats that have a name of their own. Names such as ``e4m3`` and ``int8`` spell out all others."""
+
+FORMATS.register(FloatFormat(4, 3, reserved=1, hardware_name="float8_e4m3fn"))
+FORMATS.register(FloatFormat(5, 2, reserved=4, hardware_name="float8_e5m2"))
+FORMATS.register(FloatFormat(2, 3, hardware_name="float6_e2m3fn"))
+FORMATS.register(FloatFormat(3, 2, hardware_name="float6_e3m2fn"))
+FORMATS.register(FloatFormat(2, 1, hardware_name="float4_e2m1fn"))
+
+FAMILIES: Registry[Family] = Registry("family")
+
+FAMILIES.register(Family("fp8", ("e5m2", "e4m3", "e3m4", "e2m5")))
+FAMILIES.register(Family("fp6", ("e3m2", "e2m3", "e4m1")))
+FAMILIES.register(Family("fp4", ("e2m1", "e1m2", "e3m0")))
+FAMILIES.register(Family("ufp8", ("ue5m3", "ue4m4", "ue3m5", "ue2m6")))
+FAMILIES.register(Family("hardware_fp8", ("float8_e4m3fn",)))  # tensor cores do not multiply E5M2 by E5M2
+FAMILIES.register(Family("hardware_fp6", ("float6_e2m3fn", "float6_e3m2fn")))
+FAMILIES.register(Family("hardware_fp4", ("float4_e2m1fn",)))
+
+
+def known_formats() -> str:
+    """The names that `parse_formats` reads, for help and error messages."""
+    return f"a name such as e4m3, ue4m4, int8, uint4, or one of {', '.join([*FAMILIES.names, *FORMATS.names])}"
 
 
 def parse_format(name: str) -> Format:
     """Reads the name of one format.
 
     Args:
-        name: ``e4m3`` (free), ``ue4m4`` (free, unsigned), ``float8_e4m3fn`` (hardware), ``int8`` or ``uint8``.
+        name: ``e4m3`` (free), ``ue4m4`` (free, unsigned), ``int8``, ``uint8``, or a name in `FORMATS`.
 
     Raises:
         ValueError: if there is no such format.
@@ -313,25 +330,29 @@ def parse_format(name: str) -> Format:
     if not isinstance(name, str):
         raise ValueError(f"a format is a name, got {name!r}")
     key = name.strip().lower()
-    if key in HARDWARE_FORMATS:
-        return HARDWARE_FORMATS[key]
+    if key in FORMATS:
+        return FORMATS[key]
     if match := re.fullmatch(r"(u?)e(\d)m(\d)", key):
         return FloatFormat(int(match[2]), int(match[3]), signed=not match[1])
     if match := re.fullmatch(r"(u?)int(\d)", key):
         return IntFormat(int(match[2]), signed=not match[1])
-    known = ", ".join([*FAMILIES, *HARDWARE_FORMATS])
-    raise ValueError(f"unknown format {name!r}: use a name such as e4m3, ue4m4, int8, uint4, or one of {known}")
+    raise ValueError(f"unknown format {name!r}: use {known_formats()}")
 
 
 def parse_formats(names: str | Sequence[str]) -> tuple[Format, ...]:
-    """Reads one name, a family or a list of either into the formats that the search may choose from.
+    """Reads a format, a family or a list of either.
+
+    Returns:
+        The formats that the search may choose from, each once.
 
     Raises:
         ValueError: if a name is unknown or the formats differ in width.
     """
-    items = [names] if isinstance(names, str) else list(names)
-    expanded = [member for item in items for member in FAMILIES.get(item.strip().lower(), (item,))]
-    formats = tuple(dict.fromkeys(parse_format(member) for member in expanded))
+    formats: dict[Format, None] = {}
+    for name in [names] if isinstance(names, str) else names:
+        key = name.strip().lower()
+        members = FAMILIES[key].members if key in FAMILIES else (name,)
+        formats |= dict.fromkeys(parse_format(member) for member in members)
     if len({f.bits for f in formats}) != 1:
         raise ValueError(f"candidate formats must share one width, got {[f'{f} ({f.bits} bits)' for f in formats]}")
-    return formats
+    return tuple(formats)

@@ -19,7 +19,7 @@ def packed_length(n: int, width: int) -> int:
 
 
 def _places(width: int) -> tuple[int, int, list[tuple[int, int]]]:
-    """Codes and bytes of the shortest whole unit, and byte and bit at which each of its codes begins."""
+    """Codes and bytes of the shortest unit of whole bytes, and the byte and bit at which each of its codes begins."""
     n_codes = 8 // math.gcd(8, width)
     return n_codes, n_codes * width // 8, [divmod(i * width, 8) for i in range(n_codes)]
 
@@ -47,7 +47,7 @@ def pack(codes: Tensor, width: int) -> Tensor:
     units = nn.functional.pad(codes, (0, n_units * n_codes - n)).reshape(rows, n_units, n_codes)
     packed = codes.new_zeros(rows, n_units, n_bytes)
     for i, (byte, bit) in enumerate(places):
-        packed[..., byte] |= units[..., i] << bit  # what goes beyond the byte is lost here
+        packed[..., byte] |= units[..., i] << bit  # the shift drops what goes beyond the byte
         if bit + width > 8:
             packed[..., byte + 1] |= units[..., i] >> (8 - bit)
     return packed.flatten(1)[:, : packed_length(n, width)].contiguous()

@@ -3,17 +3,22 @@
 * ``float8_e4m3fn``: an E4M3 number times one float32 number of the tensor, as in NVFP4 (groups of 16).
 * ``float8_e8m0fnu``: a power of two, as in MXFP4 (groups of 32; OCP Microscaling Formats 1.0).
 
-The tensor's own scale is a power of two here. All products are exact then, in float32 as in bfloat16 and in whatever
-order a reader multiplies, and it costs no precision: E4M3 spans 17 binades, and one of them is given up at most.
+The scale of the tensor is always a power of two here. All products are then exact, in float32 and in bfloat16, in
+whatever order a reader multiplies. This costs no precision: E4M3 spans 17 binades and loses one of them at most.
+
+To add a scale format, register it as those at the end of this file.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from fpq_lightning.utils.registry import Registry
 
 FLOAT32 = "float32"
 """The name of scales that any positive float32 number may be."""
@@ -21,27 +26,27 @@ FLOAT32 = "float32"
 
 @dataclass(frozen=True)
 class ScaleFormat:
-    """Positive numbers, ascending with their codes.
+    """Positive numbers that ascend with their codes of one byte.
 
     Attributes:
-        name: of the type, as torch and ml_dtypes have it.
-        dtype: of stored codes; E8M0 lies in bytes, which every reader of safetensors knows.
-        codes: the smallest and the largest that are used: no zero, no NaN, and in E8M0 no subnormal float32 number.
-        mantissa: bits of it.
-        relative: whether a float32 scale of the tensor is a factor of all.
-        shifts: how many codes away the search by output error looks.
+        name: of the type, as in torch and ml_dtypes.
+        dtype: of stored codes.
+        codes: the smallest and the largest code in use, without zero, NaN and subnormal float32 numbers.
+        read: values (float32) of uint8 codes, on the device of the codes.
+        relative: whether all scales of a tensor share one float32 factor.
+        shifts: the search by output error tries the codes so many places away.
     """
 
     name: str
     dtype: torch.dtype
     codes: tuple[int, int]
-    mantissa: int
+    read: Callable[[Tensor], Tensor]
     relative: bool
     shifts: tuple[int, ...]
 
     @property
     def values(self) -> Tensor:
-        """The value of every code that is used, ascending, float32."""
+        """The values of all codes in use, ascending, float32."""
         return _values(self)
 
     def tensor_scale(self, largest: Tensor) -> Tensor:
@@ -53,22 +58,16 @@ class ScaleFormat:
         return torch.where(scale / 2 * top >= largest, scale / 2, scale)
 
     def floor(self, scale: Tensor) -> Tensor:
-        """Codes (int64) of the largest numbers that do not exceed `scale`; the smallest code where none is."""
+        """Codes (int64) of the largest numbers up to `scale`; the smallest code where all numbers are larger."""
         above = torch.searchsorted(self.values.to(scale.device), scale.contiguous(), right=True)
         return (above - 1).clamp(min=0) + self.codes[0]
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Values (float32) of codes of any integer type; without a table, for codes may be on any device."""
-        if self.dtype is torch.uint8:
-            return (codes.int() << 23).view(torch.float32)  # the exponent field of float32 has the same bias
-        return codes.to(torch.uint8).view(self.dtype).float()
-
-    def has_mantissa(self, scale: Tensor) -> Tensor:
-        """Whether float32 numbers have no more mantissa bits than those of the format."""
-        return scale.view(torch.int32) & (2 ** (23 - self.mantissa) - 1) == 0
+        """Values (float32) of codes of any integer type."""
+        return self.read(codes.to(torch.uint8))
 
     def encode(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """What is stored of block scales.
+        """Block scales as they are stored.
 
         Args:
             scale: positive float32, `[out, groups]`.
@@ -77,7 +76,7 @@ class ScaleFormat:
             The codes in `dtype`, the shape of `scale`, and the float32 scale of the tensor, `[]`.
 
         Raises:
-            ValueError: if a scale is no such number.
+            ValueError: if a scale is not a number of the format.
         """
         tensor_scale = self.tensor_scale(scale.amax())
         codes = self.floor(scale / tensor_scale)
@@ -91,13 +90,27 @@ def _values(fmt: ScaleFormat) -> Tensor:
     return fmt.decode(torch.arange(fmt.codes[0], fmt.codes[1] + 1))
 
 
-SCALE_FORMATS = {
-    fmt.name: fmt
-    for fmt in (
-        ScaleFormat("float8_e4m3fn", torch.float8_e4m3fn, (1, 0x7E), 3, relative=True, shifts=(-3, -2, -1, 0, 1)),
-        ScaleFormat("float8_e8m0fnu", torch.uint8, (1, 0xFE), 0, relative=False, shifts=(-1, 0, 1)),
-    )
-}
+def _read_e4m3(codes: Tensor) -> Tensor:
+    return codes.view(torch.float8_e4m3fn).float()
+
+
+def _read_e8m0(codes: Tensor) -> Tensor:
+    return (codes.int() << 23).view(torch.float32)  # the exponent of float32 has the same bias
+
+
+SCALE_FORMATS: Registry[ScaleFormat] = Registry("scale_format")
+
+SCALE_FORMATS.register(
+    ScaleFormat("float8_e4m3fn", torch.float8_e4m3fn, (1, 0x7E), _read_e4m3, relative=True, shifts=(-3, -2, -1, 0, 1))
+)
+SCALE_FORMATS.register(  # stored as bytes, which every reader of safetensors knows
+    ScaleFormat("float8_e8m0fnu", torch.uint8, (1, 0xFE), _read_e8m0, relative=False, shifts=(-1, 0, 1))
+)
+
+
+def known_scale_formats() -> str:
+    """The names that `parse_scale_format` reads, for help and error messages."""
+    return ", ".join([FLOAT32, *SCALE_FORMATS.names])
 
 
 def parse_scale_format(name: str) -> ScaleFormat | None:
@@ -109,5 +122,5 @@ def parse_scale_format(name: str) -> ScaleFormat | None:
     if name == FLOAT32:
         return None
     if name not in SCALE_FORMATS:
-        raise ValueError(f"unknown scale_format {name!r}: use {', '.join([FLOAT32, *SCALE_FORMATS])}")
+        raise ValueError(f"unknown scale_format {name!r}: use {known_scale_formats()}")
     return SCALE_FORMATS[name]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 from fpq_lightning.quantization.rounding import LearnedRounding
 
-Mode = Literal["full_precision", "nearest", "learned"]
+Mode = Literal["full_precision", "nearest", "quantized"]
 
 
 M = TypeVar("M", bound=nn.Module)

@@ -38,5 +38,5 @@ def quantize_components(pipeline: DiffusionPipeline, recipe: Recipe) -> None:
         for layer in [m for m in getattr(pipeline, name).modules() if is_quantizable(m)]:
             quantized = make_quantized(layer, Granularity("channel"))
             quantizers = [search_tensor_error(rows, formats) for rows in quantized.weight_rows()]
-            for variant in ("nearest", "learned"):
+            for variant in ("nearest", "quantized"):
                 quantized.variants[variant] = LayerQuantization(quantizers).copy()

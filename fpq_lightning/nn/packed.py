@@ -351,15 +351,15 @@ def pack_layer(layer: QuantizedLayer, quantization: LayerQuantization) -> Packed
 
 def keep_learned_attention(model: nn.Module) -> dict[str, QuantizedAttention]:
     """Drops all but the learned variant of attention, as files hold that alone; the modules that have it, by name."""
-    found = {name: m for name, m in quantized_attention(model).items() if "learned" in m.variants}
+    found = {name: m for name, m in quantized_attention(model).items() if "quantized" in m.variants}
     for module in found.values():
-        module.variants = nn.ModuleDict({"learned": module.variants["learned"]})
+        module.variants = nn.ModuleDict({"quantized": module.variants["quantized"]})
     return found
 
 
 def describe_attention(module: QuantizedAttention) -> list[dict[str, Any]]:
     """`describe_quantizer` of the operands of attention, for one call after the other."""
-    return [describe_quantizer(q) for q in cast(LayerQuantization, module.variants["learned"]).inputs]
+    return [describe_quantizer(q) for q in cast(LayerQuantization, module.variants["quantized"]).inputs]
 
 
 def make_attention_empty(module: nn.Module, name: str, entry: Sequence[Mapping[str, Any]]) -> None:
@@ -371,15 +371,15 @@ def make_attention_empty(module: nn.Module, name: str, entry: Sequence[Mapping[s
     if not entry or len(entry) % len(OPERANDS):
         raise ValueError(f"{len(entry)} quantizers for attention, expected {len(OPERANDS)} a call")
     attention = make_attention_quantized(module, name, len(entry) // len(OPERANDS))
-    attention.variants["learned"] = LayerQuantization(inputs=[empty_quantizer(q) for q in entry])
-    attention.set_mode("learned")
+    attention.variants["quantized"] = LayerQuantization(inputs=[empty_quantizer(q) for q in entry])
+    attention.set_mode("quantized")
 
 
 def make_plain(layer: PackedLayer | QuantizedLayer, dtype: torch.dtype = torch.float32) -> None:
     """Turns a layer into the plain class in place, with the values of its quantized weight, if it has one."""
     weight, bias = quantized_weight(layer), layer.bias
-    if isinstance(layer, QuantizedLayer) and "learned" in layer.variants:
-        corrected = cast(LayerQuantization, layer.variants["learned"]).bias
+    if isinstance(layer, QuantizedLayer) and "quantized" in layer.variants:
+        corrected = cast(LayerQuantization, layer.variants["quantized"]).bias
         bias = bias if corrected is None else nn.Parameter(corrected.detach().clone(), requires_grad=False)
     plain: Any = layer
     _strip(plain)
@@ -392,8 +392,8 @@ def quantized_weight(layer: PackedLayer | QuantizedLayer) -> Tensor:
     """The weight that is stored of a layer, float32 where it is quantized."""
     if isinstance(layer, PackedLayer):
         return layer.decode_weight() if len(layer.weights) else layer.weight
-    if "learned" in layer.variants:
-        return layer.quantized_weight(cast(LayerQuantization, layer.variants["learned"]))
+    if "quantized" in layer.variants:
+        return layer.quantized_weight(cast(LayerQuantization, layer.variants["quantized"]))
     return layer.weight
 
 

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from fpq_lightning.formats.numbers import FAMILIES, HARDWARE_FORMATS, Format, IntFormat, parse_formats
-from fpq_lightning.formats.scales import parse_scale_format
+from fpq_lightning.formats.numbers import FAMILIES, FORMATS, Format, IntFormat, parse_formats
+from fpq_lightning.formats.scales import FLOAT32, parse_scale_format
 from fpq_lightning.quantization.quantizer import Granularity
 
 
@@ -31,7 +31,7 @@ class WeightRecipe:
     formats: str | list[str] | None = "fp4"
     granularity: Literal["tensor", "channel", "group"] = "channel"
     group_size: int | None = None
-    scale_format: Literal["float32", "float8_e4m3fn", "float8_e8m0fnu"] = "float32"
+    scale_format: str = FLOAT32
     objective: Literal["output", "tensor", "max"] = "output"
 
 
@@ -192,7 +192,7 @@ class Recipe:
     def softmax_formats(self) -> tuple[Format, ...]:
         """Candidate formats of the softmax output of attention, which is in [0, 1]; empty for full precision."""
         formats = self.attention_formats()
-        if not formats or formats[0].name in HARDWARE_FORMATS:
+        if not formats or formats[0].name in FORMATS:
             return formats
         if isinstance(formats[0], IntFormat):
             return parse_formats(f"u{formats[0]}")

@@ -6,7 +6,7 @@ samples; what the samples are compared with (`energies`) is known to all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -50,7 +50,7 @@ def unit_error(replay: NetworkReplay, mode: Mode, rows: Tensor, targets: Tensor)
 
 
 class UnitObjective(nn.Module):
-    """Loss of the current unit as a function of sample indices and the state of the schedule.
+    """The loss of the current unit as a function of sample indices and the state of the schedule.
 
     ``error / error of nearest rounding + strength * mean(1 - |2h - 1|^beta)``: in units of the error of nearest
     rounding one strength of the regulariser serves all units.
@@ -79,7 +79,7 @@ class UnitObjective(nn.Module):
     def forward(
         self, rows: Tensor, batch: Tensor, beta: Tensor, strength: Tensor, hardness: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What some samples of a batch add to its loss and to its relative error.
+        """What some samples of a batch add to its reconstruction loss and rounding loss; the loss is their sum.
 
         Args:
             rows: those samples, among the ones of this process, int64.
@@ -88,17 +88,16 @@ class UnitObjective(nn.Module):
             strength: weight of the regulariser, 0 during the warm-up, float32 scalar.
             hardness: of the rounding in the forward pass, 0 or 1, float32 scalar.
         """
-        for rounding in self._roundings():
+        roundings = [rounding for q in self.quantizations for rounding in q.roundings]
+        for rounding in roundings:
             rounding.hardness = hardness
         with GradientsLikeOutputs() if rows.is_cuda else nullcontext():
             errors = error_energies(self.replay, rows)
         error = relative_error(errors.sum(0), self.energies[batch].sum(0))
-        return error / self.nearest_error + strength * self._regulariser(beta), error.detach()
+        return error / self.nearest_error, strength * rounding_loss(roundings, beta)
 
-    def _roundings(self) -> list[LearnedRounding]:
-        return [rounding for q in self.quantizations for rounding in q.roundings]
 
-    def _regulariser(self, beta: Tensor) -> Tensor:
-        roundings = self._roundings()
-        total = sum(rounding.v.numel() for rounding in roundings)
-        return torch.stack([r.regulariser(beta) * (r.v.numel() / total) for r in roundings]).sum()
+def rounding_loss(roundings: Sequence[LearnedRounding], beta: Tensor) -> Tensor:
+    """Mean of ``1 - |2h - 1|^beta`` over all variables of a unit (AdaRound, equation 24)."""
+    total = sum(rounding.v.numel() for rounding in roundings)
+    return torch.stack([r.regulariser(beta) * (r.v.numel() / total) for r in roundings]).sum()

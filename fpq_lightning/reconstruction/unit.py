@@ -1,11 +1,11 @@
-"""The life of one unit: search, learning, and the choice between learned and nearest rounding."""
+"""The life of one unit: capture, search, learning, and the choice between learned and nearest rounding."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, cast
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,55 +15,40 @@ from fpq_lightning.calibration.shards import Samples
 from fpq_lightning.graph.chain import parts_of
 from fpq_lightning.graph.tree import output_leaves
 from fpq_lightning.nn.attention import QuantizedAttention, observing
-from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, QuantizedModule, running
+from fpq_lightning.nn.calibrated import LayerQuantization, Mode, QuantizedLayer, QuantizedModule, running
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.reconstruction.backward import Backward
 from fpq_lightning.reconstruction.initialise import collect_layer_inputs, search_attention, search_unit
 from fpq_lightning.reconstruction.objective import UnitObjective, unit_error
+from fpq_lightning.reconstruction.optimizer import GraphedAdam
+from fpq_lightning.reconstruction.out_of_memory import gradients, within_memory
+from fpq_lightning.reconstruction.report import UnitReport
+from fpq_lightning.reconstruction.schedule import schedule
 from fpq_lightning.utils import distributed
 
-
-@dataclass
-class UnitReport:
-    """What became of one unit; errors are relative to the energy of its full-precision output, on held-out samples.
-
-    Attributes:
-        name: of the unit.
-        parameters: of its quantized layers.
-        weight_formats: chosen formats by layer (one for each part of the input channels).
-        activation_formats: likewise; of a module that computes attention those of query, key, value and softmax.
-        error_nearest: with nearest rounding.
-        error_learned: with what was kept.
-        kept: ``learned`` or ``nearest``.
-        iterations: optimisation steps.
-        seconds: spent on the unit in all, over resumed runs.
-    """
-
-    name: str
-    parameters: int
-    weight_formats: dict[str, list[str]] = field(default_factory=dict)
-    activation_formats: dict[str, list[str]] = field(default_factory=dict)
-    error_nearest: float | None = None
-    error_learned: float | None = None
-    kept: str = "nearest"
-    iterations: int = 0
-    seconds: float = 0.0
+T = TypeVar("T")
 
 
-class UnitReconstruction:
-    """Quantizes the unit that a replay has captured.
+def advance(replay: NetworkReplay) -> None:
+    """Carries both paths through the current unit, which is quantized already."""
+    within_memory(replay, replay.capture, alone=True)
+    within_memory(replay, replay.advance, alone=True)
+
+
+class UnitTrainer:
+    """Quantizes the unit that a replay is at, in plain torch.
+
+    The order of calls is `begin`, `train` until the steps are done, `stop_learning`, `harden`, `held_out_error`, `end`.
+    What runs out of memory is done again with less. A unit without layers to quantize is carried along.
 
     Args:
-        replay: at the unit, which has quantized layers.
-        energies: of the replay's `target_energies`, for the samples of this process.
+        replay: at the unit.
         samples: of the calibration set.
         recipe: what to quantize to.
         report: to fill in.
     """
 
-    def __init__(
-        self, replay: NetworkReplay, energies: Tensor, samples: Samples, recipe: Recipe, report: UnitReport
-    ) -> None:
+    def __init__(self, replay: NetworkReplay, samples: Samples, recipe: Recipe, report: UnitReport) -> None:
         self.replay = replay
         self.samples = samples
         self.recipe = recipe
@@ -72,26 +57,45 @@ class UnitReconstruction:
         self.layers = cast(dict[str, QuantizedLayer], self.unit.layers)
         self.attention = cast(dict[str, QuantizedAttention], self.unit.attention)
         self.quantized: dict[str, QuantizedModule] = {**self.layers, **self.attention}
-        placement = samples.shard.placement(torch.arange(samples.n))
-        self.energies = distributed.gather_rows(energies, placement)
         self.backward: Backward | None = None
+        self._clock = time.perf_counter()
+
+    def begin(self, learns: bool, state: dict[str, Tensor] | None = None) -> None:
+        """Captures what the unit sees, chooses formats and clips, and makes the variables to learn.
+
+        Args:
+            learns: whether rounding is learned.
+            state: of `learning_state`, to go on from.
+        """
+        self.capture()
+        if self.layers:
+            self._within_memory(self.initialise)
+        if self.layers and learns:
+            self._within_memory(lambda: self.start_learning(state), alone=True)
+
+    def _within_memory(self, work: Callable[[], T], alone: bool = False) -> T:
+        return within_memory(self.replay, work, alone)
 
     def _variant(self, mode: str) -> list[LayerQuantization]:
         return [cast(LayerQuantization, module.variants[mode]) for module in self.quantized.values()]
 
-    def _error(self, mode: Any) -> float:
-        """Relative error on the held-out samples."""
-        held_out = self.samples.held_out
-        targets = self.energies[held_out.to(self.energies.device)].sum(0)
-        return unit_error(self.replay, mode, self.samples.local(held_out), targets)
+    # --- the start ---------------------------------------------------------------------------------------------
+
+    def capture(self) -> None:
+        """Stores what the unit sees and should give."""
+        self._within_memory(self.replay.capture, alone=True)
+        if self.layers:
+            energies = self._within_memory(self.replay.target_energies, alone=True)
+            placement = self.samples.shard.placement(torch.arange(self.samples.n))
+            self.energies = distributed.gather_rows(energies, placement)
 
     def initialise(self) -> None:
         """Searches formats and clips, unless a checkpoint held them, and starts learning from nearest rounding."""
         if self.report.error_nearest is None:
             self._search()
         for module in self.quantized.values():
-            module.variants["learned"] = cast(LayerQuantization, module.variants["nearest"]).copy()
-            module.set_mode("learned")
+            module.variants["quantized"] = cast(LayerQuantization, module.variants["nearest"]).copy()
+            module.set_mode("quantized")
 
     def _search(self) -> None:
         rows, shard = self.samples.search, self.samples.shard
@@ -110,30 +114,38 @@ class UnitReconstruction:
             if name in self.layers:
                 self.report.weight_formats[name] = [q.format.name for q in nearest.weights]
 
-    # --- learning ----------------------------------------------------------------------------------------------
-
     def start_learning(self, state: dict[str, Tensor] | None) -> None:
-        """Makes the variables of the unit.
+        """Makes the variables of the unit, and what computes their gradients.
 
         Args:
             state: of `learning_state`, to go on from.
         """
         rounding = self.recipe.rounding
         for layer in self.layers.values():
-            quantization = cast(LayerQuantization, layer.variants["learned"])
+            quantization = cast(LayerQuantization, layer.variants["quantized"])
             quantization.start_learning(layer.weight_rows(), rounding.scale_aware)
-            for quantizer in quantization.weights if rounding.learn_weight_scales else []:
-                quantizer.learn_scale()
-        for quantization in self._variant("learned") if rounding.learn_activation_scales else []:
-            for quantizer in quantization.inputs:
-                quantizer.learn_scale()
-        with torch.no_grad():
-            for name, parameter in self.variables() if state is not None else ():
-                parameter.copy_(cast(dict[str, Tensor], state)[name])
+            if rounding.learn_weight_scales:
+                for quantizer in quantization.weights:
+                    quantizer.learn_scale()
+        if rounding.learn_activation_scales:
+            for quantization in self._variant("quantized"):
+                for quantizer in quantization.inputs:
+                    quantizer.learn_scale()
+        if state is not None:
+            with torch.no_grad():
+                for name, parameter in self.variables():
+                    parameter.copy_(state[name])
+        nearest_error = cast(float, self.report.error_nearest)
+        objective = UnitObjective(self.replay, self._variant("quantized"), nearest_error, self.energies)
+        shard = self.samples.shard
+        local_size = len(range(shard.rank, shard.strata, shard.world_size))
+        self.backward = Backward(objective, local_size, self.replay.store.device)
+
+    # --- learning ----------------------------------------------------------------------------------------------
 
     def variables(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What is learned: names end in ``.v`` (rounding) or ``.log_gain`` (scales)."""
-        for name, parameter in nn.ModuleList(self._variant("learned")).named_parameters():
+        for name, parameter in nn.ModuleList(self._variant("quantized")).named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
 
@@ -141,45 +153,111 @@ class UnitReconstruction:
         """The values of the variables, None if nothing is being learned."""
         return None if self.backward is None else {name: p.detach() for name, p in self.variables()}
 
-    def make_backward(self, device: torch.device) -> None:
-        """Prepares the steps of learning."""
-        objective = UnitObjective(
-            self.replay, self._variant("learned"), cast(float, self.report.error_nearest), self.energies
-        )
-        shard = self.samples.shard
-        local_size = len(range(shard.rank, shard.strata, shard.world_size))
-        self.backward = Backward(objective, local_size, device)
+    def adam(self, rounding_rate: float, scale_rate: float) -> torch.optim.Optimizer:
+        """Adam over the rounding variables and scales; on a GPU its steps are replays of a CUDA graph."""
+        rates = {"v": rounding_rate, "log_gain": scale_rate}
+        variables = list(self.variables())
+        groups = [
+            {"params": [p for name, p in variables if name.endswith(f".{kind}")], "lr": rate, "initial_lr": rate}
+            for kind, rate in rates.items()
+        ]
+        groups = [group for group in groups if group["params"]]
+        if self.replay.store.device.type == "cuda":
+            return GraphedAdam(groups, self.replay.is_on_device)
+        return torch.optim.Adam(groups, fused=True)
+
+    def train(
+        self, batches: Tensor, first: int, optimizer: torch.optim.Optimizer, last_step: Callable[..., Any]
+    ) -> Tensor:
+        """Optimisation steps of the objective (`UnitObjective`).
+
+        Args:
+            batches: samples of each step, among all, int64 `[steps, batch_size]`.
+            first: number of the first step.
+            optimizer: of `adam`.
+            last_step: makes the last step in place of ``optimizer.step``.
+
+        Returns:
+            Reconstruction and rounding loss of the last step, float32 `[2]`, in memory that the next step overwrites.
+        """
+        backward = cast(Backward, self.backward)
+        steps = range(first, first + len(batches))
+        local = self.samples.shard.local_batch(batches)
+        backward.plan(local, batches, schedule(steps, self.recipe.rounding))
+
+        def closure() -> Tensor:
+            losses = gradients(self.replay, backward)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * backward.rate
+            return losses
+
+        for _ in steps[:-1]:
+            optimizer.step(closure)  # type: ignore[arg-type]  # a step returns what its closure does
+        return cast(Tensor, last_step(closure))
 
     # --- the end -----------------------------------------------------------------------------------------------
 
-    def harden(self, learned: bool) -> None:
-        """Hardens the variables and keeps the better of learned and nearest rounding.
+    def stop_learning(self) -> None:
+        """Lets go of what computes the gradients."""
+        self.backward = None
 
-        Args:
-            learned: whether anything was.
+    def harden(self) -> None:
+        """Turns the variables into codes and scales.
 
         Raises:
-            RuntimeError: if the processes of the run do not agree on the result.
+            RuntimeError: if the processes of the run do not agree on them.
         """
-        self.backward = None
-        report = self.report
+        if self.replay.store.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the CUDA graph had for itself
         for module in self.quantized.values():
-            cast(LayerQuantization, module.variants["learned"]).finish_learning()
+            cast(LayerQuantization, module.variants["quantized"]).finish_learning()
             module.set_mode("full_precision")
         self._check_agreement()
-        error = self._error("learned")
+
+    def held_out_error(self, mode: Mode) -> float:
+        """Error of the unit's output in a mode, relative to its energy, on the held-out samples of all processes."""
+        return self._within_memory(lambda: self._error(mode))
+
+    def _error(self, mode: Mode) -> float:
+        held_out = self.samples.held_out
+        targets = self.energies[held_out.to(self.energies.device)].sum(0)
+        return unit_error(self.replay, mode, self.samples.local(held_out), targets)
+
+    def end(self, error: float | None, iterations: int) -> None:
+        """Keeps the better of learned and nearest rounding, corrects the bias, and moves both paths on.
+
+        Args:
+            error: of `held_out_error` in mode ``quantized``; None for a unit without layers to quantize.
+            iterations: optimisation steps that were made.
+        """
+        if error is not None:
+            self._keep_better(error, learned=iterations > 0)
+            if self.recipe.correct_biases:
+                self._within_memory(self.correct_bias)
+            self.report.iterations = iterations
+        self._within_memory(self.replay.advance, alone=True)
+        self.lap()
+
+    def lap(self) -> None:
+        """Adds the time since the last call, or since the start, to the report."""
+        now = time.perf_counter()
+        self.report.seconds += now - self._clock
+        self._clock = now
+
+    def _keep_better(self, error: float, learned: bool) -> None:
+        report = self.report
         if error <= cast(float, report.error_nearest):
-            report.kept, report.error_learned = "learned" if learned else "nearest", error
+            report.kept, report.error_quantized = "learned" if learned else "nearest", error
             return
-        report.kept, report.error_learned = "nearest", report.error_nearest
+        report.kept, report.error_quantized = "nearest", report.error_nearest
         for module in self.quantized.values():
-            module.variants["learned"] = cast(LayerQuantization, module.variants["nearest"]).copy()
+            module.variants["quantized"] = cast(LayerQuantization, module.variants["nearest"]).copy()
 
     def _check_agreement(self) -> None:
         if distributed.world_size() == 1:
             return
         digest = hashlib.blake2b(digest_size=16)
-        for quantization in self._variant("learned"):
+        for quantization in self._variant("quantized"):
             scales = [cast(Tensor, q.scale) for q in [*quantization.weights, *quantization.inputs]]
             for tensor in [*(quantization.codes or []), *(s for s in scales if s is not None)]:
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -199,7 +277,7 @@ class UnitReconstruction:
             return
         total = torch.zeros(len(layer.weight) + 1, dtype=torch.float64, device=layer.weight.device)
         fits, n_outputs = True, len(parts_of(self.unit.module))
-        with torch.no_grad(), running(self.unit.module, "learned"):
+        with torch.no_grad(), running(self.unit.module, "quantized"):
             for r in self.samples.local(self.samples.train).split(replay.micro_batch):
                 outputs, targets = output_leaves(replay.call(replay.inputs(r))), replay.targets(r)
                 if len(outputs) != n_outputs or outputs[-1].shape[layer.channel_dim] != len(layer.weight):
@@ -214,14 +292,14 @@ class UnitReconstruction:
         if not fits:
             return
         distributed.sum_over_ranks(total)
-        quantization = cast(LayerQuantization, layer.variants["learned"])
+        quantization = cast(LayerQuantization, layer.variants["quantized"])
         before = quantization.bias
         quantization.set_bias((layer.bias if before is None else before) + (total[:-1] / total[-1]).float())
-        error = corrected = cast(float, self.report.error_learned)
+        error = corrected = cast(float, self.report.error_quantized)
         try:
-            corrected = self._error("learned")
+            corrected = self._error("quantized")
         finally:
             if corrected < error:
-                self.report.error_learned = corrected
+                self.report.error_quantized = corrected
             else:
                 quantization.bias = before

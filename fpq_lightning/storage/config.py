@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
+from fpq_lightning.formats.scales import FLOAT32
 from fpq_lightning.quantization.recipe import ActivationRecipe, Recipe, RoundingRecipe, WeightRecipe
 
 FORMAT_VERSION = 2
@@ -49,7 +50,7 @@ class FPQConfig(QuantizationConfigMixin):
         granularity: Literal["tensor", "channel", "group"] = "channel",
         group_size: int | None = None,
         modules_to_not_convert: str | Sequence[str] = (),
-        scale_format: Literal["float32", "float8_e4m3fn", "float8_e8m0fnu"] = "float32",
+        scale_format: str = FLOAT32,
     ) -> None:
         self.quant_method = QuantizationMethod.FPQ
         self.recipe = Recipe(

@@ -1,6 +1,6 @@
-"""The dequantized form: float32 weights on the low-bit grid, activation formats beside them in ``quantization.json``.
+"""The dequantized form: float32 weights on the low-bit grid, and activation formats in ``quantization.json``.
 
-Plain `DiffusionPipeline.from_pretrained` opens it without this package, then with full-precision activations.
+`DiffusionPipeline.from_pretrained` opens it without this package, with full-precision activations.
 """
 
 from __future__ import annotations
@@ -14,31 +14,39 @@ import torch
 from torch import Tensor, nn
 
 from fpq_lightning.nn.attention import OPERANDS, make_attention_quantized, quantized_attention
-from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, is_quantizable, make_quantized
-from fpq_lightning.nn.packed import PackedLayer
+from fpq_lightning.nn.calibrated import LayerQuantization, is_quantizable, make_quantized
+from fpq_lightning.nn.packed import packed_layers
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 
 FILE = "quantization.json"
 FORMAT_VERSION = 1
 
 
-def describe_layer(layer: QuantizedLayer | PackedLayer) -> dict[str, Any]:
-    """What `quantization.json` says of a layer: parts, weight formats, input quantizers."""
-    found = layer if isinstance(layer, PackedLayer) else cast(LayerQuantization, layer.variants["learned"])
-    return {
-        "splits": list(layer.splits),
-        "weights": [weight.format.name for weight in found.weights],
-        "inputs": [_describe(q) for q in found.inputs],
-    }
+def describe(denoiser: nn.Module, details: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of ``quantization.json``.
 
+    Args:
+        denoiser: its quantized layers are packed.
+        details: where it comes from.
 
-def describe_attention(model: nn.Module) -> dict[str, Any]:
-    """What `quantization.json` says of each module whose attention is quantized: its operands' quantizers."""
-    return {
-        name: [_describe(q) for q in cast(LayerQuantization, module.variants["learned"]).inputs]
-        for name, module in quantized_attention(model).items()
-        if "learned" in module.variants
+    Returns:
+        For each layer its parts, weight formats and input quantizers; for attention the quantizers of its operands.
+    """
+    layers = {
+        name: {
+            "splits": list(layer.splits),
+            "weights": [weight.format.name for weight in layer.weights],
+            "inputs": [_describe(q) for q in layer.inputs],
+        }
+        for name, layer in packed_layers(denoiser).items()
     }
+    attention = {
+        name: [_describe(q) for q in cast(LayerQuantization, module.variants["quantized"]).inputs]
+        for name, module in quantized_attention(denoiser).items()
+        if "quantized" in module.variants
+    }
+    described = {"format_version": FORMAT_VERSION, **details, "layers": layers}
+    return {**described, "attention": attention} if attention else described
 
 
 def _describe(quantizer: Quantizer) -> dict[str, Any]:
@@ -65,7 +73,7 @@ def read_description(directory: Path) -> dict[str, Any]:
 
 
 def apply_inputs(denoiser: nn.Module, description: Mapping[str, Any]) -> None:
-    """Puts the activation formats in force in a denoiser whose weights are on the grid already.
+    """Makes a denoiser, whose weights lie on the grid already, quantize its activations.
 
     Raises:
         ValueError: if the description does not fit the model.
@@ -93,8 +101,8 @@ def _apply_inputs(layer: nn.Module, entry: Mapping[str, Any]) -> None:
     inputs = _read_quantizers(entry["inputs"])
     if len(inputs) not in (0, len(quantized.splits)):
         raise ValueError(f"{len(inputs)} input quantizers for {len(quantized.splits)} parts of the input")
-    quantized.variants["learned"] = LayerQuantization(inputs=inputs)
-    quantized.set_mode("learned")
+    quantized.variants["quantized"] = LayerQuantization(inputs=inputs)
+    quantized.set_mode("quantized")
 
 
 def _apply_operands(module: nn.Module, name: str, entry: list[dict[str, Any]]) -> None:
@@ -102,12 +110,12 @@ def _apply_operands(module: nn.Module, name: str, entry: list[dict[str, Any]]) -
     if not operands or len(operands) % len(OPERANDS):
         raise ValueError(f"{len(operands)} quantizers for the attention of {name}, expected {len(OPERANDS)} a call")
     quantized = make_attention_quantized(module, name, len(operands) // len(OPERANDS))
-    quantized.variants["learned"] = LayerQuantization(inputs=operands)
-    quantized.set_mode("learned")
+    quantized.variants["quantized"] = LayerQuantization(inputs=operands)
+    quantized.set_mode("quantized")
 
 
 def _read_quantizers(entries: list[dict[str, Any]]) -> list[Quantizer]:
-    """The inverse of `_describe` for each entry."""
+    """Quantizers from what `_describe` gave of each."""
     return [
         Quantizer.from_state({k: _tensor(v) if k in ("scale", "offset") else v for k, v in entry.items()})
         for entry in entries

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from fpq_lightning.formats.scales import FLOAT32, ScaleFormat, parse_scale_forma
 from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 from fpq_lightning.storage.dequantized import FILE
-from fpq_lightning.storage.pipeline import Form, is_quantized, load_quantized, read_description, save_quantized
+from fpq_lightning.storage.exports.registry import EXPORTS
+from fpq_lightning.storage.pipeline import is_quantized, load_quantized, read_description, save_quantized
 
 
 def export(directory: str | Path, output: str | Path, form: str) -> None:
@@ -25,14 +26,13 @@ def export(directory: str | Path, output: str | Path, form: str) -> None:
     Args:
         directory: of the pipeline, packed or dequantized.
         output: a new directory.
-        form: ``fpq``, ``dequantized``, ``modelopt``, ``nvfp4`` or ``mxfp4``.
+        form: the name of an export.
 
     Raises:
         FileNotFoundError: if there is no quantized pipeline.
-        ValueError: if its files are damaged, no layer fits the form, or `output` holds something.
+        ValueError: if there is no such export, the files are damaged, no layer fits, or `output` is not empty.
     """
-    if form not in get_args(Form):
-        raise ValueError(f"there is no form {form!r}: use {' or '.join(get_args(Form))}")
+    needs_codes = EXPORTS[form].needs_codes
     target = Path(os.path.realpath(Path(output).expanduser()))
     if not is_quantized(directory):
         raise FileNotFoundError(f"there is no quantized pipeline at {directory}: give the quantized/ of a run")
@@ -41,24 +41,24 @@ def export(directory: str | Path, output: str | Path, form: str) -> None:
     description = read_description(directory)
     pipeline = load_quantized(directory)
     denoiser = getattr(pipeline, denoiser_name(pipeline))
-    if form != "dequantized" and "quant_method" not in description:
+    if needs_codes and "quant_method" not in description:
         find_codes(denoiser, description)
     details = {
         k: v for k, v in description.items() if k not in ("quant_method", "format_version", "layers", "attention")
     }
-    save_quantized(pipeline, target, details, cast(Form, form))
+    save_quantized(pipeline, target, details, form)
 
 
 @torch.no_grad()
 def find_codes(denoiser: nn.Module, description: Mapping[str, Any]) -> None:
-    """Gives layers whose weights are on the grid already the codes and scales that they were decoded from.
+    """Finds the codes and scales from which the weights of a dequantized model were decoded.
 
     Args:
-        denoiser: of a pipeline in the dequantized form.
-        description: what that says of itself.
+        denoiser: of a pipeline in the dequantized form; its layers get codes and scales.
+        description: the contents of its ``quantization.json``.
 
     Raises:
-        ValueError: if it does not say the granularity, or a weight is on no such grid.
+        ValueError: if the description lacks the granularity, or a weight does not lie on its grid.
     """
     try:
         recipe = description["recipe"]["weights"]
@@ -78,7 +78,7 @@ def find_codes(denoiser: nn.Module, description: Mapping[str, Any]) -> None:
         layer = cast(QuantizedLayer, denoiser.get_submodule(name))
         layer.granularity = granularity.fitting(layer.weight_parts())
         scale_format = parse_scale_format(layer.granularity.scale_format)
-        quantization = cast(LayerQuantization, layer.variants["learned"])
+        quantization = cast(LayerQuantization, layer.variants["quantized"])
         quantizers, codes = [], []
         for rows, fmt in zip(layer.weight_rows(), chosen, strict=True):
             scale = find_scale(rows, fmt, scale_format)
@@ -88,14 +88,14 @@ def find_codes(denoiser: nn.Module, description: Mapping[str, Any]) -> None:
             codes.append(quantizers[-1].encode(rows))
         found = LayerQuantization(quantizers, quantization.inputs)
         found.codes = codes
-        layer.variants["learned"] = found
+        layer.variants["quantized"] = found
 
 
 def find_scale(rows: Tensor, fmt: Format, scale_format: ScaleFormat | None = None) -> Tensor | None:
-    """Scales that rows of values were decoded with.
+    """Finds the scales with which rows of values were decoded.
 
     The largest magnitude of a row is a value of the format times the scale, rounded to float32. So the scale is that
-    magnitude over one of the values, or a float32 number beside it.
+    magnitude over one of the values, or a float32 number next to it.
 
     Args:
         rows: float32 `[n_rows, n]`, each row values of the format times one scale.
@@ -108,6 +108,8 @@ def find_scale(rows: Tensor, fmt: Format, scale_format: ScaleFormat | None = Non
     scale = torch.ones(len(rows), 1, device=rows.device)
     holds = (rows != 0).any(1)
     left = holds.clone()  # a row of zeros has any scale
+    # Up to a power of two, the factor that all scales of a tensor may share.
+    fractions = None if scale_format is None else torch.frexp(scale_format.values.to(rows.device))[0].unique()
     for value in fmt.grid.abs().unique().flip(0)[:-1]:
         for steps in (0, 1, -1, 2, -2):
             index = left.nonzero()[:, 0]
@@ -116,12 +118,12 @@ def find_scale(rows: Tensor, fmt: Format, scale_format: ScaleFormat | None = Non
             trial = (trial.view(torch.int32) + steps).view(torch.float32)
             quantizer = Quantizer(fmt, trial)
             fits = (quantizer.decode(quantizer.encode(some)).view(torch.int32) == some.view(torch.int32)).all(1)
-            if scale_format is not None:
-                fits &= scale_format.has_mantissa(trial)[:, 0]
+            if fractions is not None:
+                fits &= torch.isin(torch.frexp(trial[:, 0])[0], fractions)
             scale[index[fits]] = trial[fits]
             left[index[fits]] = False
             if not left.any():
-                if scale_format is not None and holds.any():
+                if fractions is not None and holds.any():
                     scale[~holds] = scale[holds].amin()
                 return scale
     return None

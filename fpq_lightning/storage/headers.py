@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-_LONGEST = 100_000_000  # bytes of a header, as safetensors has it
+_LONGEST = 100_000_000  # bytes of a header, the limit of safetensors
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
@@ -23,10 +23,10 @@ class StoredTensor:
 
 
 def read_header(file: str | Path) -> dict[str, StoredTensor]:
-    """What a safetensors file holds.
+    """Reads the types and shapes of the tensors in a safetensors file, by name.
 
     Raises:
-        ValueError: if it is no safetensors file, or its tensors do not have the bytes of their shapes.
+        ValueError: if it is not a safetensors file, or a tensor takes other bytes than its shape needs.
     """
     size = Path(file).stat().st_size
     with Path(file).open("rb") as handle:

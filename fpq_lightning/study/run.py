@@ -27,7 +27,7 @@ from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.utils.files import differences, shorten, write_json
 from fpq_lightning.utils.provenance import device_name, fingerprint, versions
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _QUANTIZED = ("nearest", "learned")
 
@@ -128,7 +128,7 @@ class Study:
         }
         write_json(self.file(name, variant), row)
         shown = {k: round(v, 3) for k, v in values["metrics"].items() if isinstance(v, float)}
-        _log.info(f"{name} ({variant}): {shown}")
+        logger.info("%s (%s): %s", name, variant, shown)
 
     def _compare(self, images: torch.Tensor, seeds: range, reference: torch.Tensor, same_seeds: bool) -> dict[str, Any]:
         metrics = self.config.evaluation.metrics(self.device)
@@ -160,7 +160,7 @@ class Study:
             "samples": data.n_samples,
             "calibration_seconds": seconds,
         }
-        modes: dict[str, Mode] = {"nearest": "nearest", "learned": "learned"}
+        modes: dict[str, Mode] = {"nearest": "nearest", "learned": "quantized"}
         for variant in variants:
             images = self._images(pipeline, modes[variant], seeds)
             values = {**shared, "metrics": self._compare(images, seeds, reference, same_seeds=True)}

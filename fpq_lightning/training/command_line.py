@@ -11,24 +11,23 @@ import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from fpq_lightning import api
 from fpq_lightning.diffusion.pipelines import SamplerConfig, load_pipeline
 from fpq_lightning.evaluation.evaluate import EvaluationConfig
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.storage.pipeline import is_quantized
-from fpq_lightning.training.callbacks import CalibrationProgress, ImageProgress, QualityReport
+from fpq_lightning.training.callbacks.image_progress import ImageProgress
+from fpq_lightning.training.callbacks.quality_report import QualityReport
 from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.training.generation import ImageGeneration, SeedDataModule, WriteImages
-from fpq_lightning.training.module import BlockReconstruction
-from fpq_lightning.training.run_directory import RunDirectory, RunState
+from fpq_lightning.training.run import TRAINER_DEFAULTS, Run, RunFinishedError, check_images, prepare_run
+from fpq_lightning.training.run_directory import RunDirectory
 from fpq_lightning.training.summary import run_summary
 from fpq_lightning.utils.options import OptionParser, option_help
 from fpq_lightning.utils.tracebacks import RunError
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _DESCRIPTIONS = {
     "fit": "Quantizes a diffusion model. Example: fpq fit --config fp4_fp8 --model PATH_OR_HUB_ID",
@@ -56,7 +55,7 @@ class _SaveConfig(SaveConfigCallback):
 class FPQCommandLine(LightningCLI):
     """LightningCLI whose ``--model`` is a diffusers pipeline."""
 
-    run: RunDirectory
+    run: Run
     finished: tuple[RunDirectory, int] | None = None  # a run, and the parameters of its denoiser
 
     @staticmethod
@@ -119,7 +118,7 @@ class FPQCommandLine(LightningCLI):
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
-        """Leaves checkpoints to `api.fit`, which says what is wrong with one; they hold no options."""
+        """Leaves checkpoints to `Run.fit`, which says what is wrong with one; they hold no options."""
 
     # --- module, datamodule and trainer ------------------------------------------------------------------------
 
@@ -133,36 +132,34 @@ class FPQCommandLine(LightningCLI):
         callbacks: list[pl.Callback] = prepare[cast(str, self.subcommand)](options)
         trainer = dict(options.trainer)
         trainer["callbacks"] = [*(trainer.get("callbacks") or []), *callbacks]
+        if self.subcommand == "fit":
+            self.trainer = self.run.trainer(cast("type[pl.Trainer]", self.trainer_class), **trainer)
+            return
         if trainer["logger"] is None:
-            fits = self.subcommand == "fit"
-            trainer["logger"] = TensorBoardLogger(self.run.path, name="", version="logs") if fits else False
+            trainer["logger"] = False
         self.trainer = self.trainer_class(**trainer)
         if self.subcommand == "test":
-            api.check_images(options.evaluation.n_images, self.trainer.world_size, "--evaluation.n_images")
+            check_images(options.evaluation.n_images, self.trainer.world_size, "--evaluation.n_images")
         if self.subcommand == "predict":
-            api.check_images(options.n_images, self.trainer.world_size, "--n_images")
+            check_images(options.n_images, self.trainer.world_size, "--n_images")
 
     def _prepare_fit(self, options: Namespace) -> list[pl.Callback]:
         if is_quantized(options.model):
             raise ValueError(f"{options.model} is quantized already: give the full-precision model")
         pipeline = load_pipeline(options.model, _DTYPES[options.torch_dtype])
-        self.datamodule = options.data
         run_dir = options.run_dir or default_run_dir(options.model, options.recipe)
         options.run_dir = self.config[self.subcommand].run_dir = run_dir
-        self.run = api.open_run(run_dir, pipeline, options.model, options.recipe, options.data, options.sampler)
-        state = self.run.state()
-        if state is RunState.FINISHED:
-            _log.info(f"{self.run.path} is finished: see {self.run.path / 'report.md'}. To run it again, delete it.")
-            raise SystemExit(0)
-        if state is RunState.UNFINISHED and options.ckpt_path is None:
-            raise ValueError(f"{self.run.path} holds this run, unfinished: add --ckpt_path last to go on with it")
-        self.model = BlockReconstruction(pipeline, options.recipe, options.offload)
-        save = _SaveConfig(self._parser(self.subcommand), self.config[self.subcommand], save_to_log_dir=False)
-        callbacks = api.run_callbacks(
-            self.run, options.model, options.evaluation, options.sampler, options.checkpoint_steps
-        )
-        progress = [CalibrationProgress()] if _shows_progress(options) else []
-        return [save, *progress, *callbacks]  # the bar of the calibration ends before the next one begins
+        try:
+            self.run = prepare_run(
+                pipeline, options.model, options.recipe, options.data, options.sampler, options.evaluation, run_dir,
+                resume=options.ckpt_path is not None, offload=options.offload,
+                checkpoint_steps=options.checkpoint_steps,
+            )  # fmt: skip
+        except RunFinishedError:
+            logger.info("%s is finished: see %s. To run it again, delete it.", run_dir, Path(run_dir) / "report.md")
+            raise SystemExit(0) from None
+        self.model, self.datamodule = self.run.module, self.run.data
+        return [_SaveConfig(self._parser(self.subcommand), self.config[self.subcommand], save_to_log_dir=False)]
 
     def _prepare_test(self, options: Namespace) -> list[pl.Callback]:
         if not options.evaluation.n_images:
@@ -190,21 +187,17 @@ class FPQCommandLine(LightningCLI):
 
     def fit(self, **options: Any) -> None:
         """Runs the calibration in its run directory."""
+        directory = self.run.directory
         try:
-            self._fit()
+            self.run.log_estimate(self.trainer)
+            if self.config_init[self.subcommand].dry_run:
+                return
+            parameters = sum(p.numel() for p in self.run.module.denoiser.parameters())
+            self.run.fit(self.trainer, self.config_init[self.subcommand].ckpt_path)
         except Exception as error:
-            raise RunError(self.run.path if self.run.is_begun else None) from error
-
-    def _fit(self) -> None:
-        chosen = self.config_init[self.subcommand]
-        api.check_processes(self.trainer, chosen.recipe, self.datamodule, chosen.evaluation)
-        api.print_estimate(self.trainer, self.model, self.datamodule, chosen.sampler, chosen.evaluation)
-        if chosen.dry_run:
-            return
-        parameters = sum(p.numel() for p in self.model.denoiser.parameters())
-        api.fit(self.trainer, self.model, self.datamodule, self.run, chosen.sampler, chosen.ckpt_path)
+            raise RunError(directory.path if directory.is_begun else None) from error
         if self.trainer.is_global_zero:
-            self.finished = (self.run, parameters)
+            self.finished = (directory, parameters)
 
 
 def run_command(arguments: list[str]) -> None:
@@ -219,7 +212,7 @@ def run_command(arguments: list[str]) -> None:
     """
     try:
         command = FPQCommandLine(
-            trainer_defaults=api.TRAINER_DEFAULTS,
+            trainer_defaults=TRAINER_DEFAULTS,
             args=arguments,
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -234,7 +227,8 @@ def run_command(arguments: list[str]) -> None:
     del command  # the model that was quantized makes room for the quantized one
     gc.collect()
     if finished:
-        _log.info("\n".join(run_summary(*finished)))
+        for line in run_summary(*finished):
+            logger.info(line)
 
 
 def _shows_progress(options: Namespace) -> bool:

@@ -25,6 +25,8 @@ from fpq_lightning.calibration.trajectories import (
     save_calibration_set,
 )
 from fpq_lightning.diffusion.pipelines import SamplerConfig, warn_of_long_prompts
+from fpq_lightning.training.placement import Placement
+from fpq_lightning.training.plan import Plan
 from fpq_lightning.utils import distributed
 from fpq_lightning.utils.files import differences, shorten
 
@@ -79,6 +81,23 @@ class UnitBatches:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on from there."""
         self._next = state["next"]
+
+
+class HeldOutBatch:
+    """A loader of one batch, so that every process validates, even one that holds none of the samples.
+
+    Args:
+        rows: indices of samples among those of this process, int64.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield self.rows
 
 
 class CalibrationDataModule(pl.LightningDataModule):
@@ -147,6 +166,9 @@ class CalibrationDataModule(pl.LightningDataModule):
         self.store_dtype = store_dtype
         self.store_directory = store_directory
         self.sampler = SamplerConfig()
+        self.placement: Placement
+        self.plan = Plan()
+        self._batch_size = 1
         self._set: CalibrationSet | None = None
         self.made_from: dict[str, Any] | None = None
         self.sampling_seconds = 0.0
@@ -164,6 +186,16 @@ class CalibrationDataModule(pl.LightningDataModule):
             "n_search",
         )
         return {name: getattr(self, name) for name in (*names, "store_dtype")}
+
+    def attach(self, placement: Placement, batch_size: int, plan: Plan) -> None:
+        """Takes what the set is sampled with, and what is to be served.
+
+        Args:
+            placement: of the pipeline.
+            batch_size: samples of one optimisation step, over all processes.
+            plan: of the calibration.
+        """
+        self.placement, self._batch_size, self.plan = placement, batch_size, plan
 
     # --- Lightning ---------------------------------------------------------------------------------------------
 
@@ -193,33 +225,35 @@ class CalibrationDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> UnitBatches:
         """Batches of the unit in work."""
-        module = cast(Any, self.trainer).lightning_module
-        return UnitBatches(self.seed, module.position, self.n_train, self.batch_size, module.iterations)
+        return UnitBatches(self.seed, self.plan.unit, self.n_train, self.batch_size, self.plan.unit_steps)
+
+    def val_dataloader(self) -> HeldOutBatch:
+        """The held-out samples of this process."""
+        samples = self.samples()
+        return HeldOutBatch(samples.local(samples.held_out))
 
     # --- the set -----------------------------------------------------------------------------------------------
 
     def make_set(self) -> CalibrationSet:
-        """Samples or noises the calibration set with the trainer's pipeline."""
-        trainer = cast(Any, self.trainer)
-        module = trainer.lightning_module
-        module.place(trainer.strategy.root_device)
-        pipeline = module.pipeline
-        if self.source == "trajectories":
-            hidden = distributed.rank() > 0
+        """Samples or noises the calibration set."""
+        pipeline = self.placement.pipeline
+        self.placement.to(cast(Any, self.trainer).strategy.root_device)
+        if self.source != "trajectories":
+            return noise_real_images(pipeline, self.source, self.image_column, self.n_samples, self.seed)
+        hidden = distributed.rank() > 0
+        if not hidden:
             trajectories = -(-self.n_samples // self.sampler.steps)
-            if not hidden:
-                prompts = self.sampler.prompts_of(range(self.seed, self.seed + trajectories))
-                warn_of_long_prompts(pipeline, prompts or ())
-            with tqdm(desc="sampling calibration set", unit="trajectory", dynamic_ncols=True, disable=hidden) as bar:
+            prompts = self.sampler.prompts_of(range(self.seed, self.seed + trajectories))
+            warn_of_long_prompts(pipeline, prompts or ())
+        with tqdm(desc="sampling calibration set", unit="trajectory", dynamic_ncols=True, disable=hidden) as bar:
 
-                def show(done: int, total: int) -> None:
-                    bar.total = total
-                    bar.update(done - bar.n)
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
 
-                return sample_trajectories(
-                    pipeline, self.sampler, self.n_samples, self.seed, self.timesteps, self.weighting, show
-                )
-        return noise_real_images(pipeline, self.source, self.image_column, self.n_samples, self.seed)
+            return sample_trajectories(
+                pipeline, self.sampler, self.n_samples, self.seed, self.timesteps, self.weighting, show
+            )
 
     @property
     def set(self) -> CalibrationSet:
@@ -244,7 +278,7 @@ class CalibrationDataModule(pl.LightningDataModule):
     @property
     def batch_size(self) -> int:
         """Samples of one optimisation step, over all processes."""
-        return min(cast(Any, self.trainer).lightning_module.recipe.rounding.batch_size, self.n_train)
+        return min(self._batch_size, self.n_train)
 
     @property
     def shard(self) -> Shard:

@@ -29,7 +29,7 @@ from fpq_lightning.storage.pipeline import is_quantized, load_quantized, read_de
 from fpq_lightning.utils import distributed
 from fpq_lightning.utils.provenance import fingerprint
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class SeedDataModule(pl.LightningDataModule):
@@ -118,7 +118,7 @@ class ImageGeneration(pl.LightningModule):
         for name, pipeline in ((name, p) for name, p in variants.items() if p is not None):
             modules = {k: v for k, v in pipeline.components.items() if isinstance(v, nn.Module)}
             weights = fingerprint({key: hash_weights(module) for key, module in modules.items()})
-            quantization = hash_quantization(modules[denoiser_name(pipeline)], "learned")
+            quantization = hash_quantization(modules[denoiser_name(pipeline)], "quantized")
             found[name] = image_settings(weights, self.sampler, quantization)
         return found
 
@@ -180,4 +180,4 @@ class WriteImages(pl.Callback):
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Says where they are."""
         if trainer.is_global_zero:
-            _log.info(f"wrote images to {self.output}")
+            logger.info("wrote images to %s", self.output)

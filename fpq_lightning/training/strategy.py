@@ -22,6 +22,19 @@ from fpq_lightning.training.watchdog import Watchdog
 _STOPPED = (130, 143)  # by a signal, on which all processes stop together
 
 
+class _Launcher(_SubprocessScriptLauncher):
+    """Lightning's launcher, whose observer of the processes it started kills this one without a word."""
+
+    def launch(self, function: Callable, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        """Starts the other processes of this machine and calls the function."""
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+            threading.Thread(target=_watch_children, args=(self.procs,), daemon=True).start()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        return function(*args, **kwargs)
+
+
 class CalibrationStrategy(DDPStrategy):
     """DDP for variables that change with every unit.
 
@@ -40,18 +53,11 @@ class CalibrationStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """Leaves the module unwrapped."""
 
-
-class _Launcher(_SubprocessScriptLauncher):
-    """Lightning's launcher, whose observer of the processes it started kills this one without a word."""
-
-    def launch(self, function: Callable, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
-        """Starts the other processes of this machine and calls the function."""
-        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        if not self.cluster_environment.creates_processes_externally:
-            self._call_children_scripts()
-            threading.Thread(target=_watch_children, args=(self.procs,), daemon=True).start()
-        _set_num_threads_if_needed(num_processes=self.num_processes)
-        return function(*args, **kwargs)
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        assert self.cluster_environment is not None
+        if isinstance(self._launcher, _SubprocessScriptLauncher):
+            self._launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
 
 
 def _watch_children(processes: Sequence[subprocess.Popen]) -> None:
@@ -71,21 +77,24 @@ def _watch_children(processes: Sequence[subprocess.Popen]) -> None:
                 os._exit(1)
 
 
-def prepare_strategy(trainer: pl.Trainer) -> None:
-    """Gives the trainer a strategy that fits.
+def calibration_trainer(trainer_class: type[pl.Trainer], **options: Any) -> pl.Trainer:
+    """A trainer whose strategy fits: `CalibrationStrategy` where Lightning would take DDP.
+
+    Args:
+        trainer_class: of the trainer.
+        options: of the trainer.
 
     Raises:
-        ValueError: if the trainer's is for several devices and not ``ddp``.
+        ValueError: if its strategy is for several devices and not ``ddp``.
     """
-    strategy: Any = trainer.strategy
+    trainer = trainer_class(**options)
+    strategy = trainer.strategy
     if type(strategy) is DDPStrategy and strategy._start_method == "popen":
-        strategy.__class__ = CalibrationStrategy
-        if strategy.launcher is not None:
-            strategy.launcher.__class__ = _Launcher
-    elif (trainer.world_size > 1 or isinstance(strategy, DDPStrategy)) and not isinstance(
-        strategy, CalibrationStrategy
-    ):
+        return trainer_class(**{**options, "strategy": CalibrationStrategy()})
+    several = trainer.world_size > 1 or isinstance(strategy, DDPStrategy)
+    if several and not isinstance(strategy, CalibrationStrategy):
         raise ValueError(f"trainer.strategy {type(strategy).__name__} is not supported: use ddp for several devices")
+    return trainer
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def _quality(variants: dict[str, dict[str, Any]]) -> str:
         values = variants[variant]
         return ", ".join(text.format(values[key]) for key, text in _QUALITY if values.get(key) is not None)
 
-    return f"{measured('learned')} (nearest rounding: {measured('nearest')})" if "learned" in variants else ""
+    return f"{measured('quantized')} (nearest rounding: {measured('nearest')})" if "quantized" in variants else ""
 
 
 def _low_bit_operations(run: RunDirectory) -> str:

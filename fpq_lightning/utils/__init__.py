@@ -1,1 +1,1 @@
-"""Files, processes, memory and resources: what every room may use."""
+"""Files, processes, memory, resources and registries: tools for every room."""

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other; without a process group every function is that of a single one."""
+"""Communication between the processes of a run; without a process group there is one process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rank() -> int:
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Adds up a tensor over all processes, in place; every process gets the same bits."""
+    """Sums a tensor over all processes, in place; every process gets the same bits."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -52,11 +52,11 @@ def barrier() -> None:
 
 
 def gather_rows(values: Tensor, owned: Sequence[Tensor]) -> Tensor:
-    """Puts rows together that lie on different processes.
+    """Gathers rows from all processes.
 
     Args:
-        values: this process's rows, `[m, ...]`.
-        owned: for each rank, where its rows go, int64 `[m_rank]`; together each row once.
+        values: the rows of this process, `[m, ...]`.
+        owned: for each rank, the places of its rows, int64 `[m_rank]`; each place once.
 
     Returns:
         All rows, `[sum of m_rank, ...]`, on every process.

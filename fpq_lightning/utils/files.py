@@ -1,4 +1,4 @@
-"""Writing whole or not at all."""
+"""Files that are written whole or not at all, and small tools for what they hold."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
 
 def sync_file(file: Path) -> None:
-    """Makes sure that a file's contents are on the disk."""
+    """Waits until a file is on the disk."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
 
@@ -69,11 +69,11 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 
 def shorten(differences: list[str]) -> str:
-    """The first few in one line."""
+    """The first three differences in one line."""
     more = len(differences) - 3
     return "; ".join(differences[:3]) + (f"; and {more} more" if more > 0 else "")
 
 
 def weights_size(directory: Path) -> int:
-    """Bytes of the weight files of a model's directory."""
+    """Bytes of the weight files in a directory of a model."""
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))

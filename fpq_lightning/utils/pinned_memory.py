@@ -1,4 +1,4 @@
-"""Page-locked host memory, which a GPU reads and writes at the full speed of its link."""
+"""Page-locked host memory, which a GPU reads and writes at full speed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-_SHARED_BYTES = 2**25  # up to here an array may share a page with another
+_SHARED_BYTES = 2**25  # smaller arrays may share a page with others
 _works = True
 
 
 def pin(tensor: Tensor) -> bool:
-    """Locks the memory of a large contiguous tensor where it lies; torch's own pinned memory is up to twice the size.
+    """Locks the memory of a large contiguous tensor in place; torch's own pinned memory takes up to twice the size.
 
     Returns:
-        Whether it is locked, so that `unpin` is due before the tensor goes.
+        Whether it is locked. Then call `unpin` before the tensor is freed.
     """
     global _works
     size = tensor.numel() * tensor.element_size()
@@ -24,7 +24,7 @@ def pin(tensor: Tensor) -> bool:
         return False
     if int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), size, 0)) == 0:
         return True
-    with suppress(RuntimeError):  # CUDA would report the error with whatever comes next
+    with suppress(RuntimeError):  # otherwise the next CUDA call would report the error
         torch.zeros(1, device="cuda")
     _works = False
     warnings.warn("host memory cannot be page-locked here: copies from and to the GPU are slower", stacklevel=2)
@@ -32,6 +32,6 @@ def pin(tensor: Tensor) -> bool:
 
 
 def unpin(tensor: Tensor) -> None:
-    """Unlocks what `pin` locked, once no copy from or to it is under way."""
+    """Unlocks what `pin` locked, after all copies from and to it have ended."""
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())

@@ -1,4 +1,4 @@
-"""What is shipped beside the code: configurations and the feature network."""
+"""Files shipped with the code: configurations and the feature network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _ROOTS = (Path(__file__).parents[1], Path(__file__).parents[2])  # of a wheel, o
 
 
 def find_config(name: str) -> str:
-    """A configuration file: a path, or the name of a shipped one such as ``fp4_fp8``.
+    """Finds a configuration file by its path, or a shipped one by a name such as ``fp4_fp8``.
 
     Raises:
         FileNotFoundError: if it is neither.
@@ -27,6 +27,6 @@ def find_config(name: str) -> str:
 
 
 def find_features(name: str) -> str:
-    """A directory of a feature network: as named, or the shipped one."""
+    """Finds the directory of a feature network by its path, or the shipped one by its name."""
     places = [Path(name), *(root / "data" / name for root in _ROOTS if name == FEATURES)]
     return str(next((place for place in places if place.is_dir()), places[0]))

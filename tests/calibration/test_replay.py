@@ -61,8 +61,8 @@ def quantize(unit: Unit) -> None:
         layer = cast(QuantizedLayer, module)
         weights = [Quantizer(E2M1, r.abs().amax(1, keepdim=True) / 6) for r in layer.weight_rows()]
         inputs = [Quantizer(E4M3, None, token_dims=layer.token_dims) for _ in layer.splits]
-        layer.variants["learned"] = LayerQuantization(weights, inputs)
-        layer.set_mode("learned")
+        layer.variants["quantized"] = LayerQuantization(weights, inputs)
+        layer.set_mode("quantized")
 
 
 def look_into(
@@ -145,7 +145,7 @@ def check_against_network(
     for unit in walk(replay):
         full_inputs, targets = look_into(model, unit.module, inputs, n, micro_batch, "full_precision")
         # Units before this one have the variant learned, those from here on run in full precision.
-        quantized = look_into(model, unit.module, inputs, n, micro_batch, "learned")[0]
+        quantized = look_into(model, unit.module, inputs, n, micro_batch, "quantized")[0]
         tensors = [(a, b) for a, b in zip(full_inputs, quantized, strict=True) if isinstance(a, Tensor)]
         parted += max(float((a - b).norm() / a.norm()) for a, b in tensors if a.is_floating_point()) > 3 * TIPPING
         assert_same(replay.targets(rows), targets, ROUNDING)
@@ -487,7 +487,7 @@ def test_dimensions_folded_into_the_samples_stay_with_their_sample() -> None:
     index = torch.tensor([3, 0, 3])
     for unit in walk(replay):
         targets = look_into(model, unit.module, inputs, 5, 5, "full_precision")[1]
-        quantized = look_into(model, unit.module, inputs, 5, 5, "learned")[0]
+        quantized = look_into(model, unit.module, inputs, 5, 5, "quantized")[0]
         fold = (-1, 4) if unit.name == "u1" else (-1, 3, 4)
         for found, expected in ((replay.targets(index), targets), (tree_leaves(replay.inputs(index)), quantized)):
             by_sample = expected[0].reshape(5, 3, 4)

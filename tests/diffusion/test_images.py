@@ -291,16 +291,16 @@ def test_a_quantization_that_differs_in_one_code_has_images_of_its_own() -> None
     layer = make_quantized(nn.Linear(4, 3).requires_grad_(False), Granularity("channel"))
     model = nn.Sequential(layer)
     quantizer = Quantizer(parse_format("e2m1"), torch.ones(3, 1))
-    layer.variants["learned"] = LayerQuantization([quantizer])
-    nearest = hash_quantization(model, "learned")
+    layer.variants["quantized"] = LayerQuantization([quantizer])
+    nearest = hash_quantization(model, "quantized")
     hashes = {nearest}
     for code in (1, 2):
         variant = LayerQuantization([quantizer])
         variant.codes = [torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [0, 0, 0, code]], dtype=torch.uint8)]
-        layer.variants["learned"] = variant
-        hashes.add(hash_quantization(model, "learned"))
-        assert hash_quantization(model, "learned") in hashes
-    layer.variants["learned"] = LayerQuantization([Quantizer(parse_format("e1m2"), torch.ones(3, 1))])
-    hashes.add(hash_quantization(model, "learned"))
+        layer.variants["quantized"] = variant
+        hashes.add(hash_quantization(model, "quantized"))
+        assert hash_quantization(model, "quantized") in hashes
+    layer.variants["quantized"] = LayerQuantization([Quantizer(parse_format("e1m2"), torch.ones(3, 1))])
+    hashes.add(hash_quantization(model, "quantized"))
     assert len(hashes) == 4
     assert hash_quantization(model, "nearest") not in hashes

@@ -39,7 +39,7 @@ def _block(i: int) -> dict[str, Any]:
         "weight_formats": {f"unit.{i}.a": ["e2m1"], f"unit.{i}.b": ["e1m2", "e2m1"]},
         "activation_formats": {f"unit.{i}.a": ["e2m5"]},
         "error_nearest": 1e-2 / (i + 1),
-        "error_learned": 3e-3 / (i + 1),
+        "error_quantized": 3e-3 / (i + 1),
         "kept": "learned",
         "iterations": 10,
         "seconds": 1.0,
@@ -54,7 +54,7 @@ def _report(**changes: Any) -> dict[str, Any]:
         "schema_version": 1,
         "model": "a <b>model</b>",
         "fingerprint": "abc",
-        "variants": {"full_precision": full_precision, "nearest": variant, "learned": learned},
+        "variants": {"full_precision": full_precision, "nearest": variant, "quantized": learned},
         "blocks": [_block(i) for i in range(4)],
         "calibration": {"seconds": 10.0, "peak_memory_bytes": 2**30, "samples": 16, "seeds": [0]},
         "weight_bits": 4.06,
@@ -70,7 +70,7 @@ def _report(**changes: Any) -> dict[str, Any]:
 
 def _samples(n: int = 11, size: int = 8) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(0)
-    names = ("full_precision", "nearest", "learned")
+    names = ("full_precision", "nearest", "quantized")
     return {name: torch.rand(n, 3, size, size, generator=draw) * 2 - 1 for name in names}
 
 
@@ -131,7 +131,7 @@ def _quantized_layers(activations: str | None = "e4m3") -> _TwoLayers:
         quantized = make_quantized(layer, Granularity("tensor"))
         weight = Quantizer(parse_format("e2m1"), torch.tensor([[layer.weight.abs().max() / 6]]))
         inputs = [] if activations is None else [Quantizer(parse_format(activations), torch.tensor(0.01))]
-        quantized.variants["learned"] = LayerQuantization([weight], inputs)
+        quantized.variants["quantized"] = LayerQuantization([weight], inputs)
     return model
 
 
@@ -224,7 +224,7 @@ def test_the_page_does_without_what_is_not_there() -> None:
 
 def test_images_that_are_not_finite_make_a_page_all_the_same() -> None:
     samples = _samples()
-    samples["learned"][2] = torch.nan
+    samples["quantized"][2] = torch.nan
     assert "data:image/png" in render_html(_report(), samples)
 
 

@@ -396,8 +396,8 @@ def test_a_small_model_is_quantized_saved_opened_and_sampled(
     assert len(left) == (name == "HunyuanDiT")
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert {layer for block in report["blocks"] for layer in block["weight_formats"]} == called
-    assert all(block["error_learned"] <= block["error_nearest"] < 0.5 for block in report["blocks"])
-    assert report["variants"]["learned"]["psnr"] > 15
+    assert all(block["error_quantized"] <= block["error_nearest"] < 0.5 for block in report["blocks"])
+    assert report["variants"]["quantized"]["psnr"] > 15
     expected = _samples(quantized)
     assert torch.equal(_samples(fpq.load_quantized(tmp_path / "run" / "quantized")), expected)
     assert expected.std() > 0.01
@@ -426,8 +426,8 @@ def test_a_model_in_bfloat16_is_quantized_and_keeps_its_types(name: str, tmp_pat
     )
     assert {parameter: value.dtype for parameter, value in model.named_parameters() if parameter in types} == types
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert all(0 < block["error_learned"] <= block["error_nearest"] < 0.5 for block in report["blocks"])
-    assert report["variants"]["learned"]["psnr"] > 15
+    assert all(0 < block["error_quantized"] <= block["error_nearest"] < 0.5 for block in report["blocks"])
+    assert report["variants"]["quantized"]["psnr"] > 15
     calibration = load_calibration_set(tmp_path / "run" / "calibration")
     assert {value.dtype for value in calibration.inputs.values()} >= {torch.bfloat16}
     assert sample(quantized, SAMPLER, range(2)).isfinite().all()
@@ -492,7 +492,7 @@ def test_attention_of_a_small_model_is_quantized_saved_opened_and_sampled(
     for n, operands in description.items():
         assert listed[n] == [operand["format"] for operand in operands]
         assert [f.startswith("u") for f in listed[n]] == [False, False, False, True]
-    assert report["variants"]["learned"]["psnr"] > 15
+    assert report["variants"]["quantized"]["psnr"] > 15
     with _FusedCalls() as calls:
         expected = _samples(quantized)
         assert torch.equal(_samples(fpq.load_quantized(tmp_path / "run" / "quantized")), expected)

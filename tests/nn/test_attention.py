@@ -292,8 +292,8 @@ def test_in_a_quantized_mode_no_call_is_fused_and_all_else_is_untouched() -> Non
 
 def test_a_call_more_or_less_than_in_calibration_is_one_line_with_the_name_of_the_module() -> None:
     module = make_attention_quantized(TwoCalls(), "tower.7.mix", 1)
-    module.variants["learned"] = LayerQuantization(inputs=[Quantizer(parse_format("e4m3"), torch.tensor(1.0))] * 4)
-    with running(module, "learned"), pytest.raises(ValueError, match=r"tower\.7\.mix: .* 2 times, 1 in") as error:
+    module.variants["quantized"] = LayerQuantization(inputs=[Quantizer(parse_format("e4m3"), torch.tensor(1.0))] * 4)
+    with running(module, "quantized"), pytest.raises(ValueError, match=r"tower\.7\.mix: .* 2 times, 1 in") as error:
         module(*_inputs().values())
     assert "\n" not in str(error.value)
 
@@ -523,8 +523,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     on, last = "--recipe.attention.formats=fp8", "--ckpt_path=last"
     commands = [
         scenario(root / "1", fit("whole", on)),
-        scenario(root / "2", fit("killed", on), ("module", "_step", 5 * 20 + 16)),
-        scenario(root / "3", fit("killed", on, last), ("module", "_step", 3 * 20 + 4)),
+        scenario(root / "2", fit("killed", on), ("steps", "gradients", 5 * 20 + 16)),
+        scenario(root / "3", fit("killed", on, last), ("steps", "gradients", 3 * 20 + 4)),
         scenario(root / "4", fit("killed", on, last)),
         scenario(root / "5", fit("off")),
     ]
@@ -549,12 +549,12 @@ def test_the_report_lists_the_formats_of_attention_and_learning_moves_their_scal
     assert ATTENTION not in block["weight_formats"]
     assert block["kept"] == "learned"
     state = torch.load(runs["whole"] / "checkpoints" / "last.ckpt", weights_only=True)["fpq"]["layers"][ATTENTION]
-    pairs = zip(state["nearest"]["inputs"], state["learned"]["inputs"], strict=True)
+    pairs = zip(state["nearest"]["inputs"], state["quantized"]["inputs"], strict=True)
     assert all(before["scale"] != after["scale"] for before, after in pairs)
     listed = read_description(runs["whole"] / "quantized")["attention"]
-    assert [q["format"] for q in listed[ATTENTION]] == [q["format"] for q in state["learned"]["inputs"]]
+    assert [q["format"] for q in listed[ATTENTION]] == [q["format"] for q in state["quantized"]["inputs"]]
     stored = load_file(runs["whole"] / "quantized" / "unet" / "diffusion_pytorch_model.safetensors")
-    for k, q in enumerate(state["learned"]["inputs"]):
+    for k, q in enumerate(state["quantized"]["inputs"]):
         assert stored[f"{ATTENTION}.variants.learned.inputs.{k}.scale"] == q["scale"]
 
 

@@ -72,7 +72,7 @@ def make_ready(
     plain = copy.deepcopy(layer)
     quantized = make_quantized(layer, granularity or Granularity())
     quantized.variants["nearest"] = quantization_of(quantized, x)
-    quantized.variants["learned"] = cast(LayerQuantization, quantized.variants["nearest"]).copy()
+    quantized.variants["quantized"] = cast(LayerQuantization, quantized.variants["nearest"]).copy()
     return plain, quantized, x
 
 
@@ -184,11 +184,11 @@ def test_dynamic_input_scales_are_of_each_token_or_image(kind: str) -> None:
 def test_bias_of_the_quantization_replaces_that_of_the_layer() -> None:
     plain, quantized, x = make_ready("conv2d")
     bias = torch.arange(4.0)
-    learned = cast(LayerQuantization, quantized.variants["learned"])
+    learned = cast(LayerQuantization, quantized.variants["quantized"])
     learned.set_bias(bias)
     with running(quantized, "nearest"):
         nearest = quantized(x)
-    with running(quantized, "learned"):
+    with running(quantized, "quantized"):
         difference = quantized(x) - nearest
     expected = (bias - plain.bias)[None, :, None, None].expand_as(difference)
     assert torch.allclose(difference, expected, atol=1e-6)
@@ -269,13 +269,13 @@ def test_running_restores_every_mode_even_after_an_error() -> None:
     layers = [make_ready()[1] for _ in range(3)]
     network = nn.Sequential(nn.Sequential(*layers[:2]), layers[2])
     layers[1].set_mode("nearest")
-    with running(network, "learned"):
-        assert [layer.mode for layer in layers] == ["learned"] * 3
+    with running(network, "quantized"):
+        assert [layer.mode for layer in layers] == ["quantized"] * 3
         with running(network[0], "full_precision"):
-            assert [layer.mode for layer in layers] == ["full_precision"] * 2 + ["learned"]
-        assert [layer.mode for layer in layers] == ["learned"] * 3
+            assert [layer.mode for layer in layers] == ["full_precision"] * 2 + ["quantized"]
+        assert [layer.mode for layer in layers] == ["quantized"] * 3
     assert [layer.mode for layer in layers] == ["full_precision", "nearest", "full_precision"]
-    with pytest.raises(RuntimeError, match="stop"), running(network, "learned"):
+    with pytest.raises(RuntimeError, match="stop"), running(network, "quantized"):
         raise RuntimeError("stop")
     assert [layer.mode for layer in layers] == ["full_precision", "nearest", "full_precision"]
 
@@ -292,23 +292,23 @@ def test_layers_without_the_variant_run_in_full_precision() -> None:
 def test_modes_do_not_leak_into_each_other() -> None:
     """A layer remembers the quantized weight of its mode; switching must forget it."""
     _, quantized, x = make_ready()
-    learned = cast(LayerQuantization, quantized.variants["learned"])
+    learned = cast(LayerQuantization, quantized.variants["quantized"])
     learned.codes = [
         torch.zeros_like(q.encode(r)) for q, r in zip(learned.weights, quantized.weight_rows(), strict=True)
     ]
     outputs = {}
-    for mode in ("nearest", "learned", "full_precision", "learned", "nearest", "full_precision"):
+    for mode in ("nearest", "quantized", "full_precision", "quantized", "nearest", "full_precision"):
         with running(quantized, mode):
             once, twice = quantized(x), quantized(x)
         assert torch.equal(once, twice)
         assert torch.equal(outputs.setdefault(mode, once), once)
-    assert torch.equal(outputs["learned"], quantized.bias.expand(5, 4))
+    assert torch.equal(outputs["quantized"], quantized.bias.expand(5, 4))
     assert not torch.equal(outputs["nearest"], outputs["full_precision"])
 
 
 def test_copies_of_a_quantization_are_independent() -> None:
     _, quantized, _ = make_ready()
-    nearest, learned = (cast(LayerQuantization, quantized.variants[m]) for m in ("nearest", "learned"))
+    nearest, learned = (cast(LayerQuantization, quantized.variants[m]) for m in ("nearest", "quantized"))
     learned.weights[0].scale.mul_(2)
     learned.set_bias(torch.ones(4))
     assert torch.equal(nearest.weights[0].scale * 2, learned.weights[0].scale)
@@ -325,8 +325,8 @@ def start_learning(
     plain = copy.deepcopy(layer)
     quantized = make_quantized(layer, Granularity(), splits)
     quantization = quantization_of(quantized, x)
-    quantized.variants["learned"] = quantization
-    quantized.set_mode("learned")
+    quantized.variants["quantized"] = quantization
+    quantized.set_mode("quantized")
     quantization.start_learning(quantized.weight_rows(), scale_aware=False)
     return plain, quantized, x
 
@@ -336,7 +336,7 @@ def test_learning_starts_near_full_precision_and_reaches_every_variable(
     kind: str, splits: tuple[int, ...] | None
 ) -> None:
     plain, quantized, x = start_learning(kind, splits)
-    quantization = cast(LayerQuantization, quantized.variants["learned"])
+    quantization = cast(LayerQuantization, quantized.variants["quantized"])
     for quantizer in [*quantization.weights, *quantization.inputs]:
         quantizer.learn_scale()
     weight = quantized.quantized_weight(quantization).detach()
@@ -353,7 +353,7 @@ def test_learning_starts_near_full_precision_and_reaches_every_variable(
 @pytest.mark.parametrize(("kind", "splits"), [("linear", None), ("conv2d", None), ("conv2d", (4, 2))])
 def test_finished_learning_keeps_the_decisions_as_codes(kind: str, splits: tuple[int, ...] | None) -> None:
     _, quantized, x = start_learning(kind, splits)
-    quantization = cast(LayerQuantization, quantized.variants["learned"])
+    quantization = cast(LayerQuantization, quantized.variants["quantized"])
     for quantizer in [*quantization.weights, *quantization.inputs]:
         quantizer.learn_scale()
     generator = torch.Generator().manual_seed(0)
@@ -380,23 +380,23 @@ def test_finished_learning_keeps_the_decisions_as_codes(kind: str, splits: tuple
 
 def test_codes_are_what_runs_not_the_weight() -> None:
     plain, quantized, x = make_ready("conv2d")
-    learned = cast(LayerQuantization, quantized.variants["learned"])
+    learned = cast(LayerQuantization, quantized.variants["quantized"])
     (quantizer,) = learned.weights
     codes = torch.randint(0, 16, (4, 54), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     learned.codes = [codes]
     weight = (E2M1.decode(codes) * quantizer.scale).reshape(plain.weight.shape)
-    with running(quantized, "learned"):
+    with running(quantized, "quantized"):
         assert torch.equal(quantized(x), operate(plain, learned.inputs[0](x), weight, plain.bias))
 
 
 def test_finishing_without_learning_leaves_nearest_rounding() -> None:
     _, quantized, x = make_ready()
-    learned = cast(LayerQuantization, quantized.variants["learned"])
+    learned = cast(LayerQuantization, quantized.variants["quantized"])
     learned.finish_learning()
     assert learned.codes is None
     with running(quantized, "nearest"):
         expected = quantized(x)
-    with running(quantized, "learned"):
+    with running(quantized, "quantized"):
         assert torch.equal(quantized(x), expected)
 
 
@@ -419,10 +419,10 @@ def test_state_reads_back_to_a_layer_that_computes_the_same(with_codes: bool, wi
         quantization.set_bias(torch.arange(4.0))
     again = LayerQuantization.from_state(quantization.to_state(), torch.device("cpu"))
     quantized.variants["nearest"] = quantization
-    quantized.variants["learned"] = again
+    quantized.variants["quantized"] = again
     with running(quantized, "nearest"):
         expected = quantized(x)
-    with running(quantized, "learned"):
+    with running(quantized, "quantized"):
         assert torch.equal(quantized(x), expected)
     assert again.to_state().keys() == quantization.to_state().keys()
     assert (again.codes is not None) == with_codes
@@ -431,7 +431,7 @@ def test_state_reads_back_to_a_layer_that_computes_the_same(with_codes: bool, wi
 
 def test_state_holds_tensors_and_plain_types_only() -> None:
     _, quantized, _ = start_learning()
-    quantization = cast(LayerQuantization, quantized.variants["learned"])
+    quantization = cast(LayerQuantization, quantized.variants["quantized"])
     quantization.finish_learning()
 
     def check(value: object) -> None:

@@ -96,7 +96,7 @@ def test_files_hold_the_calibrated_layers_to_the_bit(name: str, tmp_path: Path) 
     layers = quantized_layers(pipeline.unet)
     assert described.keys() == layers.keys()
     for layer_name, layer in layers.items():
-        quantization, entry = layer.variants["learned"], described[layer_name]
+        quantization, entry = layer.variants["quantized"], described[layer_name]
         weight = layer.quantized_weight(quantization).numpy()
         assert stored[f"{layer_name}.weight"].tobytes() == weight.tobytes()
         bias = layer.bias if quantization.bias is None else quantization.bias

@@ -26,7 +26,8 @@ from fpq_lightning.nn.calibrated import QuantizedLayer, quantized_layers
 from fpq_lightning.reconstruction import backward as backward_module
 from fpq_lightning.reconstruction.backward import Backward
 from fpq_lightning.reconstruction.out_of_memory import gradients
-from fpq_lightning.reconstruction.unit import UnitReconstruction, UnitReport
+from fpq_lightning.reconstruction.report import UnitReport
+from fpq_lightning.reconstruction.unit import UnitTrainer
 
 LAYERS = ["conv_in", "mid_block.resnets.*"]
 UNIT = "mid_block.resnets.0"  # the fifth of 12
@@ -128,7 +129,7 @@ def run(directory: Path, n_search: int = MICRO_BATCH, ckpt_path: str | None = No
     warned = [str(w.message) for w in caught if "memory" in str(w.message)]
     reports = {report.name: report for report in keep.reports if report.weight_formats}
     layers: Any = quantized_layers(pipeline.unet)
-    codes = {name: layer.variants["learned"].codes for name, layer in layers.items() if layer.variants}
+    codes = {name: layer.variants["quantized"].codes for name, layer in layers.items() if layer.variants}
     return Run(directory, reports, codes, warned)
 
 
@@ -153,7 +154,7 @@ def assert_close(found: Run, expected: Run) -> None:
         for attribute in ("weight_formats", "activation_formats", "kept", "iterations"):
             assert getattr(report, attribute) == getattr(reference, attribute), f"{name}: {attribute}"
         assert report.error_nearest == pytest.approx(reference.error_nearest, rel=0.05)
-        assert report.error_learned == pytest.approx(reference.error_learned, rel=0.05)
+        assert report.error_quantized == pytest.approx(reference.error_quantized, rel=0.05)
 
 
 # --- tried again with less -------------------------------------------------------------------------------------
@@ -161,12 +162,12 @@ def assert_close(found: Run, expected: Run) -> None:
 WORK: dict[str, tuple[Any, str, int, int]] = {
     "capturing the second part": (NetworkReplay, "capture", 1, 5),
     "moving on with the second part": (NetworkReplay, "advance", 1, 3),
-    "collecting what layers see": (UnitReconstruction, "_search", 1, 1),
-    "searching": (UnitReconstruction, "_search", 1, 6),
-    "measuring nearest rounding": (UnitReconstruction, "_error", 1, 0),
-    "measuring learned rounding": (UnitReconstruction, "_error", 2, 1),
-    "correcting biases": (UnitReconstruction, "correct_bias", 1, 2),
-    "measuring corrected biases": (UnitReconstruction, "_error", 3, 0),
+    "collecting what layers see": (UnitTrainer, "_search", 1, 1),
+    "searching": (UnitTrainer, "_search", 1, 6),
+    "measuring nearest rounding": (UnitTrainer, "_error", 1, 0),
+    "measuring learned rounding": (UnitTrainer, "_error", 2, 1),
+    "correcting biases": (UnitTrainer, "correct_bias", 1, 2),
+    "measuring corrected biases": (UnitTrainer, "_error", 3, 0),
 }
 
 
@@ -213,7 +214,7 @@ def test_a_unit_kept_at_nearest_rounding_stays_so_when_memory_runs_out_after_tha
     rate = 1e6  # learns to round at random
     expected = run(tmp_path / "enough", learning_rate=rate)
     assert {report.kept for report in expected.reports.values()} == {"nearest"}
-    shortage = Shortage(monkeypatch, UnitReconstruction, "correct_bias", times=1)
+    shortage = Shortage(monkeypatch, UnitTrainer, "correct_bias", times=1)
     found = run(tmp_path / "little", learning_rate=rate)
     assert shortage.left == 0
     assert_close(found, expected)
@@ -229,7 +230,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 HOPELESS: dict[str, tuple[Any, str]] = {
     "capturing": (NetworkReplay, "capture"),
-    "searching": (UnitReconstruction, "_search"),
+    "searching": (UnitTrainer, "_search"),
     "learning": (Backward, "_run"),
     "moving on": (NetworkReplay, "advance"),
 }
@@ -255,7 +256,7 @@ def test_work_for_which_there_is_never_enough_memory_ends_in_one_line_and_leaves
     assert "memory" in outcome.errors[0]
     assert outcome.err.rstrip().splitlines()[-1] == outcome.errors[0]
     state = torch.load(tmp_path / "little" / "checkpoints" / "last.ckpt", weights_only=True)["fpq"]
-    assert state["position"] == 4
+    assert state["unit"] == 4
     assert state["reports"][4]["name"] == UNIT
     assert not (tmp_path / "little" / "quantized").exists()
     # With enough memory the run goes on.
@@ -369,16 +370,16 @@ class _DoneError(Exception):
 class _Probe(pl.Callback):
     """Hands the unit `UNIT` to a function once it is being learned, and ends the run."""
 
-    def __init__(self, use: Callable[[UnitReconstruction], None]) -> None:
+    def __init__(self, use: Callable[[UnitTrainer], None]) -> None:
         self.use = use
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if pl_module.units[pl_module.position].name == UNIT:
-            self.use(pl_module._unit)
+        if pl_module.units[pl_module.plan.unit].name == UNIT:
+            self.use(pl_module.unit_trainer)
             raise _DoneError
 
 
-def with_unit(directory: Path, use: Callable[[UnitReconstruction], None], micro_batch: int = 8) -> None:
+def with_unit(directory: Path, use: Callable[[UnitTrainer], None], micro_batch: int = 8) -> None:
     recipe = Recipe(include=LAYERS, rounding=RoundingRecipe(iterations=10, batch_size=8))
     data = CalibrationDataModule(n_samples=16, n_search=8, micro_batch=micro_batch, held_out_fraction=0.25)
     with pytest.raises(_DoneError):
@@ -401,10 +402,10 @@ SCHEDULE = torch.tensor([5.0, 0.7, 0.0, 0.5])  # with a regulariser, and soft
 
 def one_step(backward: Backward, rows: Tensor = ROWS) -> float:
     backward.plan(rows[None], ROWS[None], SCHEDULE[None])
-    return backward().item()
+    return backward().sum().item()
 
 
-def _gradients(unit: UnitReconstruction) -> dict[str, Tensor]:
+def _gradients(unit: UnitTrainer) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in unit.variables() if p.grad is not None}
 
 
@@ -413,7 +414,7 @@ def test_the_gradient_does_not_depend_on_how_many_samples_are_taken_at_a_time_or
 ) -> None:
     found: dict[str, tuple[float, dict[str, Tensor]]] = {}
 
-    def use(unit: UnitReconstruction) -> None:
+    def use(unit: UnitTrainer) -> None:
         backward = unit.backward
         assert backward is not None
         assert backward.chunk == len(ROWS)
@@ -449,7 +450,7 @@ def test_the_gradient_does_not_depend_on_how_many_samples_are_taken_at_a_time_or
 def test_a_pass_that_failed_half_way_leaves_nothing_in_the_gradient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def use(unit: UnitReconstruction) -> None:
+    def use(unit: UnitTrainer) -> None:
         backward = unit.backward
         assert backward is not None
         backward.chunk = 2
@@ -461,7 +462,7 @@ def test_a_pass_that_failed_half_way_leaves_nothing_in_the_gradient(
                 backward()
             assert any(not torch.equal(g, expected[1][name]) for name, g in _gradients(unit).items())
             assert shortage.left == 0
-            again = backward().item(), _gradients(unit)
+            again = backward().sum().item(), _gradients(unit)
         assert again[0] == expected[0]
         assert all(torch.equal(g, expected[1][name]) for name, g in again[1].items())
 
@@ -495,7 +496,7 @@ def test_the_search_does_not_depend_on_how_many_samples_a_pass_takes(tmp_path: P
     found: list[dict[str, Any]] = []
     for micro_batch in (8, 3, 1):
 
-        def use(unit: UnitReconstruction) -> None:
+        def use(unit: UnitTrainer) -> None:
             states = {name: layer.variants["nearest"].to_state() for name, layer in unit.layers.items()}  # type: ignore[operator]
             found.append(states)
 
@@ -514,14 +515,14 @@ def test_steps_planned_together_are_the_steps_planned_one_by_one(tmp_path: Path)
     rows = torch.stack([ROWS, ROWS.roll(1) // 8 * 8 + ROWS % 8, ROWS % 8, ROWS])
     schedule = torch.tensor([[5.0, 0.7, 0.0, 1.0], [2.0, 0.0, 1.0, 0.5], [3.0, 1.0, 1.0, 0.25], [2.5, 0.1, 0.0, 0.0]])
 
-    def use(unit: UnitReconstruction) -> None:
+    def use(unit: UnitTrainer) -> None:
         backward = unit.backward
         assert backward is not None
 
         def steps(*planned: int) -> list[tuple[float, float, dict[str, Tensor]]]:
             at = list(planned)
             backward.plan(rows[at], rows[at], schedule[at])
-            return [(backward().item(), backward.rate.item(), _gradients(unit)) for _ in at]
+            return [(backward().sum().item(), backward.rate.item(), _gradients(unit)) for _ in at]
 
         with torch.enable_grad():
             together = [*steps(0, 1, 2), *steps(3)]

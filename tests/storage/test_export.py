@@ -158,7 +158,7 @@ def test_the_scale_of_decoded_rows_is_found_whatever_codes_they_hold(name: str, 
     assert torch.equal(fmt.quantize(rows / scale) * scale, rows)
 
 
-@given(st.sampled_from(list(SCALE_FORMATS)), st.integers(1, 30), st.integers(0, 10_000))
+@given(st.sampled_from(SCALE_FORMATS.names), st.integers(1, 30), st.integers(0, 10_000))
 def test_block_scales_are_found_among_the_numbers_of_their_format(name: str, n: int, seed: int) -> None:
     fmt, scale_format = parse_format("e2m1"), SCALE_FORMATS[name]
     generator = torch.Generator().manual_seed(seed)

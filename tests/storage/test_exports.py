@@ -19,7 +19,7 @@ from packed_reader import read_denoiser, read_safetensors
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fpq_lightning.storage.exports.modelopt import share_tensor_scales
+from fpq_lightning.storage.exports.nvfp4 import share_tensor_scales
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 RECIPES = {

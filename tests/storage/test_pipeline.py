@@ -77,7 +77,7 @@ def test_plain_diffusers_opens_it_with_the_quantized_weights_and_full_precision_
     expected = tiny_pipeline().unet
     state = expected.state_dict()
     for name, layer in quantized_layers(pipeline.unet).items():
-        quantization = layer.variants["learned"]
+        quantization = layer.variants["quantized"]
         state[f"{name}.weight"] = layer.quantized_weight(quantization)
         if quantization.bias is not None:
             state[f"{name}.bias"] = quantization.bias
@@ -106,7 +106,7 @@ def test_weights_are_stored_as_float32_and_activation_formats_beside_them(
     layers = quantized_layers(pipeline.unet)
     assert description["layers"].keys() == layers.keys()
     for name, entry in description["layers"].items():
-        for found, q in zip(entry["inputs"], layers[name].variants["learned"].inputs, strict=True):
+        for found, q in zip(entry["inputs"], layers[name].variants["quantized"].inputs, strict=True):
             assert found["format"] == q.format.name
             assert torch.tensor(found["scale"]) == q.scale
     assert "fpq test" in (saved / "README.md").read_text()
@@ -220,7 +220,7 @@ def test_a_good_directory_survives_a_failed_overwrite(
 def test_a_non_finite_quantized_weight_is_refused_and_nothing_is_written(
     pipeline: DiffusionPipeline, tmp_path: Path
 ) -> None:
-    quantizer = pipeline.unet.conv_in.variants["learned"].weights[0]
+    quantizer = pipeline.unet.conv_in.variants["quantized"].weights[0]
     scale = quantizer.scale.clone()
     try:
         quantizer.scale[0] = torch.nan

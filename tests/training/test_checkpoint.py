@@ -85,7 +85,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         runs.reference = quantized_files(root / "reference")
         assert runs.reference
         # Killed a step after the second checkpoint within its unit.
-        assert runs.fit("interrupted", harm=disturbance("module", "_step", ITERATIONS + 21)).code == -signal.SIGKILL
+        assert runs.fit("interrupted", harm=disturbance("steps", "gradients", ITERATIONS + 21)).code == -signal.SIGKILL
         yield runs
 
 
@@ -150,7 +150,7 @@ def test_a_run_killed_while_it_writes_its_result_leaves_nothing_of_it_once_resum
 
 def test_activations_on_disk_go_when_a_killed_run_is_resumed(runs: Runs) -> None:
     little = "--data.store_budget=10kB"
-    harm = disturbance("module", "_step", ITERATIONS + 21)
+    harm = disturbance("steps", "gradients", ITERATIONS + 21)
     assert runs.fit("on-disk", little, harm=harm).code == -signal.SIGKILL
     before = {f.name for f in (runs.root / "on-disk").iterdir()}
     assert before > {f.name for f in (runs.root / "interrupted").iterdir()}, "the activations fitted the budget"
@@ -253,7 +253,7 @@ KINDS = {"within a unit": (4, 20), "earlier within it": (4, 10), "after a unit":
 @pytest.fixture(scope="module")
 def checkpoints(runs: Runs) -> dict[str, Path]:
     """A checkpoint of every kind."""
-    assert runs.fit("next-unit", harm=disturbance("module", "enter_unit", 7)).code == -signal.SIGKILL
+    assert runs.fit("next-unit", harm=disturbance("unit", "begin", 7)).code == -signal.SIGKILL
     files = [
         runs.checkpoint("interrupted"),
         runs.checkpoint("interrupted", "previous.ckpt"),
@@ -266,7 +266,7 @@ def checkpoints(runs: Runs) -> dict[str, Path]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_loads_without_running_code(checkpoints: dict[str, Path], kind: str) -> None:
     state = torch.load(checkpoints[kind], weights_only=True)["fpq"]
-    assert (state["position"], state["iteration"]) == KINDS[kind]
+    assert (state["unit"], state["step"]) == KINDS[kind]
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -296,7 +296,7 @@ def test_a_checkpoint_holds_codes_and_scales_and_three_float32_for_each_weight_o
     checkpoint = torch.load(checkpoints[kind], weights_only=True)
     model = {k: w for k, w in tiny_unet().state_dict().items() if k.endswith(".weight") and w.ndim > 1}
     state = checkpoint["fpq"]
-    unit = state["reports"][state["position"]]["name"] if KINDS[kind][1] else "none"
+    unit = state["reports"][state["unit"]]["name"] if KINDS[kind][1] else "none"
     in_work = [w for k, w in model.items() if k.startswith(unit)]
     done = [w for k, w in model.items() if k.removesuffix(".weight") in state["layers"] and not k.startswith(unit)]
     assert bool(in_work) == (KINDS[kind][1] > 0)
@@ -356,8 +356,8 @@ def test_a_checkpoint_of_another_run_is_refused_naming_what_differs(
 # --- signals ---------------------------------------------------------------------------------------------------
 
 TERMINATIONS = {
-    "within a batch of steps": disturbance("module", "_step", ITERATIONS + 4, number=signal.SIGTERM),
-    "in the last step of a unit": disturbance("module", "_step", ITERATIONS, number=signal.SIGTERM),
+    "within a batch of steps": disturbance("steps", "gradients", ITERATIONS + 4, number=signal.SIGTERM),
+    "in the last step of a unit": disturbance("steps", "gradients", ITERATIONS, number=signal.SIGTERM),
     "while a checkpoint is written": disturbance("os", "replace", MID_UNIT, file=".last.ckpt", number=signal.SIGTERM),
 }
 
@@ -383,7 +383,7 @@ def test_a_run_told_to_terminate_saves_and_resumes_to_the_same_bits(runs: Runs, 
 
 
 def test_a_run_interrupted_by_hand_saves_and_resumes_to_the_same_bits(runs: Runs) -> None:
-    harm = disturbance("module", "_step", ITERATIONS + 4, number=signal.SIGINT)
+    harm = disturbance("steps", "gradients", ITERATIONS + 4, number=signal.SIGINT)
     assert_stopped(runs.fit("by-hand", harm=harm), 128 + signal.SIGINT, 128 + signal.SIGTERM)
     resumed = runs.resume("by-hand")
     assert resumed.code == 0, resumed.err
@@ -392,10 +392,10 @@ def test_a_run_interrupted_by_hand_saves_and_resumes_to_the_same_bits(runs: Runs
 
 def test_a_run_told_to_terminate_saves_the_steps_it_has_done(runs: Runs) -> None:
     # The third step of a batch: without the signal the next checkpoint would be after the unit.
-    harm = disturbance("module", "_step", ITERATIONS + 3, number=signal.SIGTERM)
+    harm = disturbance("steps", "gradients", ITERATIONS + 3, number=signal.SIGTERM)
     assert_stopped(runs.fit("third-step", "--checkpoint_steps=1000", harm=harm))
     state = torch.load(runs.checkpoint("third-step"), weights_only=True)["fpq"]
-    assert (state["position"], state["iteration"]) == (4, 10)
+    assert (state["unit"], state["step"]) == (4, 10)
 
 
 EVALUATION = ["--evaluation.n_images=3", f"--evaluation.features={CHECKOUT / 'data' / 'cifar10-features'}"]
@@ -403,7 +403,7 @@ EVALUATION = ["--evaluation.n_images=3", f"--evaluation.features={CHECKOUT / 'da
 
 LATE = {
     "while-images-are-sampled": disturbance("image_quality", "sample_variant", 1, number=signal.SIGTERM),
-    "at-the-end-of-the-last-unit": disturbance("module", "finish_unit", 12, number=signal.SIGTERM),
+    "at-the-end-of-the-last-unit": disturbance("unit", "end", 12, number=signal.SIGTERM),
 }
 
 
@@ -453,7 +453,7 @@ def make_cluster(root: Path, code: int | None = 0) -> Cluster:
     return Cluster({**SLURM, "PATH": path}, directory, log)
 
 
-REQUEUE = disturbance("module", "_step", ITERATIONS + 14, number=signal.SIGUSR1)
+REQUEUE = disturbance("steps", "gradients", ITERATIONS + 14, number=signal.SIGUSR1)
 
 
 def test_a_run_whose_time_is_up_on_slurm_saves_is_requeued_and_resumes_to_the_same_bits(
@@ -520,7 +520,7 @@ def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint_and_the_run_resume
     assert_one_line(outcome, "File too large", "free space", str(runs.root / "full"))
     assert list(elsewhere.iterdir()) == []
     assert sorted(f.name for f in runs.checkpoint("full").parent.iterdir()) == ["last.ckpt", "previous.ckpt"]
-    assert torch.load(runs.checkpoint("full"), weights_only=True)["fpq"]["position"] == 4
+    assert torch.load(runs.checkpoint("full"), weights_only=True)["fpq"]["unit"] == 4
     assert_resumes(runs, "full")
 
 

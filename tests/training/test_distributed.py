@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,19 +26,18 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from models import Outcome, fit_arguments, run_fpq, save_tiny
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fpq_lightning.calibration.trajectories import load_calibration_set
 from fpq_lightning.cli import main
 from fpq_lightning.nn.calibrated import QuantizedLayer
-from fpq_lightning.reconstruction import backward
-from fpq_lightning.training.module import BlockReconstruction
-from fpq_lightning.training.strategy import CalibrationStrategy, prepare_strategy
+from fpq_lightning.reconstruction import backward, unit
+from fpq_lightning.training.strategy import CalibrationStrategy, calibration_trainer
 from fpq_lightning.training.watchdog import Watchdog
 from fpq_lightning.utils import distributed
 
@@ -63,29 +61,29 @@ def free_port() -> int:
 
 def halt_at(step: int, directory: Path) -> None:
     """Every process stops at a step for good, as in a collective whose other end is silent, and says so in a file."""
-    original, steps = BlockReconstruction._step, iter(range(1, 10**9))
+    original, steps = unit.gradients, iter(range(1, 10**9))
 
-    def halting(self: BlockReconstruction, *args: Any) -> Tensor:
+    def halting(*args: Any) -> Tensor:
         if next(steps) == step:
             directory.joinpath(f"halted-{distributed.rank()}").touch()
             time.sleep(10 * TIMEOUT)
-        return original(self, *args)
+        return original(*args)
 
-    BlockReconstruction._step = halting  # type: ignore[assignment,method-assign]
+    unit.gradients = halting  # type: ignore[attr-defined]
 
 
 def signal_at(step: int, rank: int, number: int, file: Path | None = None) -> None:
     """One process sends itself a signal at a step, and says so in a file before."""
-    original, steps = BlockReconstruction._step, iter(range(1, 10**9))
+    original, steps = unit.gradients, iter(range(1, 10**9))
 
-    def signalled(self: BlockReconstruction, *args: Any) -> Tensor:
+    def signalled(*args: Any) -> Tensor:
         if next(steps) == step and distributed.rank() == rank:
             if file is not None:
                 file.touch()
             os.kill(os.getpid(), number)
-        return original(self, *args)
+        return original(*args)
 
-    BlockReconstruction._step = signalled  # type: ignore[assignment,method-assign]
+    unit.gradients = signalled  # type: ignore[attr-defined]
 
 
 def lose_patience(seconds: float) -> None:
@@ -98,28 +96,28 @@ def both(*changes: Callable[[], None]) -> None:
         change()
 
 
-def digest(module: BlockReconstruction) -> str:
+def digest(network: nn.Module) -> str:
     """Of all that is known about the quantized network: codes, scales, biases."""
     found = hashlib.blake2b(digest_size=16)
-    for name, layer in module.denoiser.named_modules():
-        if isinstance(layer, QuantizedLayer) and "learned" in layer.variants:
+    for name, layer in network.named_modules():
+        if isinstance(layer, QuantizedLayer) and "quantized" in layer.variants:
             found.update(name.encode())
-            for leaf in tree_leaves(layer.variants["learned"].to_state()):  # type: ignore[operator]
+            for leaf in tree_leaves(layer.variants["quantized"].to_state()):  # type: ignore[operator]
                 found.update(leaf.numpy().tobytes() if isinstance(leaf, Tensor) else repr(leaf).encode())
     return found.hexdigest()
 
 
 def record_digests(directory: Path) -> None:
     """Every process keeps a digest of the network after every unit."""
-    original = BlockReconstruction.finish_unit
+    original = unit.UnitTrainer.end
     digests: list[str] = []
 
-    def recording(self: BlockReconstruction) -> None:
-        original(self)
-        digests.append(digest(self))
+    def recording(self: unit.UnitTrainer, *args: Any) -> None:
+        original(self, *args)
+        digests.append(digest(self.replay.model))
         directory.joinpath(f"digests-{distributed.rank()}.json").write_text(json.dumps(digests))
 
-    BlockReconstruction.finish_unit = recording  # type: ignore[assignment,method-assign]
+    unit.UnitTrainer.end = recording  # type: ignore[assignment,method-assign]
 
 
 def leave_gradients_unsummed() -> None:
@@ -325,7 +323,7 @@ def blocks(run: Path) -> list[dict[str, Any]]:
 def codes(run: Path) -> dict[str, list[Tensor] | None]:
     """Learned codes by layer, None where nearest rounding stayed."""
     layers = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["fpq"]["layers"]
-    return {name: modes["learned"]["codes"] for name, modes in layers.items()}
+    return {name: modes["quantized"]["codes"] for name, modes in layers.items()}
 
 
 def bits(run: Path) -> dict[str, Any]:
@@ -362,13 +360,13 @@ def assert_same_result(found: Path, expected: Path) -> None:
     for pair in zip(blocks(found), blocks(expected), strict=True):
         if pair[0]["kept"] != pair[1]["kept"]:
             for block in pair:
-                assert block["error_learned"] == pytest.approx(block["error_nearest"], rel=0.02)
+                assert block["error_quantized"] == pytest.approx(block["error_nearest"], rel=0.02)
             for name in pair[0]["weight_formats"]:
                 del differences[name]
     total = sum(part.numel() for name in differences for part in expected_codes[name] or [])
     assert total > 7_000
     assert sum(differences.values()) <= 0.02 * total
-    for key in ("error_nearest", "error_learned"):
+    for key in ("error_nearest", "error_quantized"):
         assert [b[key] for b in blocks(found)] == pytest.approx([b[key] for b in blocks(expected)], rel=0.05)
 
 
@@ -561,7 +559,7 @@ def test_a_run_killed_after_a_unit_goes_on_with_another_number_of_processes(
 def test_a_run_killed_in_the_middle_of_a_unit_resumes_to_the_same_bits(lab: Lab, two: Path) -> None:
     lab.kill_at("2-then-2", 2, MID_UNIT)
     state = torch.load(lab.root / "2-then-2" / "checkpoints" / "last.ckpt", weights_only=True)["fpq"]
-    assert (state["position"], state["iteration"]) == (3, 10)
+    assert (state["unit"], state["step"]) == (3, 10)
     assert bits(lab.resume("2-then-2", 2)) == bits(two)
 
 
@@ -571,7 +569,7 @@ def test_a_signal_to_any_process_stops_all_after_a_checkpoint(lab: Lab, two: Pat
     assert [outcome.code for outcome in outcomes] == [128 + signal.SIGTERM] * 2, outcomes[0].err + outcomes[1].err
     assert "--ckpt_path last" in outcomes[0].out
     state = torch.load(lab.root / "signal" / "checkpoints" / "last.ckpt", weights_only=True)["fpq"]
-    assert (state["position"], state["iteration"]) == (3, 10)
+    assert (state["unit"], state["step"]) == (3, 10)
     assert bits(lab.resume("signal", 2)) == bits(two)
 
 
@@ -673,7 +671,7 @@ def test_images_are_shared_out_and_judged_together(evaluated: list[dict[str, Any
     one, two = evaluated
     for key in ("weight_formats", "activation_formats"):
         assert [block[key] for block in two["blocks"]] == [block[key] for block in one["blocks"]]
-    assert list(two["variants"]) == list(one["variants"]) == ["full_precision", "nearest", "learned"]
+    assert list(two["variants"]) == list(one["variants"]) == ["full_precision", "nearest", "quantized"]
     for variant, expected in one["variants"].items():
         found = two["variants"][variant]
         assert found["n_images"] == expected["n_images"] == 6
@@ -733,10 +731,8 @@ def test_a_strategy_that_lightning_refuses_ends_in_one_line(lab: Lab, capsys: py
     assert "Traceback" not in outcome.err
 
 
-def stub_trainer(strategy: Strategy | str, devices: int = 2) -> Any:
-    if isinstance(strategy, str):
-        return pl.Trainer(accelerator="cpu", devices=devices, strategy=strategy, logger=False)
-    return SimpleNamespace(strategy=strategy, world_size=devices)
+def trainer(strategy: Strategy | str, devices: int = 2) -> pl.Trainer:
+    return calibration_trainer(pl.Trainer, accelerator="cpu", devices=devices, strategy=strategy, logger=False)
 
 
 class OtherStrategy(DDPStrategy):
@@ -746,19 +742,14 @@ class OtherStrategy(DDPStrategy):
 @pytest.mark.parametrize("strategy", [OtherStrategy(), "ddp_spawn", "ddp_fork"], ids=["other", "spawn", "fork"])
 def test_other_strategies_are_refused_for_several_devices_with_the_one_to_use(strategy: Strategy | str) -> None:
     with pytest.raises(ValueError, match=r"trainer\.strategy .* is not supported: use ddp"):
-        prepare_strategy(stub_trainer(strategy))
+        trainer(strategy)
 
 
 def test_ddp_becomes_the_strategy_of_a_calibration_and_one_device_keeps_its_own() -> None:
-    trainer = stub_trainer("ddp")
-    prepare_strategy(trainer)
-    prepare_strategy(trainer)
-    assert type(trainer.strategy) is CalibrationStrategy
-    alone = stub_trainer("auto", 1)
-    before = alone.strategy
-    prepare_strategy(alone)
-    assert alone.strategy is before
-    assert not isinstance(before, CalibrationStrategy)
+    assert type(trainer("ddp").strategy) is CalibrationStrategy
+    assert type(trainer("auto").strategy) is CalibrationStrategy
+    assert type(trainer(CalibrationStrategy()).strategy) is CalibrationStrategy
+    assert isinstance(trainer("auto", 1).strategy, SingleDeviceStrategy)
 
 
 # --- command lines ---------------------------------------------------------------------------------------------

@@ -106,10 +106,10 @@ def _nearest(values: Tensor, points: Tensor) -> Tensor:
 def test_no_unit_is_worse_than_with_nearest_rounding(learned: Run) -> None:
     assert len(learned.blocks) == 12  # two resamplers belong to the block before them
     for block in learned.blocks:
-        assert 0 < block["error_learned"] <= block["error_nearest"] < 1
+        assert 0 < block["error_quantized"] <= block["error_nearest"] < 1
     kept = [block["kept"] for block in learned.blocks]
     assert kept.count("learned") >= 5  # the tiny model has units that can be improved
-    assert all(b["error_learned"] < b["error_nearest"] for b in learned.blocks if b["kept"] == "learned")
+    assert all(b["error_quantized"] < b["error_nearest"] for b in learned.blocks if b["kept"] == "learned")
 
 
 def test_the_reported_errors_are_those_of_the_held_out_samples(learned: Run) -> None:
@@ -127,9 +127,9 @@ def test_the_reported_errors_are_those_of_the_held_out_samples(learned: Run) -> 
         energy = ((found - target) ** 2).mean((1, 2, 3)), (target**2).mean((1, 2, 3))
         return ((energy[0] * weights).sum() / (energy[1] * weights).sum()).item()
 
-    scale = layer.variants["learned"].inputs[0].scale
+    scale = layer.variants["quantized"].inputs[0].scale
     learned_error = error(saved["conv_in.weight"], saved["conv_in.bias"], scale)
-    assert learned_error == pytest.approx(report["error_learned"], rel=1e-3)
+    assert learned_error == pytest.approx(report["error_quantized"], rel=1e-3)
     nearest = layer.variants["nearest"]
     q = nearest.weights[0]
     rows = base.weight.flatten(1) / q.scale.double()
@@ -170,7 +170,7 @@ def test_saved_weights_lie_on_the_grid_of_the_reported_format_and_codes_decode_t
     moved = 0
     for name, names in formats.items():
         layer = layers[name]
-        quantization = layer.variants["learned"]
+        quantization = layer.variants["quantized"]
         parts = saved[f"{name}.weight"].split(layer.splits, dim=1)
         assert len(names) == len(parts) == len(quantization.weights)
         for i, (part, q) in enumerate(zip(parts, quantization.weights, strict=True)):
@@ -208,7 +208,7 @@ def test_the_same_seed_gives_the_same_bits(learned: Run, tmp_path: Path) -> None
 
 def test_learning_uses_the_gradient_of_the_unit_and_not_noise(learned: Run) -> None:
     # The mean over units of the error that is left: learned must be better by more than a chance flip would give.
-    ratios = [b["error_learned"] / b["error_nearest"] for b in learned.blocks]
+    ratios = [b["error_quantized"] / b["error_nearest"] for b in learned.blocks]
     assert math.prod(ratios) < 0.9
 
 
@@ -226,8 +226,8 @@ class _Probe(pl.Callback):
         self.unit, self.use = unit, use
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if pl_module.units[pl_module.position].name == self.unit:
-            self.use(pl_module, pl_module._unit.backward.objective)
+        if pl_module.units[pl_module.plan.unit].name == self.unit:
+            self.use(pl_module, pl_module.unit_trainer.backward.objective)
             raise _DoneError
 
 
@@ -243,7 +243,7 @@ def test_gradients_agree_with_finite_differences_in_float64(tmp_path: Path, scal
         with torch.no_grad():
             rounded.v.add_(torch.randn_like(rounded.v, generator=None) * 0.3)
         with torch.enable_grad():
-            loss, _ = objective(rows, rows, torch.tensor(beta), torch.tensor(strength), torch.tensor(0.0))
+            loss = sum(objective(rows, rows, torch.tensor(beta), torch.tensor(strength), torch.tensor(0.0)))
             gradients = torch.autograd.grad(loss, [rounded.v, quantizer.log_gain])
         layer = module.denoiser.conv_in
         x, weights = objective.replay.inputs(rows)[0][0].double(), objective.replay.weights(rows).double()
@@ -345,8 +345,8 @@ def test_every_kind_of_recipe_runs_end_to_end(tmp_path: Path, name: str) -> None
             assert name == "groups"
             assert block["name"] == "conv_in"
             continue
-        assert math.isfinite(block["error_learned"])
-        assert block["error_learned"] <= block["error_nearest"]
+        assert math.isfinite(block["error_quantized"])
+        assert block["error_quantized"] <= block["error_nearest"]
         assert block["iterations"] == (10 if learns else 0)
         assert learns or block["kept"] == "nearest"
         candidates = {f.name for f in recipe.weight_formats()}

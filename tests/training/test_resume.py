@@ -17,13 +17,13 @@ ITERATIONS = 20  # two batches of ten steps a unit, and a checkpoint after each
 
 # The n-th call of a function is where SIGKILL comes; units have 20 steps.
 KILLS = {
-    "mid-unit-after-a-checkpoint": ("module", "_step", 3 * 20 + 16),
-    "mid-unit-before-its-first-checkpoint": ("module", "_step", 3 * 20 + 6),
-    "first-step-after-the-end-of-a-unit": ("module", "_step", 4 * 20 + 1),
-    "between-the-last-step-and-the-end-of-a-unit": ("module", "finish_unit", 6),
-    "in-the-last-unit": ("module", "_step", 11 * 20 + 15),
+    "mid-unit-after-a-checkpoint": ("steps", "gradients", 3 * 20 + 16),
+    "mid-unit-before-its-first-checkpoint": ("steps", "gradients", 3 * 20 + 6),
+    "first-step-after-the-end-of-a-unit": ("steps", "gradients", 4 * 20 + 1),
+    "between-the-last-step-and-the-end-of-a-unit": ("unit", "end", 6),
+    "in-the-last-unit": ("steps", "gradients", 11 * 20 + 15),
     "before-quantized-is-written": ("finalize", "save_quantized", 1),
-    "before-any-checkpoint": ("module", "_step", 4),
+    "before-any-checkpoint": ("steps", "gradients", 4),
 }
 
 
@@ -57,8 +57,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         resumed = fit(name, "--ckpt_path=last")
         scenarios[f"{name}: resumed"] = scenario(root / f"{name}-resumed", resumed)
     twice = fit("twice", "--ckpt_path=last")
-    scenarios["twice: 1"] = scenario(root / "twice-1", fit("twice"), ("module", "_step", 35))
-    scenarios["twice: 2"] = scenario(root / "twice-2", twice, ("module", "_step", 35))
+    scenarios["twice: 1"] = scenario(root / "twice-1", fit("twice"), ("steps", "gradients", 35))
+    scenarios["twice: 2"] = scenario(root / "twice-2", twice, ("steps", "gradients", 35))
     scenarios["twice: 3"] = scenario(root / "twice-3", twice)
     scenarios["finished"] = scenario(root / "finished-log", fit("reference"))
     scenarios["finished with ckpt_path"] = scenario(root / "finished-2", fit("reference", "--ckpt_path=last"))

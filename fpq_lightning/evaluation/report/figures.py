@@ -35,9 +35,9 @@ def unit_errors(blocks: Sequence[dict[str, Any]]) -> str:
 
     def paint(axis: Axes) -> None:
         x = range(len(shown))
-        axis.vlines(x, [b["error_learned"] for b in shown], [b["error_nearest"] for b in shown], color="#bbb", lw=1)
+        axis.vlines(x, [b["error_quantized"] for b in shown], [b["error_nearest"] for b in shown], color="#bbb", lw=1)
         axis.scatter(x, [b["error_nearest"] for b in shown], color=_NEAREST, s=22, label="nearest rounding")
-        axis.scatter(x, [b["error_learned"] for b in shown], color=_LEARNED, s=22, label="kept")
+        axis.scatter(x, [b["error_quantized"] for b in shown], color=_LEARNED, s=22, label="kept")
         axis.set_yscale("log")
         axis.set_ylabel("relative error of the unit's output")
         axis.set_xlabel("unit, in execution order")

@@ -101,7 +101,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
             "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
             + "\n".join(
                 f"| {b['name']} | {b['parameters']:,} | {_formats(b['weight_formats'])} | "
-                f"{_formats(b['activation_formats'])} | {b['error_nearest']:.2e} | {b['error_learned']:.2e} | "
+                f"{_formats(b['activation_formats'])} | {b['error_nearest']:.2e} | {b['error_quantized']:.2e} | "
                 f"{b['kept']} | {b['seconds']:.1f} |"
                 for b in blocks
             ),

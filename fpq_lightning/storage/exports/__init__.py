@@ -1,1 +1,9 @@
-"""Layouts of other libraries, one file for each."""
+"""Forms in which a quantized pipeline is written, one file for each; all are imported, and register themselves."""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
+
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    import_module(_module.name)

@@ -1,29 +1,35 @@
-"""Key layouts of other libraries, for their readers: Linear layers as codes and scales, all else as plain weights."""
+"""Key layouts of other libraries: Linear layers as codes and scales, all else as plain weights."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from fpq_lightning.diffusion.pipelines import denoiser_name
 from fpq_lightning.nn.calibrated import is_quantizable
-from fpq_lightning.nn.packed import PackedLayer, PackedWeight, make_plain, packed_layers
+from fpq_lightning.nn.packed import BlockScaledWeight, PackedLayer, PackedWeight, make_plain, packed_layers
+from fpq_lightning.storage.exports.registry import EXPORTS, Export, make_pipeline_plain
 
 Tensors = dict[str, Tensor]
+
+_E2M1 = ("e2m1", "float4_e2m1fn")  # whose codes are those of FP4 tensor cores
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one reader wants a quantized model.
+    """How another library stores a quantized model.
 
     Attributes:
         takes: the layers that fit, in words.
         recipe: options of ``fpq fit`` that give such layers.
-        tensors: what is stored of a layer in place of its weight, by name within the layer; None if it does not fit.
-        config: the ``quantization_config`` for the names of the layers that stay in full precision, and the version of
+        tensors: the tensors of a layer that replace its weight, by name within the layer; None if it does not fit.
+        config: makes the ``quantization_config`` from the names of the layers in full precision and the version of
             this package.
         settle: changes the tensors of layers by name, in place, where those of several must agree.
     """
@@ -36,19 +42,46 @@ class Layout:
 
 
 def whole_linear_weight(layer: PackedLayer) -> PackedWeight | None:
-    """The packed weight of a Linear layer if it is in one part and has no offset: no layout knows others."""
+    """The packed weight of a Linear layer in one part without offset; None for others, which no layout knows."""
     if not isinstance(layer, nn.Linear) or len(layer.weights) != 1 or layer.weights[0].offset is not None:
         return None
     return layer.weights[0]
 
 
-def apply_layout(model: nn.Module, layouts: tuple[Layout, ...], version: str) -> dict[str, Any]:
-    """Gives a model whose quantized layers are packed the tensors of that layout which most of them fit.
+def fp4_blocks(layer: PackedLayer, size: int, scale_format: str) -> BlockScaledWeight | None:
+    """The packed weight of a Linear layer in E2M1 whose blocks of `size` have such scales; None for others."""
+    weight = whole_linear_weight(layer)
+    if not isinstance(weight, BlockScaledWeight) or weight.format.name not in _E2M1:
+        return None
+    fits = weight.scale_format.name == scale_format and weight.shape[1] == size * weight.block_scale.shape[1]
+    return weight if fits else None
+
+
+def register_layouts(name: str, help: str, library: str, *layouts: Layout) -> None:
+    """Registers an export that writes the layout which fits most layers of a model.
 
     Args:
-        model: changed in place: its layers become plain classes, some with other tensors than a weight.
+        name: of the export.
+        help: one line for the command line.
+        library: whose layouts they are.
         layouts: to choose from.
-        version: of this package.
+    """
+
+    def convert(pipeline: DiffusionPipeline, details: Mapping[str, Any], directory: Path) -> None:
+        denoiser = getattr(pipeline, denoiser_name(pipeline))
+        config = _apply(denoiser, layouts, details.get("version", "?"))
+        make_pipeline_plain(pipeline)
+        denoiser.register_to_config(quantization_config=config)
+
+    usage = f"""The denoiser's Linear layers hold codes and scales in the key layout of {library}.
+`quantization_config` in its `config.json` names the layers that have plain weights. docs/format.md of fpq_lightning
+lists the programs that read it. diffusers does not; `fpq export` of the packed files writes forms that it reads.
+"""
+    EXPORTS.register(Export(name, help, usage, convert))
+
+
+def _apply(model: nn.Module, layouts: tuple[Layout, ...], version: str) -> dict[str, Any]:
+    """Makes the packed layers of a model plain ones, with the tensors of the layout that most of them fit.
 
     Returns:
         Its ``quantization_config``.

@@ -85,7 +85,7 @@ class RunCheckpoint(Checkpoint):
     ) -> None:
         """Saves within a unit; its end is saved once it is finished."""
         assert isinstance(pl_module, BlockReconstruction)
-        if pl_module.iteration >= pl_module.iterations:
+        if pl_module.plan.unit_is_learned:
             return
         stop, requeue = self._received(pl_module.device)
         if stop or requeue or (batch_idx + 1) % self.every_n_batches == 0:
@@ -100,7 +100,7 @@ class RunCheckpoint(Checkpoint):
         stop, requeue = self._received(pl_module.device)
         if stop or requeue:
             self._stop(trainer, requeue > 0)
-        if pl_module.finished and threading.current_thread() is threading.main_thread():
+        if pl_module.plan.finished and threading.current_thread() is threading.main_thread():
             # From here on they end the evaluation, which starts again on resume.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -29,7 +29,7 @@ class FinalizeQuantization(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the pipeline, whole or not at all."""
         assert isinstance(pl_module, BlockReconstruction)
-        if not pl_module.finished:
+        if not pl_module.plan.finished:
             return
         details = {
             "base_model": self.base_model,

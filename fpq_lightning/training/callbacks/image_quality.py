@@ -67,11 +67,11 @@ class ImageQuality(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Samples and compares."""
         assert isinstance(pl_module, BlockReconstruction)
-        if not pl_module.finished or not self.config.n_images:
+        if not pl_module.plan.finished or not self.config.n_images:
             return
         n = self.config.n_images
         device = pl_module.device
-        pl_module.place(device)
+        pl_module.placement.to(device)
         hidden = not trainer.is_global_zero
         share = 4 * n // trainer.world_size  # of one process, which is what the bar sees
         with progress_bar("sampling", total=share, unit="image", disable=hidden) as bar:
@@ -88,7 +88,7 @@ class ImageQuality(pl.Callback):
             # The noise floor: what two full-precision sets differ by.
             metrics = compare(self.config.metrics(device), reference, others, device, False, prompts)
             self._keep("full_precision", reference, metrics)
-            modes: tuple[Mode, ...] = ("nearest", "learned")
+            modes: tuple[Mode, ...] = ("nearest", "quantized")
             for mode in modes:
                 found = images(mode, self.config.seeds)
                 metrics = compare(self.config.metrics(device), found, reference, device, True, prompts)

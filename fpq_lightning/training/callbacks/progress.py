@@ -9,7 +9,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from fpq_lightning.training.module import BlockReconstruction, UnitReport
+from fpq_lightning.reconstruction.report import UnitReport
+from fpq_lightning.training.calibration_callback import CalibrationCallback
+from fpq_lightning.training.module import BlockReconstruction
 
 
 def unit_line(index: int, total: int, report: UnitReport) -> str:
@@ -20,17 +22,17 @@ def unit_line(index: int, total: int, report: UnitReport) -> str:
         formats.append(" ".join(f"{name}" + (f"x{n}" if n > 1 else "") for name, n in counts.most_common()) or "fp32")
     if report.error_nearest is None:
         return f"[{index + 1:>2}/{total}] {report.name}: not quantized"
-    corrected = report.kept == "nearest" and cast(float, report.error_learned) < report.error_nearest
+    corrected = report.kept == "nearest" and cast(float, report.error_quantized) < report.error_nearest
     kept = f"{report.kept}, bias corrected" if corrected else report.kept
     return (
         f"[{index + 1:>2}/{total}] {report.name:<30} {report.parameters / 1e3:>8.1f}k  "
-        f"{formats[0]} / {formats[1]}  error {report.error_nearest:.2e} -> {report.error_learned:.2e} "
+        f"{formats[0]} / {formats[1]}  error {report.error_nearest:.2e} -> {report.error_quantized:.2e} "
         f"({kept})  {report.seconds:.1f}s"
     )
 
 
-class CalibrationProgress(ProgressBar):
-    """Shows one bar over the steps of all units, weighted by nothing: every unit takes the recipe's iterations."""
+class CalibrationProgress(ProgressBar, CalibrationCallback):
+    """Shows one bar over the steps of all units."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,37 +50,36 @@ class CalibrationProgress(ProgressBar):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the bar."""
         assert isinstance(pl_module, BlockReconstruction)
-        steps = max(pl_module.recipe.rounding.iterations if pl_module.recipe.rounding.learned else 1, 1)
+        plan = pl_module.plan
         self._bar = tqdm(
-            total=len(pl_module.units) * steps,
-            initial=pl_module.position * steps + pl_module.iteration,
+            total=sum(max(steps, 1) for steps in plan.steps),
+            initial=sum(max(steps, 1) for steps in plan.steps[: plan.unit]) + plan.step,
             desc="calibrating",
             unit="step",
             disable=not self._enabled,
             dynamic_ncols=True,
             mininterval=0.5,
         )
-        self._steps = steps
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Moves the bar."""
         assert isinstance(pl_module, BlockReconstruction)
-        if pl_module.finished:  # a resumed run that has only its output left to write
-            return
-        self._bar.update(len(batch) or self._steps)
+        if not pl_module.plan.finished:  # a resumed run may have only its output left to write
+            self._bar.update(len(batch) or 1)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Names the unit."""
         assert isinstance(pl_module, BlockReconstruction)
-        if not pl_module.finished:
-            self._bar.set_description(f"calibrating {pl_module.units[pl_module.position].name}")
+        if not pl_module.plan.finished:
+            self._bar.set_description(f"calibrating {pl_module.units[pl_module.plan.unit].name}")
 
-    def unit_finished(self, index: int, total: int, report: UnitReport) -> None:
+    def on_unit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: UnitReport) -> None:
         """Writes the unit's line."""
+        assert isinstance(pl_module, BlockReconstruction)
         if self._enabled:
-            tqdm.write(unit_line(index, total, report))
+            tqdm.write(unit_line(pl_module.plan.unit, len(pl_module.units), report))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leaves the line, so that what is said of the error starts a new one."""

@@ -17,7 +17,7 @@ from fpq_lightning.training.generation import ImageGeneration
 from fpq_lightning.utils.files import weights_size
 from fpq_lightning.utils.provenance import device_name, versions
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _KEPT = ("weight_bits", "sparsity", "quantized_share", "fingerprint", "recipe")
 
 
@@ -52,4 +52,4 @@ class QualityReport(pl.Callback):
         }
         samples = {name: torch.cat(images) for name, images in pl_module.shown.items()}
         write_reports(self.output, report, samples)
-        _log.info(f"wrote {self.output / 'report.html'}")
+        logger.info("wrote %s", self.output / "report.html")

@@ -50,13 +50,13 @@ class RunReport(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the reports."""
         assert isinstance(pl_module, BlockReconstruction)
-        if not pl_module.finished:
+        if not pl_module.plan.finished:
             return
         write_reports(self.run.path, self.report(pl_module), self.quality.samples)
 
     def report(self, module: BlockReconstruction) -> dict[str, Any]:
         """The contents of `report.json`."""
-        calibration = module.calibration
+        calibration = module.data
         layers = layer_statistics(module.denoiser)
         return {
             "schema_version": SCHEMA_VERSION,

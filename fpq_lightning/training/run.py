@@ -1,0 +1,224 @@
+"""A calibration from its options to its files: the path that the command line and `quantize` share."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from diffusers import DiffusionPipeline
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from fpq_lightning.calibration.shards import Shard
+from fpq_lightning.diffusion.pipelines import SamplerConfig, denoiser_name
+from fpq_lightning.evaluation.evaluate import EvaluationConfig
+from fpq_lightning.nn.calibrated import quantized_layers
+from fpq_lightning.nn.hashing import hash_weights
+from fpq_lightning.nn.packed import packed_layers
+from fpq_lightning.quantization.recipe import Recipe
+from fpq_lightning.training.callbacks.checkpoint import RunCheckpoint
+from fpq_lightning.training.callbacks.finalize import FinalizeQuantization
+from fpq_lightning.training.callbacks.image_quality import ImageQuality
+from fpq_lightning.training.callbacks.progress import CalibrationProgress
+from fpq_lightning.training.callbacks.report import RunReport
+from fpq_lightning.training.datamodule import CalibrationDataModule
+from fpq_lightning.training.estimate import estimate_run
+from fpq_lightning.training.module import BlockReconstruction
+from fpq_lightning.training.run_directory import RunDirectory, RunState
+from fpq_lightning.training.strategy import calibration_trainer, together
+from fpq_lightning.utils.provenance import versions
+
+logger = logging.getLogger(__name__)
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "devices": 1,
+    "max_epochs": -1,
+    "reload_dataloaders_every_n_epochs": 1,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+
+
+class RunFinishedError(ValueError):
+    """The run directory holds this run, finished."""
+
+
+@dataclass
+class Run:
+    """A calibration that is ready to start; of `prepare_run`.
+
+    Attributes:
+        directory: of the run.
+        module: the LightningModule.
+        data: the calibration set.
+        sampler: how images are sampled.
+        evaluation: what image quality is measured on.
+        callbacks: what the run does besides optimising.
+    """
+
+    directory: RunDirectory
+    module: BlockReconstruction
+    data: CalibrationDataModule
+    sampler: SamplerConfig
+    evaluation: EvaluationConfig
+    callbacks: list[pl.Callback]
+
+    def trainer(self, trainer_class: type[pl.Trainer] = pl.Trainer, **options: Any) -> pl.Trainer:
+        """A trainer with the callbacks of the run.
+
+        Args:
+            trainer_class: of the trainer.
+            options: of the trainer; its callbacks come first.
+
+        Raises:
+            ValueError: if its strategy is not supported, or there are more processes than samples in a batch or images.
+        """
+        if options.get("logger") is None:
+            options["logger"] = TensorBoardLogger(self.directory.path, name="", version="logs")
+        # The bar of the calibration ends before the next one begins.
+        progress = [CalibrationProgress()] if options.get("enable_progress_bar") in (None, True) else []
+        options["callbacks"] = [*(options.get("callbacks") or []), *progress, *self.callbacks]
+        trainer = calibration_trainer(trainer_class, **options)
+        batch_size = self.module.recipe.rounding.batch_size
+        Shard(min(batch_size, self.data.n_train_of(self.data.n_samples)), 0, trainer.world_size)
+        check_images(self.evaluation.n_images, trainer.world_size, "--evaluation.n_images")
+        return trainer
+
+    def log_estimate(self, trainer: pl.Trainer) -> None:
+        """Says what the run will take, on the first process; a run does not fail for want of an estimate."""
+        if not trainer.is_global_zero:
+            return
+        module, device = self.module, trainer.strategy.root_device
+        try:
+            module.placement.to(device)
+            estimate = estimate_run(
+                module.pipeline, module.recipe, self.data, self.sampler, self.evaluation, device, trainer.world_size
+            )
+            for line in estimate.lines():
+                logger.info(line)
+        except Exception as error:  # whatever the model or its scheduler may raise
+            logger.info("no estimate (%s)", " ".join(str(error).split())[:150])
+
+    def fit(self, trainer: pl.Trainer, ckpt_path: str | None) -> None:
+        """Runs the calibration in its directory.
+
+        Args:
+            trainer: of `trainer`.
+            ckpt_path: ``last``, or a file, to go on from.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the checkpoint does not fit, or the run was stopped before its end.
+        """
+        checkpoint = self._checkpoint(ckpt_path, trainer)
+        working = self.directory.working() if trainer.is_global_zero else nullcontext()
+        with working, together(trainer):
+            path = None if checkpoint is None else str(checkpoint)
+            trainer.fit(self.module, self.data, ckpt_path=path, weights_only=True)
+        plan = self.module.plan
+        if not plan.finished:
+            raise ValueError(
+                f"{self.directory.path}: stopped before unit {plan.unit + 1} of {len(plan.steps)} was done; go on with "
+                "--ckpt_path last (ckpt_path='last')"
+            )
+        self.module.use_quantized()
+        self.module.placement.release()
+
+    def _checkpoint(self, ckpt_path: str | None, trainer: pl.Trainer) -> Path | None:
+        if ckpt_path == "last":
+            newest = self.directory.newest_checkpoint()
+            if newest is None and trainer.is_global_zero:
+                logger.info("%s has no checkpoint yet: starting from the beginning", self.directory.path)
+            return newest
+        if ckpt_path is None:
+            return None
+        file = Path(ckpt_path)
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no checkpoint {ckpt_path}: give last, or a file")
+        self.directory.check_checkpoint(file)
+        return file
+
+
+def prepare_run(
+    pipeline: DiffusionPipeline,
+    name: str,
+    recipe: Recipe,
+    data: CalibrationDataModule,
+    sampler: SamplerConfig,
+    evaluation: EvaluationConfig,
+    run_dir: str | Path,
+    resume: bool,
+    offload: bool = False,
+    checkpoint_steps: int = 2500,
+) -> Run:
+    """Opens a run directory and makes everything that a calibration in it needs.
+
+    Args:
+        pipeline: in full precision.
+        name: of the model in the reports.
+        recipe: what to quantize to.
+        data: the calibration set; the caller's may serve another run.
+        sampler: how images are sampled.
+        evaluation: what image quality is measured on.
+        run_dir: of the run.
+        resume: whether to go on with a run that is there.
+        offload: keep the blocks of the denoiser in host memory.
+        checkpoint_steps: optimisation steps between checkpoints within a unit.
+
+    Raises:
+        RunFinishedError: if `run_dir` holds this run, finished.
+        ValueError: if `run_dir` holds another run, or (without `resume`) this one unfinished, or the model cannot be
+            quantized.
+    """
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    if quantized_layers(denoiser) or packed_layers(denoiser):
+        raise ValueError("the pipeline's denoiser is quantized already: load the full-precision model again")
+    parts = {
+        "model": {"name": name, "class": type(denoiser).__name__, "weights": hash_weights(denoiser)},
+        "recipe": recipe.to_dict(),
+        "calibration": {**data.identity(), "sampler": {**sampler.identity(), "batch_size": sampler.batch_size}},
+        "version": versions()["fpq-lightning"],
+    }
+    directory = RunDirectory(run_dir, parts)
+    if (state := directory.state()) is RunState.FINISHED:
+        raise RunFinishedError(
+            f"{directory.path} holds this run, finished: use load_quantized({str(directory.quantized)!r}), or delete "
+            "it to run again"
+        )
+    if state is RunState.UNFINISHED and not resume:
+        raise ValueError(
+            f"{directory.path} holds this run, unfinished: add --ckpt_path last (ckpt_path='last') to go on with it"
+        )
+    data = copy.copy(data)
+    decisive = ("n_samples", "seed", "source", "image_column", "timesteps", "weighting", "sampler")
+    data.made_from = {name: directory.parts["calibration"][name] for name in decisive}
+    data.made_from["model"] = directory.parts["model"]["weights"]
+    data.sampler = sampler
+    data.directory = data.directory or str(directory.path / "calibration")
+    data.store_directory = data.store_directory or str(directory.activations)
+    module = BlockReconstruction(pipeline, recipe, data, offload)
+    module.made_from = directory.parts
+    quality = ImageQuality(evaluation, sampler, directory)
+    callbacks = [
+        FinalizeQuantization(directory, name),
+        quality,
+        RunReport(directory, quality),
+        RunCheckpoint(directory.checkpoints, checkpoint_steps),
+    ]
+    return Run(directory, module, data, sampler, evaluation, callbacks)
+
+
+def check_images(n: int, world_size: int, option: str) -> None:
+    """Finds out that some process would get no images.
+
+    Raises:
+        ValueError: if so.
+    """
+    if 0 < n < world_size:
+        raise ValueError(f"{option} {n} is less than the {world_size} processes: raise it or take fewer devices")
