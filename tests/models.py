@@ -114,6 +114,7 @@ import torch
 torch.set_num_threads(1)
 import lightning.pytorch as pl
 from fpq_lightning import cli
+import fpq_lightning.training.command_line
 from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.reconstruction import unit
 import fpq_lightning.training.callbacks.checkpoint as checkpoint

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +18,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from models import CHECKOUT, STEPS, fit_arguments, run_fpq, run_scenarios, save_tiny, scenario
+from models import (
+    CHECKOUT,
+    STEPS,
+    Outcome,
+    fit_arguments,
+    run_fpq,
+    run_scenarios,
+    save_tiny,
+    scenario,
+    tiny_text_to_image,
+    tiny_unet,
+)
 from packed_reader import read_denoiser
 from PIL import Image
 
+import fpq_lightning as fpq
 from fpq_lightning import SamplerConfig, load_quantized
 from fpq_lightning.diffusion.sampling import sample, set_sampler
 from fpq_lightning.evaluation import sampling
@@ -138,6 +155,51 @@ def test_a_run_writes_one_line_a_unit(model: str, tmp_path: Path, capsys: pytest
     assert str(tmp_path / "run" / "quantized") in outcome.out
 
 
+def test_the_last_lines_of_a_run_say_what_came_of_it(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    outcome = run_fpq(capsys, fit_arguments(model, run, iterations=2, n_images=2))
+    assert outcome.code == 0, outcome.err
+    found = dict(line.split(":", 1) for line in outcome.out.splitlines()[-6:])
+    found = {name: value.strip() for name, value in found.items()}
+    assert found["quantized model"] == str(run / "quantized")
+    assert found["report"] == str(run / "report.html")
+    variants = json.loads((run / "report.json").read_text())["variants"]
+    kept, nearest = (variants[name] for name in ("quantized", "nearest"))
+    assert found["quality"] == (
+        f"PSNR {kept['psnr']:.2f} dB, FD {kept['fd']:.3f} "
+        f"(nearest rounding: PSNR {nearest['psnr']:.2f} dB, FD {nearest['fd']:.3f})"
+    )
+    after = sum(file.stat().st_size for file in (run / "quantized" / "unet").glob("*.safetensors"))
+    before = 2 * sum(p.numel() for p in tiny_unet().parameters())
+    assert found["size of the denoiser"] == (
+        f"{after / 1024:.0f} KiB in files, {before / 1024:.0f} KiB in half precision"
+    )
+    share = run_fpq(capsys, ["inspect", str(run / "quantized"), "--capability=9.0"]).out.splitlines()[-1]
+    expected = float(re.search(r"([\d.]+)% of their operations", share)[1])  # type: ignore[index]
+    if not torch.cuda.is_available():
+        said = re.fullmatch(rf"(\d+)% on an H100: see fpq inspect {run / 'quantized'}", found["low-bit operations"])
+        assert said is not None
+        assert abs(int(said[1]) - expected) <= 0.5
+    command = found["next"].removeprefix("fpq ").split()
+    options = [f"--sampler.steps={STEPS}", "--evaluation.n_images=2", "--trainer.accelerator=cpu"]
+    assert run_fpq(capsys, [*command, *options, f"--output={tmp_path / 'test'}"]).code == 0
+
+
+def test_a_finished_run_does_not_fail_for_what_its_last_lines_cannot_say(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr("fpq_lightning.training.summary.inspect_pipeline", fail)
+    outcome = run_fpq(capsys, fit_arguments(model, tmp_path / "run", iterations=2))
+    assert outcome.code == 0, outcome.err
+    names = [line.partition(":")[0] for line in outcome.out.splitlines()[-4:]]
+    assert names == ["quantized model", "report", "size of the denoiser", "next"]  # and no quality without images
+
+
 # --- the other commands ----------------------------------------------------------------------------------------
 
 
@@ -228,6 +290,124 @@ def test_a_test_with_another_sampler_in_the_same_place_is_refused_in_one_line(
     assert outcome.code != 0
     assert len(outcome.errors) == 1
     assert "made otherwise (sampler.steps: 2 -> 3)" in outcome.errors[0]
+
+
+# --- help, and what comes at once ------------------------------------------------------------------------------
+
+
+def _fpq(*arguments: str) -> tuple[Outcome, float]:
+    """Runs ``fpq`` in a fresh process, and says how much CPU time it took."""
+    env = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "fpq_lightning.cli", *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, timeout=100)  # bytes: a \r is not to become a \n
+    found = Outcome(done.returncode, done.stdout.decode(), done.stderr.decode())
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return found, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--help"], 0, "usage: fpq COMMAND"),
+        (["--version"], 0, f"fpq {fpq.__version__}"),
+        ([], 2, "usage: fpq COMMAND"),
+        (["fti", "--model=x"], 1, "did you mean fit?"),
+        (["fit", "--config", "fp4_fp9"], 1, "there is no configuration fp4_fp9"),
+        (["export", "x", "--ouput=y"], 2, "did you mean --output?"),
+        (["inspect", "x", "--capability=9"], 1, "--capability 9: give it as 9.0"),
+    ],
+)
+def test_help_and_refusals_come_at_once(arguments: list[str], code: int, said: str) -> None:
+    found, seconds = _fpq(*arguments)
+    assert found.code == code
+    assert said in found.out + found.err
+    assert len(found.err.splitlines()) == (1 if said not in found.out else 0)
+    assert seconds < 1.5
+
+
+def test_doctor_says_what_a_report_of_a_bug_should_say() -> None:
+    found, _ = _fpq("doctor")
+    assert found.code == 0, found.err
+    lines = {line.strip().split("  ")[0]: line.split("  ")[-1].strip() for line in found.out.splitlines()}
+    assert lines["fpq-lightning"] == fpq.__version__
+    assert lines["torch"] == torch.__version__
+    assert str(CHECKOUT / "data" / "cifar10-features") in found.out
+    paths = {name.split()[0]: value.split(", ") for name, value in lines.items() if name.startswith("sm_")}
+    assert paths["sm_80"] == ["weight_only", "decode"]
+    assert {"fp8", "weight_only"} <= {*paths["sm_89"]}
+    assert {"fp8", "fp8_conv"} <= {*paths["sm_90"]}
+    assert {"fp8", "fp8_conv"} <= {*paths["sm_100"]}
+    for name in ("C compiler, which Triton needs", "Inception (FID)", "LPIPS alex"):
+        assert name in lines
+    assert "CLIP" in found.out
+
+
+@pytest.mark.parametrize(("command", "groups"), [
+    ("fit", {"recipe", "data", "sampler", "evaluation"}),
+    ("test", {"sampler", "evaluation"}),
+    ("predict", {"sampler"}),
+])  # fmt: skip
+def test_help_shows_our_options_and_those_of_the_trainer_when_asked(
+    command: str, groups: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = run_fpq(capsys, [command, "--help"]).out
+    lines = shown.splitlines()
+    assert len(lines) <= 110
+    assert max(map(len, lines)) <= 120
+    assert "  --model " in shown
+    assert {line.partition(":")[0] for line in lines if line and line[0].isalpha() and ": " in line} >= groups
+    assert not any(line.startswith("  --trainer.") for line in lines)
+    config = yaml.safe_load(
+        run_fpq(capsys, [command, "--model=m", "--print_config", "--output=x"][: 4 if command == "predict" else 3]).out
+    )
+    ours = {path for path in _paths(config) if not path.startswith("trainer.")}
+    options = {line.split()[0].removeprefix("--") for line in lines if line.startswith("  --")}
+    assert ours <= options
+    (pointer,) = [line for line in lines if f"fpq {command} --help GROUP" in line]
+    assert "trainer" in pointer
+    trainer = run_fpq(capsys, [command, "--help", "trainer"]).out
+    assert "--trainer.devices" in trainer
+    assert "--model" not in trainer
+
+
+def _paths(config: dict[str, Any], prefix: str = "") -> set[str]:
+    found = set()
+    for name, value in config.items():
+        nested = isinstance(value, dict) and value
+        found |= _paths(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}"}
+    return found
+
+
+def test_help_on_a_group_says_all_of_each_option(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = run_fpq(capsys, ["fit", "--help", "recipe"]).out
+    assert "--recipe.weights.granularity {tensor,channel,group} [channel]" in shown
+    assert "..." not in shown
+    assert "--data" not in shown
+    _assert_one_line(run_fpq(capsys, ["fit", "--help", "recipes"]), "there is help on recipe, data, sampler")
+
+
+def test_the_commands_of_a_run_say_nothing_that_a_user_cannot_act_on(tmp_path: Path) -> None:
+    model, run = tiny_text_to_image(tmp_path / "tiny"), tmp_path / "run"
+    fit = [*fit_arguments(model, run, iterations=2, n_images=2), "--sampler.prompts=['a cat','a dog']"]
+    quantized = f"--model={run / 'quantized'}"
+    common = [f"--sampler.steps={STEPS}", "--sampler.batch_size=2", "--trainer.accelerator=cpu"]
+    test = ["test", quantized, *common, "--evaluation.n_images=2", f"--output={tmp_path / 'test'}"]
+    predict = ["predict", quantized, *common, "--n_images=2", f"--output={tmp_path / 'images'}"]
+    export = ["export", str(run / "quantized"), "--format=dequantized", f"--output={tmp_path / 'plain'}"]
+    for command in (
+        fit,
+        [*test, "--sampler.prompts=['a cat','a dog']"],
+        [*predict, "--prompts=['a cat','a dog']"],
+        export,
+        ["inspect", str(run / "quantized")],
+    ):
+        found, _ = _fpq(*command)
+        assert found.code == 0, found.err
+        assert "\r" not in found.err
+        for line in found.err.splitlines():
+            is_progress = re.fullmatch(r"[\w .+]+: +\d+% \d+/\d+ \[.*\]", line)
+            assert is_progress or line.startswith("warning: 2 images are too few"), line
 
 
 # --- bad input -------------------------------------------------------------------------------------------------
@@ -323,12 +503,65 @@ def test_a_bad_option_ends_fit_in_one_line(
     assert not (tmp_path / "run" / "report.json").exists()
 
 
+@pytest.mark.parametrize(("arguments", "wrong", "nearest"), [
+    (["fit", "--modle=x"], "--modle", "--model"),
+    (["fit", "--mod=x"], "--mod", "--model"),
+    (["fit", "--steps=3"], "--steps", "--sampler.steps"),
+    (["fit", "--recipe.weights.format", "fp4"], "--recipe.weights.format", "--recipe.weights.formats"),
+    (["fit", "--trainer.device=2"], "--trainer.device", "--trainer.devices"),
+    (["test", "--evaluation.n_image=3"], "--evaluation.n_image", "--evaluation.n_images"),
+    (["predict", "--out=x"], "--out", "--output"),
+    (["study", "--conf=x"], "--conf", "--config"),
+    (["export", "x", "--form=fpq"], "--form", "--format"),
+    (["inspect", "x", "--capa=9.0"], "--capa", "--capability"),
+])  # fmt: skip
+def test_an_abbreviated_or_wrong_option_is_refused_and_the_nearest_suggested(
+    arguments: list[str], wrong: str, nearest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = run_fpq(capsys, arguments)
+    _assert_one_line(outcome, f"fpq {arguments[0]} has no option {wrong}: did you mean {nearest}?")
+    assert len(outcome.err.splitlines()) == 1
+
+
+def test_an_unforeseen_error_ends_in_one_line_that_names_a_file_with_its_traceback(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("nobody\nforesaw this")
+
+    def file_of(outcome: Any) -> Path:
+        _assert_one_line(outcome, "unexpected ZeroDivisionError (nobody foresaw this)")
+        assert outcome.code == 1
+        assert "fpq doctor" in outcome.errors[0]
+        file = Path(re.search(r"traceback is in (\S+);", outcome.errors[0])[1])  # type: ignore[index]
+        text = file.read_text()
+        assert text.startswith("Traceback")
+        assert text.rstrip().endswith("foresaw this")
+        assert "in fail" in text
+        return file
+
+    temporary, run = tmp_path / "temporary", tmp_path / "run"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    with monkeypatch.context() as patch:
+        patch.setattr("fpq_lightning.training.command_line.load_pipeline", fail)
+        assert file_of(run_fpq(capsys, fit_arguments(model, run))).parent == temporary
+    assert not run.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("fpq_lightning.training.callbacks.image_quality.ImageQuality.on_train_end", fail)
+        outcome = run_fpq(capsys, fit_arguments(model, run, n_images=2))
+        assert file_of(outcome).parent == run
+    assert run_fpq(capsys, [*fit_arguments(model, run, n_images=2), "--ckpt_path=last"]).code == 0
+
+
 def test_an_unknown_command_and_help_say_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run_fpq(capsys, ["inspec", "somewhere"])
     assert outcome.code
-    assert "there is no command 'inspec': use fit, test, predict, study, export or inspect" in outcome.errors[0]
+    assert "there is no command 'inspec': did you mean inspect?" in outcome.errors[0]
     shown = run_fpq(capsys, ["--help"]).out
-    assert all(command in shown for command in ("study", "export", "inspect"))
+    for command in ("fit", "test", "predict", "study", "export", "inspect", "doctor"):
+        assert command in outcome.errors[0]
+        assert command in shown
 
 
 @pytest.mark.parametrize("command", ["fit", "test", "predict"])

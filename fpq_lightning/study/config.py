@@ -94,7 +94,7 @@ class StudyConfig:
         for layer in layers:
             merged = merge(merged, layer)
         try:
-            made = parser.instantiate_classes(parser.parse_object(merged))
+            made = parser.instantiate(parser.parse_object(merged))
         except (ArgumentError, TypeError) as error:
             raise ValueError(f"row {name}: {' '.join(str(error).split())[:300]}") from error
         return made.recipe, made.data

@@ -55,13 +55,13 @@ class Estimate:
         seconds = (self.sampling_seconds, self.calibration_seconds, self.evaluation_seconds)
         sampling, calibration, evaluation = (_duration(s) for s in seconds)
         beyond = max(0, self.store_bytes - self.store_budget)
-        spilled = f", {_size(beyond)} of them beyond data.store_budget" if beyond else ""
+        spilled = f", {format_size(beyond)} of them beyond data.store_budget" if beyond else ""
         return [
             f"estimated time: {_duration(sum(seconds))} (calibration set {sampling}, calibration {calibration}, "
             f"images {evaluation}); a rough guess",
-            f"estimated memory: weights {_size(self.model_bytes)}, captured activations {_size(self.store_bytes)}"
-            f"{spilled}; a pass needs more",
-            f"estimated disk: {_size(self.disk_bytes)}",
+            f"estimated memory: weights {format_size(self.model_bytes)}, captured activations "
+            f"{format_size(self.store_bytes)}{spilled}; a pass needs more",
+            f"estimated disk: {format_size(self.disk_bytes)}",
         ]
 
 
@@ -75,8 +75,13 @@ def _duration(seconds: float) -> str:
     )
 
 
-def _size(n: int) -> str:
-    return f"{n / 2**20:.0f} MiB" if n < 2**30 else f"{n / 2**30:.1f} GiB"
+def format_size(n: float) -> str:
+    """Bytes in a unit that leaves a few digits."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if n < 1000:
+            return f"{n:.{int(0 < n < 10 and unit != 'bytes')}f} {unit}"
+        n /= 2**10
+    return f"{n:.1f} GiB"
 
 
 def _bytes(module: nn.Module) -> int:

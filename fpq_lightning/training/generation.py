@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 from diffusers import DiffusionPipeline
-from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -25,6 +24,8 @@ from fpq_lightning.storage.pipeline import is_quantized, load_quantized, read_de
 from fpq_lightning.utils import distributed
 from fpq_lightning.utils.provenance import fingerprint
 from fpq_lightning.utils.tf32 import using_tf32
+
+logger = logging.getLogger(__name__)
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class ImageGeneration(pl.LightningModule):
         return {"seeds": batch["seeds"], "images": images}
 
 
-class WriteImages(BasePredictionWriter):
+class WriteImages(pl.Callback):
     """Writes predicted images as ``<seed>.png``.
 
     Args:
@@ -160,22 +161,20 @@ class WriteImages(BasePredictionWriter):
     """
 
     def __init__(self, output: str) -> None:
-        super().__init__(write_interval="batch")
         self.output = Path(output)
         self.output.mkdir(parents=True, exist_ok=True)
 
-    def write_on_batch_end(
+    def on_predict_batch_end(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
+        outputs: Any,
         batch: Any,
         batch_idx: int,
-        dataloader_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Writes the images of a batch."""
-        for seed, image in zip(prediction["seeds"], prediction["images"], strict=True):
+        for seed, image in zip(outputs["seeds"], outputs["images"], strict=True):
             save_png(image, self.output / f"{seed:06d}.png")
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

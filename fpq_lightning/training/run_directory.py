@@ -114,13 +114,18 @@ class RunDirectory:
     def _fingerprint_file(self) -> Path:
         return self.path / "fingerprint.json"
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether the directory is there and that of a run."""
+        return self._fingerprint_file.is_file()
+
     def state(self) -> RunState:
         """What is there already.
 
         Raises:
             ValueError: if it belongs to another run.
         """
-        if not self._fingerprint_file.is_file():
+        if not self.is_begun:
             # What is hidden may be another process's temporary file.
             if self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
                 raise ValueError(f"{self.path} is not empty and no run of ours: choose another --run_dir")

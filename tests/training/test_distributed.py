@@ -381,7 +381,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         for name in _CLUSTER:
             patch.delenv(name, raising=False)
         multiprocessing.get_context("forkserver").set_forkserver_preload(
-            ["fpq_lightning.cli", "pytest", "torch.utils.tensorboard"]
+            ["fpq_lightning.training.command_line", "pytest", "torch.utils.tensorboard"]
         )
         yield Lab(root, save_tiny(root / "model"))
 

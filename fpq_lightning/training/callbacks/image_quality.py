@@ -8,7 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fpq_lightning.diffusion.images import ImageDirectory
 from fpq_lightning.diffusion.sampling import SamplerConfig
@@ -19,6 +18,7 @@ from fpq_lightning.nn.calibrated import Mode
 from fpq_lightning.nn.hashing import hash_quantization
 from fpq_lightning.training.module import BlockReconstruction
 from fpq_lightning.training.run_directory import RunDirectory
+from fpq_lightning.utils.progress import progress_bar
 from fpq_lightning.utils.provenance import fingerprint
 
 
@@ -71,7 +71,7 @@ class ImageQuality(pl.Callback):
         pl_module.placement.to(device)
         share = 4 * n // trainer.world_size  # the images of this process
         hidden = not trainer.is_global_zero
-        with tqdm(total=share, desc="sampling", unit="image", dynamic_ncols=True, disable=hidden) as bar:
+        with progress_bar("sampling", total=share, unit="image", disable=hidden) as bar:
 
             def images(variant: Mode, seeds: range) -> Tensor:
                 bar.set_description(f"sampling {variant.replace('_', ' ')}")
