@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from typing import cast
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from fpq_lightning.nn.attention import packed_attention
-from fpq_lightning.nn.calibrated import LayerQuantization, quantized_modules
+from fpq_lightning.nn.calibrated import quantized_modules
 from fpq_lightning.nn.packed_layer import packed_layers
 
 
@@ -33,7 +32,7 @@ def hash_quantization(model: nn.Module, mode: str) -> str:
     for name, module in quantized_modules(model).items():
         if mode in module.variants:
             digest.update(name.encode())
-            for leaf in tree_leaves(cast(LayerQuantization, module.variants[mode]).to_state()):
+            for leaf in tree_leaves(module.variants[mode].to_state()):
                 tensor = isinstance(leaf, torch.Tensor)
                 digest.update(leaf.detach().cpu().numpy().tobytes() if tensor else repr(leaf).encode())
     return digest.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,8 +41,8 @@ class Operands(NamedTuple):
         convolution: how the filter moves; None for a Linear layer.
     """
 
-    weights: Sequence[PackedWeight]
-    inputs: Sequence[Quantizer]
+    weights: tuple[PackedWeight, ...]
+    inputs: tuple[Quantizer, ...]
     splits: tuple[int, ...]
     bias: Tensor | None
     convolution: Convolution | None
@@ -64,36 +64,24 @@ class Operands(NamedTuple):
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """Quantizes and dequantizes each part of an input."""
-        return quantize_input(x, self.inputs, self)
+        return quantize_input(x, self.inputs, self.splits, self.channel_dim)
 
 
-class Parts(Protocol):
-    """How the channels of an input are cut."""
-
-    @property
-    def splits(self) -> tuple[int, ...]:
-        """Channels of each part."""
-
-    @property
-    def channel_dim(self) -> int:
-        """The dimension of the channels."""
-
-
-def quantize_input(x: Tensor, quantizers: Sequence[Quantizer], parts: Parts) -> Tensor:
+def quantize_input(x: Tensor, quantizers: Sequence[Quantizer], splits: Sequence[int], dim: int) -> Tensor:
     """Quantizes and dequantizes each part of an input; leaves it as it is without quantizers.
 
     Args:
         x: the input.
         quantizers: one a part, or none.
-        parts: how the input is cut.
+        splits: channels of each part.
+        dim: the dimension of the channels.
     """
-    chosen = list(quantizers)
-    if not chosen:
+    if not len(quantizers):
         return x
-    if len(chosen) == 1:
-        return chosen[0](x)  # type: ignore[no-any-return]
-    dim = parts.channel_dim
-    return torch.cat([q(part) for q, part in zip(chosen, x.split(parts.splits, dim), strict=True)], dim)
+    if len(splits) == 1:
+        (only,) = quantizers
+        return only(x)  # type: ignore[no-any-return]
+    return torch.cat([q(part) for q, part in zip(quantizers, x.split(splits, dim), strict=True)], dim)
 
 
 def operate(x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Convolution | None) -> Tensor:

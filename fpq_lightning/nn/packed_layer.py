@@ -52,7 +52,7 @@ class PackedLayer(SplitLayer):
     @property
     def operands(self) -> Operands:
         """What its input is multiplied with."""
-        return Operands(self.weights, self.inputs, self.splits, self.bias, self.convolution)
+        return Operands(tuple(self.weights), tuple(self.inputs), self.splits, self.bias, self.convolution)
 
     def decode_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight from its codes `[out, in, ...]`, float32 rounded to a type."""
@@ -68,7 +68,7 @@ class PackedLayer(SplitLayer):
     def forward(self, input: Tensor) -> Tensor:
         """Runs the layer on the best path of its device."""
         x, operands = input, self.operands
-        if not len(operands.weights):
+        if not operands.weights:
             return self.operate(self.quantize_input(x, operands.inputs), self.weight, operands.bias)
         if operands.weights[0].codes.device != x.device:
             return decode.run(x, operands)  # calls the parts, whose hooks bring them to the device

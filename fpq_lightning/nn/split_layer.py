@@ -56,7 +56,7 @@ class SplitLayer(SwappedModule, _PlainLayer):
 
     def quantize_input(self, x: Tensor, quantizers: Sequence[Quantizer]) -> Tensor:
         """Quantizes each part of the input; leaves it as it is without quantizers."""
-        return quantize_input(x, quantizers, self)
+        return quantize_input(x, quantizers, self.splits, self.channel_dim)
 
     def operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's linear operation with another weight."""

@@ -48,8 +48,8 @@ def fits(operands: Operands) -> bool:
 def operands_fit(operands: Operands) -> bool:
     """Whether the values of weight and input are E4M3's, and their numbers of channels what copies ask for."""
     return (
-        len(operands.weights) > 0
-        and len(operands.inputs) > 0
+        bool(operands.weights)
+        and bool(operands.inputs)
         and all(embeds(w.format) and w.offset is None and w.scale.shape[1] == 1 for w in operands.weights)
         and all(q.format == E4M3 and q.offset is None for q in operands.inputs)
         and all(n % ALIGNMENT == 0 for n in operands.splits)
@@ -112,16 +112,13 @@ def _scaled_mm(
 
 def column_scale(weight: PackedWeight, factor: Tensor | None) -> Tensor:
     """What multiplies the sums of each output channel, float32 `[1, out]`: its scale, times that of the input."""
-    scale = weight.scale
-    sources = (scale,) if factor is None else (scale, factor)
-    if torch.compiler.is_compiling():
-        return _made_column(*sources, n=weight.shape[0])
-    return weight.column.get(lambda: _made_column(*sources, n=weight.shape[0]), *sources)
+    sources = (weight.scale,) if factor is None else (weight.scale, factor)
 
+    def make() -> Tensor:
+        scale = weight.scale if factor is None else weight.scale * factor.reshape(())
+        return scale.reshape(1, -1).expand(1, weight.shape[0]).contiguous()
 
-def _made_column(scale: Tensor, factor: Tensor | None = None, *, n: int) -> Tensor:
-    scale = scale if factor is None else scale * factor.reshape(())
-    return scale.reshape(1, -1).expand(1, n).contiguous()
+    return make() if torch.compiler.is_compiling() else weight.column.get(make, *sources)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

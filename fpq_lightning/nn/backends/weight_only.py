@@ -20,7 +20,7 @@ def fits(operands: Operands) -> bool:
     """Whether the products of a layer can decode its weight as they go."""
     return (
         operands.convolution is None
-        and len(operands.weights) > 0
+        and bool(operands.weights)
         and all(w.format.bits == WIDTH and w.offset is None and w.scale.shape[1] == 1 for w in operands.weights)
     )
 
