@@ -45,7 +45,8 @@ from fpq_lightning.graph.offload import Offload
 from fpq_lightning.graph.trace import trace_units
 from fpq_lightning.graph.tree import output_leaves
 from fpq_lightning.graph.units import Unit, discover_units
-from fpq_lightning.nn.calibrated import QuantizedModule, make_quantized
+from fpq_lightning.nn.calibrated import QuantizedModule
+from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.reconstruction.backward import Backward
 from fpq_lightning.reconstruction.optimizer import GraphedAdam
 from fpq_lightning.reconstruction.out_of_memory import gradients, within_memory

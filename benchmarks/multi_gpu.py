@@ -33,7 +33,8 @@ from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.shards import Samples, Shard
 from fpq_lightning.calibration.store import ActivationStore
 from fpq_lightning.graph.units import Unit
-from fpq_lightning.nn.calibrated import is_quantizable, make_quantized
+from fpq_lightning.nn.calibrated import is_quantizable
+from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.reconstruction.backward import Backward
 from fpq_lightning.reconstruction.optimizer import GraphedAdam
 from fpq_lightning.reconstruction.report import UnitReport

@@ -9,7 +9,6 @@ from diffusers import DiffusionPipeline
 
 from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.config import EvaluationConfig
-from fpq_lightning.evaluation.evaluator import Evaluator
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.training.run import TRAINER_DEFAULTS, prepare_run
@@ -49,8 +48,6 @@ def quantize(
     """
     if not isinstance(pipeline, DiffusionPipeline):
         raise ValueError(f"quantize takes a diffusers pipeline, got {type(pipeline).__name__}: load it first")
-    sampler, evaluation = sampler or SamplerConfig(), evaluation or EvaluationConfig(n_images=0)
-    Evaluator(evaluation, sampler).check()
     run = prepare_run(
         pipeline,
         base_model or getattr(pipeline, "name_or_path", None) or type(pipeline).__name__,

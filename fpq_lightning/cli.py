@@ -139,7 +139,6 @@ class FPQCommandLine(LightningCLI):
     def _prepare_fit(self, options: Namespace) -> list[pl.Callback]:
         if is_quantized(options.model):
             raise ValueError(f"{options.model} is quantized already: give the full-precision model")
-        Evaluator(options.evaluation, options.sampler).check()
         pipeline = load_pipeline(options.model, _DTYPES[options.torch_dtype])
         run_dir = options.run_dir or default_run_dir(options.model, options.recipe)
         options.run_dir = self.config[self.subcommand].run_dir = run_dir

@@ -7,7 +7,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from fpq_lightning.diffusion.pipelines import denoiser_name
-from fpq_lightning.nn.calibrated import LayerQuantization, is_quantizable, make_quantized
+from fpq_lightning.nn.calibrated import LayerQuantization, is_quantizable
+from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.quantization.quantizer import Granularity
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.quantization.search import search_tensor_error

@@ -32,7 +32,7 @@ from fpq_lightning.utils.tf32 import using_tf32
 
 logger = logging.getLogger(__name__)
 
-_QUANTIZED: dict[str, Mode] = {"nearest": "nearest", "quantized": "quantized"}  # variants that need a calibration
+_QUANTIZED: tuple[Mode, ...] = ("nearest", "quantized")
 
 
 class Study:
@@ -107,7 +107,7 @@ class Study:
         for name, variants in self.missing(only).items():
             if full_precision := [variant for variant in variants if variant not in _QUANTIZED]:
                 self._full_precision(name, full_precision)
-            if quantized := [variant for variant in variants if variant in _QUANTIZED]:
+            if quantized := [variant for variant in _QUANTIZED if variant in variants]:
                 self._recipe(name, quantized)
 
     # --- rows --------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ class Study:
             metrics = self.evaluator.compare(images, judged, reference, self.device, same)
             self._write(name, variant, {"metrics": metrics})
 
-    def _recipe(self, name: str, variants: list[str]) -> None:
+    def _recipe(self, name: str, variants: Sequence[Mode]) -> None:
         recipe, data = self.built[name]
         pipeline, start = self._pipeline(), time.perf_counter()
         self._calibrate(name, pipeline, recipe, data)
@@ -162,11 +162,11 @@ class Study:
             "calibration_seconds": seconds,
         }
         for variant in variants:
-            images = self._images(pipeline, _QUANTIZED[variant], seeds)
+            images = self._images(pipeline, variant, seeds)
             values = {**shared, "metrics": self.evaluator.compare(images, seeds, reference, self.device)}
             if n := self.config.trajectories:
                 first = range(seeds.start, seeds.start + n)
-                values["trajectory"] = trajectory_errors(pipeline, self.config.sampler, first, _QUANTIZED[variant])
+                values["trajectory"] = trajectory_errors(pipeline, self.config.sampler, first, variant)
             self._write(name, variant, values)
 
     def _calibrate(self, name: str, pipeline: DiffusionPipeline, recipe: Recipe, data: CalibrationDataModule) -> None:

@@ -30,7 +30,8 @@ from fpq_lightning.evaluation.metrics.frechet import FrechetDistance
 from fpq_lightning.evaluation.networks.cifar10 import CIFAR10Network
 from fpq_lightning.evaluation.sampling import image_settings, sample_images, sample_variant
 from fpq_lightning.formats.numbers import parse_format
-from fpq_lightning.nn.calibrated import LayerQuantization, make_quantized
+from fpq_lightning.nn.calibrated import LayerQuantization
+from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.nn.hashing import hash_quantization
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 from fpq_lightning.utils.resources import find_features

@@ -24,7 +24,8 @@ from fpq_lightning.evaluation.report.html import render_html
 from fpq_lightning.evaluation.report.markdown import render_markdown, variants_table
 from fpq_lightning.evaluation.statistics import activation_ranges, layer_statistics, weight_statistics
 from fpq_lightning.formats.numbers import parse_format
-from fpq_lightning.nn.calibrated import LayerQuantization, make_quantized
+from fpq_lightning.nn.calibrated import LayerQuantization
+from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 
 BROWSER = next(

@@ -19,7 +19,8 @@ from fpq_lightning.cli import main
 from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.formats.numbers import parse_formats
-from fpq_lightning.nn.calibrated import LayerQuantization, make_quantized
+from fpq_lightning.nn.calibrated import LayerQuantization
+from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 from fpq_lightning.quantization.search import search_tensor_error
 from fpq_lightning.reconstruction import unit
