@@ -289,7 +289,7 @@ def test_a_test_with_another_sampler_in_the_same_place_is_refused_in_one_line(
     outcome = run_fpq(capsys, [*arguments, "--sampler.steps=3"])
     assert outcome.code != 0
     assert len(outcome.errors) == 1
-    assert "made otherwise (sampler.steps: 2 -> 3)" in outcome.errors[0]
+    assert "made with other settings (sampler.steps: 2 -> 3)" in outcome.errors[0]
 
 
 # --- help, and what comes at once ------------------------------------------------------------------------------

@@ -69,11 +69,13 @@ class ImageDirectory:
         if file.is_file():
             if changed := differences(json.loads(file.read_text()), self.settings):
                 raise ValueError(
-                    f"the images in {path} were made otherwise ({shorten(changed)}): delete them or choose another "
-                    "directory"
+                    f"the images in {path} were made with other settings ({shorten(changed)}): delete them or choose "
+                    "another directory"
                 )
         elif path.is_dir() and any(path.glob("*.png")):
-            raise ValueError(f"{path} holds images without {_SETTINGS}, so nobody knows how they were made")
+            raise ValueError(
+                f"{path} holds images without {_SETTINGS}, which says how they were made: choose another directory"
+            )
 
     def file(self, seed: int) -> Path:
         """The file of a seed's image."""

@@ -86,7 +86,7 @@ class Study:
 
     def _check(self, file: Path, settings: dict[str, Any]) -> None:
         if file.is_file() and (changed := differences(complete(json.loads(file.read_text())["settings"]), settings)):
-            raise ValueError(f"{file} was made otherwise ({shorten(changed)}): delete it or rename the row")
+            raise ValueError(f"{file} was made with other settings ({shorten(changed)}): delete it or rename the row")
 
     def missing(self, only: Sequence[str] = ()) -> dict[str, list[str]]:
         """Variants that are not computed yet, by row.

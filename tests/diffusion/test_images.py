@@ -95,7 +95,7 @@ def test_only_missing_images_are_made(tmp_path: Path) -> None:
 
 def test_images_made_otherwise_are_refused_and_the_difference_named(tmp_path: Path) -> None:
     ImageDirectory(tmp_path, SETTINGS).complete([0], _Maker(_images(1)))
-    with pytest.raises(ValueError, match=r"made otherwise \(sampler\.steps: 4 -> 5\)"):
+    with pytest.raises(ValueError, match=r"made with other settings \(sampler\.steps: 4 -> 5\)"):
         ImageDirectory(tmp_path, {"weights": "abc", "sampler": {"steps": 5}})
     (tmp_path / "settings.json").unlink()
     with pytest.raises(ValueError, match=r"without settings\.json"):

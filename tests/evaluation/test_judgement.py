@@ -33,7 +33,7 @@ from fpq_lightning import (
 SEED, N = 100, 5
 SEEDS = range(SEED, SEED + N)
 # Titles of columns and rows in report.md.
-UNIT, NEAREST, KEPT, ROUNDING = "unit", "nearest", "kept", "rounding"
+UNIT, NEAREST, QUANTIZED, ROUNDING = "unit", "nearest", "quantized", "rounding"
 VARIANTS = {"nearest": "nearest", "quantized": "quantized"}  # how the row of a variant begins
 
 METRICS = PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
@@ -213,7 +213,7 @@ def test_the_columns_of_the_unit_table_hold_what_their_titles_say(judged: Judged
     assert [row[UNIT] for row in units] == [block["name"] for block in blocks]
     for row, block in zip(units, blocks, strict=True):
         assert float(row[NEAREST]) == pytest.approx(block["error_nearest"], rel=0.01)
-        assert float(row[KEPT]) == pytest.approx(block["error_quantized"], rel=0.01)
+        assert float(row[QUANTIZED]) == pytest.approx(block["error_quantized"], rel=0.01)
         assert row[ROUNDING] == block["kept"]
         assert row["parameters"].replace(",", "") == str(block["parameters"])
     assert any(block["error_quantized"] < 0.97 * block["error_nearest"] for block in blocks)  # they are told apart

@@ -136,7 +136,7 @@ def test_a_row_made_otherwise_is_refused_and_the_difference_named(
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     outcome = run_fpq(capsys, ["study", "--config", str(file)])
     assert outcome.code != 0
-    assert "was made otherwise" in outcome.err
+    assert "was made with other settings" in outcome.err
     assert "recipe.rounding.iterations: 5 -> 6" in outcome.err
 
 
@@ -208,7 +208,7 @@ def test_the_committed_rows_are_those_of_the_shipped_studies(name: str, monkeypa
     )
     if name == "cifar10_large":  # whose model is not there to be hashed
         monkeypatch.setattr("fpq_lightning.study.run.hash_weights", lambda model: _weights_of(config.output))
-    study = Study(config, torch.device("cpu"))  # refuses rows that were made otherwise
+    study = Study(config, torch.device("cpu"))  # refuses rows that were made with other settings
     kept = {file.name for file in (Path(config.output) / "rows").iterdir()}
     assert kept <= {study.file(*key).name for key in study.settings}
     if name != "cifar10_large":
