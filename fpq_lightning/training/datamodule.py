@@ -12,7 +12,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.disk import MADE_FROM, load_calibration_set, save_calibration_set
@@ -26,6 +25,7 @@ from fpq_lightning.training.placement import Placement
 from fpq_lightning.training.plan import Plan
 from fpq_lightning.utils import distributed
 from fpq_lightning.utils.files import shorten
+from fpq_lightning.utils.progress import progress_bar
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -242,7 +242,7 @@ class CalibrationDataModule(pl.LightningDataModule):
             trajectories = -(-self.n_samples // self.sampler.steps)
             prompts = self.sampler.prompts_of(range(self.seed, self.seed + trajectories))
             warn_of_long_prompts(pipeline, prompts or ())
-        with tqdm(desc="sampling calibration set", unit="trajectory", dynamic_ncols=True, disable=hidden) as bar:
+        with progress_bar("sampling calibration set", unit="trajectory", disable=hidden) as bar:
 
             def show(done: int, total: int) -> None:
                 bar.total = total

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from fpq_lightning.reconstruction.report import UnitReport
 from fpq_lightning.training.calibration_callback import CalibrationCallback
 from fpq_lightning.training.module import BlockReconstruction
+from fpq_lightning.utils.progress import progress_bar
 
 
 def unit_line(index: int, total: int, report: UnitReport) -> str:
@@ -51,14 +52,12 @@ class CalibrationProgress(ProgressBar, CalibrationCallback):
         """Opens the bar."""
         assert isinstance(pl_module, BlockReconstruction)
         plan = pl_module.plan
-        self._bar = tqdm(
+        self._bar = progress_bar(
+            "calibrating",
             total=sum(max(steps, 1) for steps in plan.steps),
             initial=sum(max(steps, 1) for steps in plan.steps[: plan.unit]) + plan.step,
-            desc="calibrating",
             unit="step",
             disable=not self._enabled,
-            dynamic_ncols=True,
-            mininterval=0.5,
         )
 
     def on_train_batch_end(
