@@ -152,7 +152,7 @@ def doctor(arguments: list[str]) -> None:
 
     import torch
 
-    from fpq_lightning.evaluation.weights import find_weights
+    from fpq_lightning.evaluation.metrics import find_weights
     from fpq_lightning.nn.backends.hardware import Hardware, hardware_of
     from fpq_lightning.nn.backends.paths import PATHS
 

@@ -168,8 +168,8 @@ def test_the_last_lines_of_a_run_say_what_came_of_it(
     variants = json.loads((run / "report.json").read_text())["variants"]
     kept, nearest = (variants[name] for name in ("quantized", "nearest"))
     assert found["quality"] == (
-        f"PSNR {kept['psnr']:.2f} dB, FD {kept['fd']:.3f} "
-        f"(nearest rounding: PSNR {nearest['psnr']:.2f} dB, FD {nearest['fd']:.3f})"
+        f"FD {kept['fd']:.3f}, PSNR {kept['psnr']:.2f} dB "
+        f"(nearest rounding: FD {nearest['fd']:.3f}, PSNR {nearest['psnr']:.2f} dB)"
     )
     after = sum(file.stat().st_size for file in (run / "quantized" / "unet").glob("*.safetensors"))
     before = 2 * sum(p.numel() for p in tiny_unet().parameters())

@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from fpq_lightning.evaluation.metrics import METRICS, Column, table_columns
+from fpq_lightning.evaluation.metrics import Column, table_columns
 from fpq_lightning.study.config import complete
 from fpq_lightning.utils.files import atomic_write
 
@@ -80,7 +80,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table of rows; columns without a value are left out."""
     settings = [entry for entry in _SETTINGS if any(row.get(entry[0]) is not None for row in rows)]
     metrics = table_columns(_measured(rows))
-    titles = ["row", "variant", *(title for _, title, _ in settings), *(str(column.title) for column in metrics)]
+    titles = ["row", "variant", *(title for _, title, _ in settings), *(column.heading for column in metrics)]
     lines = [titles, ["---"] * len(titles)]
     for row in rows:
         line = [row["name"], row["variant"].replace("_", " ")]
@@ -146,9 +146,9 @@ def quality_figure(rows: Sequence[dict[str, Any]], column: Column) -> Figure:
     noise = next((row["metrics"].get(metric) for row in rows if row["variant"] == "other_seeds"), None)
     if noise is not None:
         axis.axvline(noise, color="#888", lw=1, ls="--", label="full precision, other seeds")
-    axis.set_xscale(column.plot or "linear")
+    axis.set_xscale("log" if column.log else "linear")
     axis.set_yticks(list(places.values()), [f"{name} ({bits[name]:.2f} bits)" for name in places], fontsize=8)
-    axis.set_xlabel(str(column.title))
+    axis.set_xlabel(column.heading)
     axis.grid(axis="y", color="#eee")
     axis.set_axisbelow(True)
     figure.legend(*axis.get_legend_handles_labels(), frameon=False, fontsize=7, loc="outside upper center", ncols=3)
@@ -192,8 +192,8 @@ def write_table(output: Path, order: Sequence[str] = ()) -> list[Path]:
         with atomic_write(output / name) as temporary:
             temporary.write_text(text)
     first = [row for row in rows if row["group"] == rows[0]["group"] or row["variant"] == "other_seeds"]
-    plotted = [column for metric in METRICS for column in metric.columns if column.plot is not None]
-    figures = {f"quality_{column.key}.png": quality_figure(first, column) for column in plotted}
+    headlines = [column for column in table_columns(_measured(first)) if column.headline]
+    figures = {f"quality_{column.key}.png": quality_figure(first, column) for column in headlines}
     if traced := [row for row in first if "trajectory" in row]:
         figures["trajectory.png"] = trajectory_figure(traced)
     for name, figure in figures.items():

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from fpq_lightning.diffusion.pipelines import load_pipeline
 from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.config import EvaluationConfig
+from fpq_lightning.evaluation.evaluator import Evaluator
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.storage.pipeline import is_quantized
 from fpq_lightning.training.callbacks.image_progress import ImageProgress
@@ -129,7 +130,10 @@ class FPQCommandLine(LightningCLI):
         options = self.config_init[self.subcommand]
         if not options.model:
             raise ValueError("no model: give --model, the directory or hub id of a diffusers pipeline")
-        options.sampler.check()
+        if self.subcommand == "predict":
+            options.sampler.check()
+        else:
+            Evaluator(options.evaluation, options.sampler).check()
         prepare = {"fit": self._prepare_fit, "test": self._prepare_test, "predict": self._prepare_predict}
         callbacks: list[pl.Callback] = prepare[cast(str, self.subcommand)](options)
         trainer = dict(options.trainer)

@@ -104,7 +104,6 @@ class ImageGeneration(pl.LightningModule):
             prompts = self.sampler.prompts_of(module.seeds) if module.prompts is None else module.prompts
             warn_of_long_prompts(self.pipeline, prompts or ())
         if self.evaluator is not None:
-            self.evaluator.check()
             self.metrics = self.evaluator.metrics(self.trainer.strategy.root_device)
             if self.evaluator.config.images is not None:
                 root = Path(self.evaluator.config.images)

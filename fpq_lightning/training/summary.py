@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
+from fpq_lightning.evaluation.metrics import table_columns
 from fpq_lightning.nn.backends.hardware import Hardware, hardware_of
 from fpq_lightning.storage.inspect import inspect_pipeline, low_bit_share
 from fpq_lightning.training.estimate import format_size
 from fpq_lightning.training.run_directory import RunDirectory
-
-_QUALITY = (("psnr", "PSNR {:.2f} dB"), ("fid", "FID {:.2f}"), ("fd", "FD {:.3f}"))
 
 
 def run_summary(run: RunDirectory, parameters: int) -> list[str]:
@@ -37,8 +36,9 @@ def run_summary(run: RunDirectory, parameters: int) -> list[str]:
 
 def _quality(variants: dict[str, dict[str, Any]]) -> str:
     def measured(variant: str) -> str:
-        values = variants[variant]
-        return ", ".join(text.format(values[key]) for key, text in _QUALITY if values.get(key) is not None)
+        values = {key: value for key, value in variants[variant].items() if value is not None}
+        columns = [column for column in table_columns(values) if column.headline]
+        return ", ".join(f"{c.title} {c.cell(values[c.key])} {c.unit}".rstrip() for c in columns)
 
     return f"{measured('quantized')} (nearest rounding: {measured('nearest')})" if "quantized" in variants else ""
 

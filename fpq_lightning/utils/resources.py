@@ -30,3 +30,11 @@ def find_features(name: str) -> str:
     """Finds the directory of a feature network by its path, or the shipped one by its name."""
     places = [Path(name), *(root / "data" / name for root in _ROOTS if name == FEATURES)]
     return str(next((place for place in places if place.is_dir()), places[0]))
+
+
+def find_checkpoint(name: str) -> Path | None:
+    """A file in the cache of torch.hub, where torchvision and torch-fidelity keep weights; None if it is not there."""
+    import torch  # which the help of commands does not wait for
+
+    file = Path(torch.hub.get_dir()) / "checkpoints" / name
+    return file if file.is_file() else None

@@ -16,7 +16,9 @@ from torchmetrics import Metric
 
 from fpq_lightning.cli import main
 from fpq_lightning.diffusion.images import load_png
-from fpq_lightning.evaluation.metrics import METRICS, Column, ImageMetric
+from fpq_lightning.evaluation.metrics import METRICS, Column, ImageMetric, find_weights
+from fpq_lightning.training.run_directory import RunDirectory
+from fpq_lightning.training.summary import run_summary
 
 
 class _Brightness(Metric):
@@ -43,9 +45,10 @@ def brightness() -> Iterator[ImageMetric]:
     metric = ImageMetric(
         name="brightness",
         help="Mean of all pixels.",
-        columns=(Column("brightness", "brightness %", 1, scale=100, plot="linear"),),
+        columns=(Column("brightness", "brightness", 1, scale=100, unit="%", headline=True),),
         inputs=("images",),
         make=lambda config: _Brightness(),
+        weights=lambda: {"brightness": Path("/none")},
         note=lambda n_images: f"Brightness is the mean over {n_images} images.",
     )
     with METRICS.temporarily(metric):
@@ -84,6 +87,8 @@ def test_fit_reports_it(run: Path) -> None:
     assert "Brightness is the mean over 2 images." in text
     page = (run / "report.html").read_text()
     assert '<th title="Mean of all pixels.">brightness %</th>' in page
+    (quality,) = (line for line in run_summary(RunDirectory(run, {}), 1) if line.startswith("quality:"))
+    assert f", brightness {100 * variants['quantized']['brightness']:.1f} %" in quality
 
 
 def test_test_reports_it_with_and_without_a_reference(model: str, run: Path, tmp_path: Path) -> None:
@@ -115,7 +120,13 @@ def test_a_study_has_its_column_and_its_figure(model: str, tmp_path: Path) -> No
     assert (tmp_path / "study" / "quality_brightness.png").is_file()
 
 
-def test_its_name_is_taken_once_and_its_help_is_listed(brightness: ImageMetric) -> None:
-    assert [metric.help for metric in METRICS if metric.name == "brightness"] == ["Mean of all pixels."]
+def test_doctor_lists_its_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    assert find_weights()["brightness"] == Path("/none")
+    main(["doctor"])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["brightness"])
+    assert line.split()[1] == "/none"
+
+
+def test_a_name_is_taken_once(brightness: ImageMetric) -> None:
     with pytest.raises(ValueError, match="metric 'brightness' is registered already"):
         METRICS.register(brightness)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HUB_CACHE
 from torch import Tensor
 from torchmetrics.multimodal import CLIPScore
 from transformers import CLIPModel, CLIPProcessor
@@ -59,6 +61,11 @@ class PromptScore(CLIPScore):
         super().update(to_bytes(images), list(prompts))
 
 
+def _cached_models() -> dict[str, Path | None]:
+    found = sorted(path for path in Path(HF_HUB_CACHE).glob("models--*") if "clip" in path.name.lower())
+    return {f"CLIP {path.name.split('--', 1)[1]}": path for path in found} or {"CLIP": None}
+
+
 METRICS.register(
     ImageMetric(
         name="clip_score",
@@ -66,5 +73,6 @@ METRICS.register(
         columns=(Column("clip_score", "CLIP score", 2),),
         inputs=("images", "prompts"),
         make=lambda config: None if config.clip is None else PromptScore(config.clip),
+        weights=_cached_models,
     )
 )

@@ -12,6 +12,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from fpq_lightning.evaluation.metrics.registry import METRICS, Column, ImageMetric
 from fpq_lightning.utils import distributed
+from fpq_lightning.utils.resources import FEATURES, find_checkpoint, find_features
 
 _STATES = ("features_sum", "features_cov_sum", "features_num_samples")
 _FEW_IMAGES = 2000
@@ -91,22 +92,24 @@ def _few_images(n_images: int) -> str:
 _FD = ImageMetric(
     name="fd",
     help="Fréchet distance on the configured feature network.",
-    columns=(Column("fd", "FD", 3, plot="log"),),
+    columns=(Column("fd", "FD", 3, headline=True, log=True),),
     inputs=("pooled",),
     make=lambda network: FrechetDistance(network.num_features),
     network="features",
     against="full_precision",
     pinned=True,
     note=_few_images,
+    weights=lambda: {f"features (FD, {FEATURES})": Path(find_features(FEATURES))},
 )
 _FID = replace(
     _FD,
     name="fid",
     help="Fréchet Inception distance.",
-    columns=(Column("fid", "FID", 2),),
+    columns=(Column("fid", "FID", 2, headline=True, log=True),),
     network="inception",
     pinned=False,
     note=lambda n_images: "FID follows the published convention: images resized without antialiasing.",
+    weights=lambda: {"Inception (FID)": find_checkpoint("weights-inception-2015-12-05-6726825d.pth")},
 )
 _SFID = replace(
     _FID,

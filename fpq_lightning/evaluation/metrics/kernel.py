@@ -58,7 +58,7 @@ class KernelDistance(TwoSets):
 _KID = ImageMetric(
     name="kid",
     help="Kernel distance on the configured feature network.",
-    columns=(Column("kid", "KID x1000", 2, scale=1e3),),
+    columns=(Column("kid", "KID", 2, scale=1e3, unit="x1000"),),
     inputs=("pooled",),
     make=lambda network: KernelDistance(),
     network="features",
@@ -68,7 +68,7 @@ _KID_INCEPTION = replace(
     _KID,
     name="kid_inception",
     help="Kernel Inception distance.",
-    columns=(Column("kid_inception", "KID (Inception) x1000", 2, scale=1e3),),
+    columns=(Column("kid_inception", "KID (Inception)", 2, scale=1e3, unit="x1000"),),
     network="inception",
 )
 for _metric in (_KID, _KID_INCEPTION):

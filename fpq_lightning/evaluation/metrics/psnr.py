@@ -26,7 +26,7 @@ METRICS.register(
     ImageMetric(
         name="psnr",
         help="Peak signal-to-noise ratio to the full-precision images of the same seeds.",
-        columns=(Column("psnr", "PSNR dB", 2, plot="linear"),),
+        columns=(Column("psnr", "PSNR", 2, unit="dB", headline=True),),
         inputs=("images", "reference"),
         make=lambda config: PSNR(),
         pinned=True,

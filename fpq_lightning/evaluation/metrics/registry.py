@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from torchmetrics import Metric
@@ -23,14 +24,23 @@ class Column:
         title: in tables; None leaves the number out of them.
         digits: after the decimal point, in tables.
         scale: factor of the number, in tables.
-        plot: axis of a study's figure of this number; None draws no figure.
+        unit: of the scaled number, such as ``dB``.
+        headline: whether the last lines of a run and the figures of a study show it.
+        log: whether the axis of such a figure is logarithmic.
     """
 
     key: str
     title: str | None = None
     digits: int = 3
     scale: float = 1
-    plot: Literal["linear", "log"] | None = None
+    unit: str = ""
+    headline: bool = False
+    log: bool = False
+
+    @property
+    def heading(self) -> str:
+        """The head of a table's column."""
+        return f"{self.title} {self.unit}".rstrip()
 
     def cell(self, value: float | None) -> str:
         """The number in a table."""
@@ -56,6 +66,8 @@ class ImageMetric:
             with ``real=True`` for the second one.
         pinned: whether `report.json` has its keys even if it was not measured.
         note: what readers of a table must know, given the number of images.
+        weights: files or directories of the weights that it needs, by name, for ``fpq doctor``; None for one that is
+            not found.
     """
 
     name: str
@@ -67,6 +79,7 @@ class ImageMetric:
     against: Reference | None = None
     pinned: bool = False
     note: Callable[[int], str] | None = None
+    weights: Callable[[], Mapping[str, Path | None]] | None = None
 
     @property
     def needs_reference(self) -> bool:
@@ -91,3 +104,8 @@ def table_columns(measured: Iterable[str]) -> list[Column]:
     """
     keys = set(measured)
     return [column for metric in METRICS for column in metric.columns if column.title and column.key in keys]
+
+
+def find_weights() -> dict[str, Path | None]:
+    """Files or directories of the weights of all metrics, by name; None for those that are not found."""
+    return {name: place for m in METRICS if m.weights is not None for name, place in m.weights().items()}

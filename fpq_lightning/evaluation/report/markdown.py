@@ -38,7 +38,7 @@ def variant_rows(variants: Mapping[str, Mapping[str, Any]]) -> tuple[list[Column
 def variants_table(variants: Mapping[str, Mapping[str, Any]]) -> str:
     """The Markdown table of image quality by variant."""
     columns, rows = variant_rows(variants)
-    header = ["variant", *(str(column.title) for column in columns), "images"]
+    header = ["variant", *(column.heading for column in columns), "images"]
     lines = [" | ".join(row) for row in (header, ["---"] * len(header), *rows)]
     return "\n".join(f"| {line} |" for line in lines)
 
