@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fpq_lightning import ActivationRecipe, Recipe, WeightRecipe
 from fpq_lightning.formats.numbers import Format
 from fpq_lightning.graph.units import Unit
-from fpq_lightning.nn.calibrated import make_quantized
+from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.quantization.quantizer import Quantizer
 from fpq_lightning.reconstruction.initialise import search_unit
 
