@@ -611,6 +611,12 @@ def test_elementwise_operations_and_norms_keep_the_pieces() -> None:
     assert three == {"c": (4, 2, 4)}
 
 
+def _square(n: Any, x: Tensor) -> Tensor:
+    """A skip of as many tokens as channels, whose shape a transposition leaves as it is."""
+    x = x[:, :1].expand(1, 8, 4)
+    return torch.cat([n.a(x), n.b(x)], dim=-1)
+
+
 @pytest.mark.parametrize(
     ("why", "forward"),
     [
@@ -621,6 +627,8 @@ def test_elementwise_operations_and_norms_keep_the_pieces() -> None:
         ("of sinusoids", lambda n, x: n.c(torch.cat([x.sin(), x.cos()], dim=-1)) + n.a(x).sum() + n.b(x).sum()),
         ("mixed by a permutation", lambda n, x: n.c(torch.cat([n.a(x), n.b(x)], dim=-1).flip(-1))),
         ("shuffled", lambda n, x: n.c(torch.cat([n.a(x), n.b(x)], -1).reshape(1, 3, 2, 4).mT.reshape(1, 3, 8))),
+        ("transposed", lambda n, x: n.c(_square(n, x).transpose(1, 2))),
+        ("permuted", lambda n, x: n.c(_square(n, x).permute(0, 2, 1))),
         ("multiplied by a matrix", lambda n, x: n.c(torch.cat([n.a(x), n.b(x)], dim=-1) @ torch.ones(8, 8))),
     ],
     ids=lambda v: v.replace(" ", "_") if isinstance(v, str) else "",

@@ -12,6 +12,7 @@ from accelerate import cpu_offload
 from torch import Tensor, nn
 
 from fpq_lightning.formats.numbers import FAMILIES, FORMATS, parse_format
+from fpq_lightning.kernels import ops
 from fpq_lightning.kernels import reference as decoding
 from fpq_lightning.nn.backends import fp8, weight_only
 from fpq_lightning.nn.backends.hardware import Hardware, hardware_of
@@ -281,3 +282,19 @@ def test_layers_of_many_formats_compile_together(formats: tuple[str, ...], monke
     model, x = nn.Sequential(*layers).requires_grad_(False), torch.randn(100, 48).bfloat16()
     torch.compiler.reset()
     assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
+def test_inputs_are_multiplied_by_the_reciprocal_of_their_scale_and_rounded_to_e4m3() -> None:
+    """As kernels do, in float32: at ties the quotient is now and then rounded the other way."""
+    values = np.arange(0x7F, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    ties = (values[1:] + values[:-1]) / 2
+    scales = np.random.default_rng(0).uniform(1e-3, 1, (200, 1)).astype(np.float32)
+    x = np.concatenate([ties, -ties, [0, 1e4, -np.inf]]).astype(np.float32) * scales
+    reciprocal = np.float32(1) / scales
+
+    def rounded(y: np.ndarray) -> np.ndarray:
+        return y.clip(-448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+
+    found = [ops.round_to_e4m3(torch.from_numpy(row), torch.from_numpy(s)) for row, s in zip(x, scales, strict=True)]
+    assert np.array_equal(torch.stack(found).view(torch.uint8).numpy(), rounded(x * reciprocal))
+    assert not np.array_equal(rounded(x / scales), rounded(x * reciprocal))

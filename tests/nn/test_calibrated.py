@@ -197,6 +197,17 @@ def test_bias_of_the_quantization_replaces_that_of_the_layer() -> None:
     assert not learned.bias.requires_grad
 
 
+def test_a_weight_that_a_cast_rounds_is_quantized_anew() -> None:
+    _, layer, x = make_ready()
+    layer.set_mode("nearest")
+    before = layer(x)
+    layer.bfloat16().float()
+    weight = layer.variants["nearest"].weights[0](layer.weight)
+    found = layer(x)
+    assert torch.equal(found, F.linear(layer.variants["nearest"].inputs[0](x), weight, layer.bias))
+    assert not torch.equal(found, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_layer_keeps_its_type(dtype: torch.dtype) -> None:
     layer, x = make_layer("linear")

@@ -23,7 +23,7 @@ from fpq_lightning import (
     WeightRecipe,
     quantize,
 )
-from fpq_lightning.calibration.trajectories import load_calibration_set
+from fpq_lightning.calibration.disk import load_calibration_set
 
 STEPS_A_BATCH = 10  # Lightning's callbacks see the last of so many steps
 SAMPLES, TRAIN = 16, 12

@@ -22,7 +22,8 @@ from fpq_lightning import (
     WeightRecipe,
     quantize,
 )
-from fpq_lightning.calibration.trajectories import CalibrationSet, save_calibration_set
+from fpq_lightning.calibration.calibration_set import CalibrationSet
+from fpq_lightning.calibration.disk import save_calibration_set
 
 SAMPLES, TRAIN = 24, 18  # the last six are held out
 E2M1 = torch.tensor([-6.0, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
