@@ -104,10 +104,12 @@ def export_model(arguments: list[str]) -> None:
 
     parser = OptionParser(prog="fpq export", description="Writes a quantized pipeline in another form.")
     parser.add_argument("model", type=str, help="Directory of a quantized pipeline, such as runs/NAME/quantized.")
-    forms = (
-        "fpq: packed codes; dequantized: float32; modelopt: FP8 in the keys of ModelOpt; nvfp4, mxfp4: blocks of FP4."
-    )
-    parser.add_argument("--format", type=str, required=True, help=forms)
+    formats = ""
+    if {"-h", "--help"} & {*arguments}:  # they take seconds to import, which wrong options are not to wait for
+        from fpq_lightning.storage.exports.registry import export_help
+
+        formats = export_help()
+    parser.add_argument("--format", type=str, required=True, help=formats)
     parser.add_argument("--output", type=str, required=True, help="A new directory.")
     options = parser.parse_args(arguments[1:])
 
