@@ -35,8 +35,10 @@ from torch import Tensor, nn
 
 import fpq_lightning as fpq
 from fpq_lightning.formats.numbers import parse_format
-from fpq_lightning.nn.calibrated import LayerQuantization, is_quantizable, make_quantized, quantized_layers, running
-from fpq_lightning.nn.packed import PackedWeight, make_packed, packed_layers
+from fpq_lightning.nn.calibrated import LayerQuantization, is_quantizable, quantized_layers, running
+from fpq_lightning.nn.convert import make_packed, make_quantized
+from fpq_lightning.nn.packed_layer import packed_layers
+from fpq_lightning.nn.packed_weight import PackedWeight
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 
 SHAPES = [(3072, 12288), (3072, 3072), (1280, 10240)]  # in, out
@@ -347,7 +349,7 @@ def steps(name: str, kinds: list[str], ways: list[str | None]) -> list[dict[str,
         for n in linear if linear_only else work:
             pack(model.get_submodule(n), fmt, largest[n], per_channel)
         torch.cuda.empty_cache()
-        share = sum(work[n] for n, m in packed_layers(model).items() if {*m.low_bit_paths} - {"weight_only"}) / total
+        share = sum(work[n] for n, m in packed_layers(model).items() if {*m.paths} - {"weight_only", "decode"}) / total
         rows += [measure(label, model, inputs, how, share) for how in ways]
     return rows
 

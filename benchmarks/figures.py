@@ -19,7 +19,8 @@ import yaml
 
 import fpq_lightning as fpq
 from fpq_lightning.diffusion.pipelines import load_pipeline
-from fpq_lightning.evaluation.evaluate import compare, sample_variant
+from fpq_lightning.evaluation.evaluator import Evaluator
+from fpq_lightning.evaluation.sampling import sample_variant
 from fpq_lightning.evaluation.statistics import weight_statistics
 from fpq_lightning.utils.resources import find_config
 
@@ -62,6 +63,7 @@ def main() -> None:
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     sampler = fpq.SamplerConfig(batch_size=args.batch_size)
     evaluation = fpq.EvaluationConfig(args.n_images, features="data/cifar10-features", real=REAL)
+    evaluator = Evaluator(evaluation, sampler)
     stem = Path(args.model).name
 
     precision(tf32=False)
@@ -91,15 +93,16 @@ def main() -> None:
         statistics = weight_statistics(pipeline.unet)
         for mode in ("nearest", "quantized"):
             images = sample_variant(pipeline, sampler, evaluation.seeds, mode)
-            metrics = compare(evaluation.metrics(), images, reference, device)
+            metrics = evaluator.compare(images, evaluation.seeds, reference, device)
             row = {**metrics, **statistics}
             if mode == "quantized":
                 row |= {"calibration_seconds": seconds, "peak_gib": memory}
                 row |= {"iterations": recipe.rounding.iterations, "samples": data.n_samples}
             write(f"{name}{args.label}-{mode}", row)
     pipeline = load_pipeline(args.model).to(device)
-    others = sample_variant(pipeline, sampler, range(args.n_images, 2 * args.n_images), "full_precision")
-    write("seed_noise", compare(evaluation.metrics(), others, reference, device, same_seeds=False))
+    other_seeds = range(args.n_images, 2 * args.n_images)
+    others = sample_variant(pipeline, sampler, other_seeds, "full_precision")
+    write("seed_noise", evaluator.compare(others, other_seeds, reference, device, same_seeds=False))
 
 
 if __name__ == "__main__":

@@ -36,16 +36,17 @@ import torch
 from torch import Tensor, nn
 
 import fpq_lightning as fpq
+from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.replay import PATHS, NetworkReplay
 from fpq_lightning.calibration.shards import Samples, Shard
 from fpq_lightning.calibration.store import ActivationStore
-from fpq_lightning.calibration.trajectories import CalibrationSet
 from fpq_lightning.graph.chain import parts_of
 from fpq_lightning.graph.offload import Offload
 from fpq_lightning.graph.trace import trace_units
 from fpq_lightning.graph.tree import output_leaves
 from fpq_lightning.graph.units import Unit, discover_units
-from fpq_lightning.nn.calibrated import QuantizedModule, make_quantized
+from fpq_lightning.nn.calibrated import QuantizedModule
+from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.reconstruction.backward import Backward
 from fpq_lightning.reconstruction.optimizer import GraphedAdam
 from fpq_lightning.reconstruction.out_of_memory import gradients, within_memory

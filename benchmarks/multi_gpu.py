@@ -28,12 +28,13 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 import fpq_lightning as fpq
+from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.shards import Samples, Shard
 from fpq_lightning.calibration.store import ActivationStore
-from fpq_lightning.calibration.trajectories import CalibrationSet
 from fpq_lightning.graph.units import Unit
-from fpq_lightning.nn.calibrated import is_quantizable, make_quantized
+from fpq_lightning.nn.calibrated import is_quantizable
+from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.reconstruction.backward import Backward
 from fpq_lightning.reconstruction.optimizer import GraphedAdam
 from fpq_lightning.reconstruction.report import UnitReport

@@ -10,10 +10,10 @@ from fpq_lightning.storage import registration
 
 if TYPE_CHECKING:
     from fpq_lightning.api import quantize
-    from fpq_lightning.diffusion.pipelines import SamplerConfig
-    from fpq_lightning.evaluation.evaluate import EvaluationConfig
+    from fpq_lightning.diffusion.sampling import SamplerConfig
+    from fpq_lightning.evaluation.config import EvaluationConfig
     from fpq_lightning.formats.numbers import FloatFormat, Format, IntFormat, parse_format
-    from fpq_lightning.nn.packed import set_arithmetic
+    from fpq_lightning.nn.packed_layer import set_arithmetic
     from fpq_lightning.quantization.recipe import (
         ActivationRecipe,
         AttentionRecipe,
@@ -48,10 +48,10 @@ __all__ = [
 
 _MODULES = {
     "api": ("quantize",),
-    "diffusion.pipelines": ("SamplerConfig",),
-    "evaluation.evaluate": ("EvaluationConfig",),
+    "diffusion.sampling": ("SamplerConfig",),
+    "evaluation.config": ("EvaluationConfig",),
     "formats.numbers": ("FloatFormat", "Format", "IntFormat", "parse_format"),
-    "nn.packed": ("set_arithmetic",),
+    "nn.packed_layer": ("set_arithmetic",),
     "quantization.recipe": ("ActivationRecipe", "AttentionRecipe", "Recipe", "RoundingRecipe", "WeightRecipe"),
     "storage.config": ("FPQConfig",),
     "storage.pipeline": ("load_quantized",),

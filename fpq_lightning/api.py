@@ -7,8 +7,8 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from fpq_lightning.diffusion.pipelines import SamplerConfig
-from fpq_lightning.evaluation.evaluate import EvaluationConfig
+from fpq_lightning.diffusion.sampling import SamplerConfig
+from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.training.run import TRAINER_DEFAULTS, prepare_run

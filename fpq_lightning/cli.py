@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -160,17 +160,15 @@ def doctor(arguments: list[str]) -> None:
 
     from fpq_lightning.evaluation.weights import find_weights
     from fpq_lightning.nn.backends.hardware import Hardware, hardware_of
-    from fpq_lightning.nn.backends.paths import Path as ArithmeticPath
-    from fpq_lightning.nn.backends.paths import choose
+    from fpq_lightning.nn.backends.paths import PATHS
 
     def show(name: str, value: object) -> None:
         print(f"  {name:<36} {value}")
 
     def paths(hardware: Hardware) -> str:
-        """The paths that some layer takes there; every layer can be decoded."""
-        low_bit = [path for path in get_args(ArithmeticPath) if path != "decode"]
-        runs = [path for path in low_bit if path in choose((path,), hardware, torch.bfloat16, "native")]
-        return ", ".join([*runs, "decode"])
+        """The paths that some layer takes there."""
+        found = sorted(PATHS, key=lambda path: path.rank)
+        return ", ".join(path.name for path in found if path.available(hardware, torch.bfloat16))
 
     print("versions:")
     show("fpq-lightning", __version__)

@@ -81,7 +81,7 @@ def read_denoiser(directory: Path) -> dict[str, np.ndarray]:
     """A denoiser's tensors with weights in place of codes and scales; those of its inputs as they are."""
     config: dict[str, Any] = json.loads((directory / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "fpq"
-    assert config["format_version"] == 2
+    assert config["format_version"] == 3
     stored = {k: v for file in directory.glob("*.safetensors") for k, v in read_safetensors(file).items()}
     tensors = {name: array for name, (_, array) in stored.items() if ".weights." not in name}
     for name, layer in config["layers"].items():

@@ -35,8 +35,8 @@ from PIL import Image
 
 import fpq_lightning as fpq
 from fpq_lightning import SamplerConfig, load_quantized
-from fpq_lightning.diffusion.pipelines import sample, set_sampler
-from fpq_lightning.evaluation import evaluate as evaluation
+from fpq_lightning.diffusion.sampling import sample, set_sampler
+from fpq_lightning.evaluation import sampling
 from fpq_lightning.storage.exports.registry import EXPORTS
 
 FEATURES = CHECKOUT / "data" / "cifar10-features"
@@ -84,7 +84,7 @@ def test_a_run_leaves_the_files_of_the_pinned_interface(finished: Path) -> None:
 
 
 def test_the_report_has_the_pinned_schema(report: dict[str, Any]) -> None:
-    assert report["schema_version"] == 1
+    assert report["schema_version"] == 2
     assert {"weight_bits", "sparsity", "versions", "fingerprint"} <= report.keys()
     assert report["variants"].keys() == {"full_precision", "nearest", "quantized"}
     for variant in report["variants"].values():
@@ -268,13 +268,13 @@ def test_a_test_leaves_a_report_and_does_not_sample_again_what_is_there(
     assert first["weight_bits"] > 4
     (tmp_path / "out" / "images" / "quantized" / "000001.png").unlink()
     sampled: list[list[int]] = []
-    original = evaluation.sample
+    original = sampling.sample
 
     def counted(pipeline: Any, sampler: Any, seeds: Any, *rest: Any) -> Any:
         sampled.append(list(seeds))
         return original(pipeline, sampler, seeds, *rest)
 
-    monkeypatch.setattr(evaluation, "sample", counted)
+    monkeypatch.setattr(sampling, "sample", counted)
     assert run_fpq(capsys, arguments).code == 0
     assert sampled == [[1]]
     again = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -290,7 +290,7 @@ def test_a_test_with_another_sampler_in_the_same_place_is_refused_in_one_line(
     outcome = run_fpq(capsys, [*arguments, "--sampler.steps=3"])
     assert outcome.code != 0
     assert len(outcome.errors) == 1
-    assert "made otherwise (sampler.steps: 2 -> 3)" in outcome.errors[0]
+    assert "made with other settings (sampler.steps: 2 -> 3)" in outcome.errors[0]
 
 
 # --- help, and what comes at once ------------------------------------------------------------------------------

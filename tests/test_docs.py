@@ -85,7 +85,7 @@ def test_the_commands_of_the_evaluation_docs_run(
     for directory in ("mine-5000", "mine-real"):
         assert (tmp_path / "runs" / directory / "report.html").is_file()
     rows = {file.name for file in (tmp_path / "study" / "rows").iterdir()}
-    names = {f"{name}.{rounding}.json" for name in ("fp8_fp8", "fp4_fp8") for rounding in ("nearest", "learned")}
+    names = {f"{name}.{rounding}.json" for name in ("fp8_fp8", "fp4_fp8") for rounding in ("nearest", "quantized")}
     assert rows == {"fp32.full_precision.json", "fp32.other_seeds.json", *names}
 
 

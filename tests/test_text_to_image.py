@@ -18,22 +18,20 @@ from models import CHECKOUT, fit_arguments, run_fpq, tiny_text_to_image
 from torch import Tensor
 
 from fpq_lightning import AttentionRecipe, CalibrationDataModule, Recipe, RoundingRecipe, load_quantized, quantize
+from fpq_lightning.calibration.calibration_set import CalibrationSet
+from fpq_lightning.calibration.disk import load_calibration_set, save_calibration_set
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.store import ActivationStore
-from fpq_lightning.calibration.trajectories import (
-    CalibrationSet,
-    guidance_shares,
-    load_calibration_set,
-    sample_trajectories,
-    save_calibration_set,
-)
-from fpq_lightning.diffusion.pipelines import SamplerConfig, load_pipeline, sample, set_sampler, warn_of_long_prompts
+from fpq_lightning.calibration.trajectories import guidance_shares, sample_trajectories
+from fpq_lightning.diffusion.pipelines import load_pipeline
 from fpq_lightning.diffusion.prompts import load_prompts
+from fpq_lightning.diffusion.sampling import SamplerConfig, sample, set_sampler, warn_of_long_prompts
 from fpq_lightning.graph.trace import trace_units
 from fpq_lightning.graph.tree import flatten, nest
 from fpq_lightning.graph.units import discover_units
 from fpq_lightning.nn.attention import quantized_attention
-from fpq_lightning.nn.calibrated import is_quantizable, make_quantized
+from fpq_lightning.nn.calibrated import is_quantizable
+from fpq_lightning.nn.convert import make_attention_plain, make_quantized
 from fpq_lightning.quantization.quantizer import Granularity
 
 COCO = CHECKOUT.parent / "shared" / "data" / "prompts" / "coco_30k.csv"
@@ -186,6 +184,20 @@ def _calls(model: str, sampler: SamplerConfig, seeds: range) -> list[dict[str, T
     return found
 
 
+def test_the_weight_of_a_sample_holds_the_share_of_its_pass_of_guidance(model: str) -> None:
+    """An error of the unconditional pass goes into the image times 1 - g, one of the conditional pass times g."""
+    guidance = 3.0
+    sampler = SamplerConfig(steps=4, batch_size=3, guidance_scale=guidance, prompts=PROMPTS)
+    found = sample_trajectories(load_pipeline(model), sampler, 12, seed=6, weighting="sensitivity")
+    (without,) = _calls(model, SamplerConfig(steps=1, guidance_scale=guidance, prompts=PROMPTS), range(1))
+    unconditional = torch.isclose(found.inputs["encoder_hidden_states"], without["text"][0], atol=1e-5).all(-1).all(-1)
+    assert unconditional.sum() == 6
+    for timestep in found.inputs["timestep"].unique():
+        at_step = found.inputs["timestep"] == timestep
+        of_pass = [found.weights[at_step & mask].mean().item() for mask in (unconditional, ~unconditional)]
+        assert of_pass[1] / of_pass[0] == pytest.approx((guidance / (1 - guidance)) ** 2, rel=0.01)
+
+
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 def test_a_set_holds_both_passes_of_guidance_with_their_own_text(model: str, guidance: float) -> None:
     sampler = SamplerConfig(steps=4, batch_size=3, guidance_scale=guidance, prompts=PROMPTS)
@@ -311,7 +323,7 @@ def test_attention_of_a_text_to_image_model_is_quantized_saved_and_opened(
     expected = sample(pipeline, sampler, range(4))
     assert torch.equal(sample(again, sampler, range(4)), expected)
     for module in quantized_attention(again.unet).values():
-        module.set_mode("full_precision")
+        make_attention_plain(module)
     assert not torch.equal(sample(again, sampler, range(4)), expected)
 
 

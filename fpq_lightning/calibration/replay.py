@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.store import ActivationStore
-from fpq_lightning.calibration.trajectories import CalibrationSet
 from fpq_lightning.graph.chain import Chain, parts_of
 from fpq_lightning.graph.tree import flatten, output_leaves
 from fpq_lightning.graph.units import Unit

@@ -1,69 +1,29 @@
-"""Calibration sets: what the denoiser is called with.
-
-Either along the full-precision model's own sampling trajectories, or real images noised to random timesteps.
-"""
+"""Calibration along the full-precision model's own sampling trajectories."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import datasets
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fpq_lightning.diffusion.images import image_tensor, load_images
-from fpq_lightning.diffusion.pipelines import SamplerConfig, batches_of, denoiser_name, sample, using_sampler
-from fpq_lightning.graph.tree import flatten, nest, output_leaves
+from fpq_lightning.calibration.calibration_set import CalibrationSet
+from fpq_lightning.diffusion.pipelines import denoiser_name
+from fpq_lightning.diffusion.sampling import SamplerConfig, batches_of, sample, using_sampler
+from fpq_lightning.graph.tree import flatten, output_leaves
 from fpq_lightning.utils import distributed
-from fpq_lightning.utils.files import atomic_directory, write_json
 
-_WEIGHT = "sample_weight"
-_CONSTANTS = "constants.safetensors"
-_BFLOAT16 = "_bfloat16"  # names of columns, among the constants
-MADE_FROM = "made_from.json"  # the model, sampler and options of a set
-
-
-@dataclass
-class CalibrationSet:
-    """What the denoiser is called with.
-
-    Attributes:
-        inputs: keyword arguments of the denoiser that differ from sample to sample, `[n, ...]`; those within others
-            by path, such as ``added_cond_kwargs/time_ids``.
-        weights: how much an error on each sample matters, float32 `[n]`, mean 1.
-        constants: the other keyword arguments, by path.
-    """
-
-    inputs: dict[str, Tensor]
-    weights: Tensor
-    constants: dict[str, Any] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    def batch(self, rows: slice | Tensor, device: torch.device) -> dict[str, Any]:
-        """Keyword arguments of the denoiser for some of the samples."""
-        inputs = {name: value[rows].to(device) for name, value in self.inputs.items()}
-        constants = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.constants.items()}
-        return nest({**inputs, **constants})
-
-    def select(self, rows: Tensor) -> CalibrationSet:
-        """Some of the samples as a set."""
-        inputs = {name: value[rows] for name, value in self.inputs.items()}
-        return CalibrationSet(inputs, self.weights[rows], self.constants)
+_WEIGHT = "sample_weight"  # among what is recorded
 
 
 def _per_sample(name: str, value: Any, batch: int) -> Any:
-    """Gives the timestep, which pipelines pass as one number for the batch, a value for each sample."""
+    """Expands the timestep, which pipelines pass as one number, to a value for each sample."""
     if name == "timestep":
         value = torch.as_tensor(value)
         return value.expand(batch) if value.ndim == 0 else value
@@ -78,12 +38,12 @@ def timestep_weights(weighting: Literal["uniform", "late", "early"], steps: int)
 
 
 def steps_to_keep(n: int, steps: int, weighting: Literal["uniform", "late", "early"], seed: int) -> list[list[int]]:
-    """Which steps of which trajectory make a calibration set of `n` samples.
+    """Chooses the steps of each trajectory that make a calibration set of `n` samples.
 
-    Every trajectory gives as many samples as there are steps, so that a uniform set holds every step equally often.
+    Every trajectory gives as many samples as it has steps, so that a uniform set holds every step equally often.
 
     Returns:
-        For each trajectory the steps that are kept (a step may be kept more than once if weighted).
+        The steps to keep of each trajectory; with weights a step may be kept more than once.
     """
     trajectories = -(-n // steps)
     if weighting == "uniform":
@@ -102,10 +62,10 @@ def steps_to_keep(n: int, steps: int, weighting: Literal["uniform", "late", "ear
 
 
 def output_sensitivity(scheduler: Any, arguments: tuple, options: dict[str, Any]) -> Tensor:
-    """How much of an error of the denoiser's output one scheduler step lets through to the sample, `[batch]`.
+    """How strongly one scheduler step passes an error of the denoiser's output on to the sample, `[batch]`.
 
-    A finite difference on a copy of the scheduler, so that any scheduler will do. Near the end of a trajectory the
-    noise is so small that even a large relative error of its prediction changes the image little.
+    It is a finite difference on a copy of the scheduler, so it works for any scheduler. Near the end of a trajectory
+    there is little noise, so even a large relative error of its prediction changes the image little.
     """
     output, timestep, sample = arguments
     output, sample = output.float(), sample.float()  # half precision loses the difference
@@ -133,18 +93,18 @@ def sample_trajectories(
     weighting: Literal["uniform", "sensitivity"] = "uniform",
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> CalibrationSet:
-    """Runs the pipeline and keeps what its denoiser is called with.
+    """Samples images and records the arguments of the denoiser's calls.
 
-    The processes of a distributed run take a part of the trajectories each, and all get the whole set.
+    Each process of a distributed run samples a part of the trajectories; all of them return the whole set.
 
     Args:
         pipeline: in full precision.
-        sampler: how to sample.
-        n: samples to keep in all.
-        seed: of the first trajectory's noise; the others count up from it.
+        sampler: how images are sampled.
+        n: number of samples to keep.
+        seed: seed of the first trajectory's noise; the next ones are seed + 1, seed + 2, ...
         timesteps: how often each timestep is kept.
-        weighting: weigh samples alike, or by the square of `output_sensitivity`.
-        on_batch: called with the trajectories done and in all.
+        weighting: equal weights, or the square of `output_sensitivity`.
+        on_batch: called with the number of finished trajectories and of all trajectories.
 
     Returns:
         The set, on the CPU.
@@ -179,7 +139,7 @@ def sample_trajectories(
             raise ValueError(
                 f"the full-precision model gives NaN or Inf along its trajectories ({name}): it cannot be calibrated"
             )
-    # Neighbours in the set come from other trajectories and steps, so that any part of it is representative.
+    # Shuffled, so that any part of the set is representative of all trajectories and steps.
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(weight)))
     inputs = {name: value[order] for name, value in inputs.items()}
     constants = distributed.broadcast_from_rank0(recorder.constants)
@@ -188,7 +148,7 @@ def sample_trajectories(
 
 @dataclass
 class _Call:
-    """One call of the denoiser: its arguments by path, how many passes lie in its batch, and its output."""
+    """One call of the denoiser: its arguments by path, the number of guidance passes in its batch, and its output."""
 
     arguments: dict[str, Any]
     passes: int
@@ -196,10 +156,10 @@ class _Call:
 
 
 class _Recorder:
-    """Keeps what a pipeline's denoiser is called with while it samples.
+    """Records the arguments of the denoiser's calls while a pipeline samples.
 
-    With guidance there are several passes a step, one after the other in one batch, or in calls of their own. Each
-    trajectory and step gives one sample, of each pass in turn.
+    With guidance a step has several passes, either in one batch or in separate calls. Each step of a trajectory gives
+    one sample, from its passes in turn.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, keep: list[list[int]], weighting: str) -> None:
@@ -216,7 +176,7 @@ class _Recorder:
         self._step = 0
 
     def begin(self, batch: range) -> None:
-        """Goes to the next trajectories."""
+        """Starts the next batch of trajectories."""
         self._finish()
         self._batch, self._step, self._collected, self._calls = batch, 0, {}, []
 
@@ -287,14 +247,14 @@ def _is_batched(value: Any, n: int) -> bool:
 
 
 def guidance_shares(outputs: Sequence[Tensor], combined: Tensor) -> Tensor:
-    """How much of each pass goes into what the scheduler is given, `[passes]`, absolute values.
+    """The absolute weights with which the guidance passes are combined, `[passes]`.
 
-    Classifier-free guidance adds the passes up with weights 1 - g and g. They are found by least squares, so that no
-    pipeline's way of guiding need be known.
+    Classifier-free guidance adds the passes up with weights 1 - g and g. Least squares finds the weights, so any
+    guidance scheme works.
 
     Args:
-        outputs: of the denoiser for each pass, `[n, channels, ...]`.
-        combined: what they were combined to; has the first of the channels, where the rest predicts a variance.
+        outputs: the denoiser's output for each pass, `[n, channels, ...]`.
+        combined: the combination that the scheduler is given; it lacks the last channels if these predict a variance.
     """
     if len(outputs) == 1:
         return torch.ones(1)
@@ -303,93 +263,3 @@ def guidance_shares(outputs: Sequence[Tensor], combined: Tensor) -> Tensor:
         return torch.ones(len(outputs))
     gram = columns.T @ columns
     return (torch.linalg.pinv(gram) @ columns.T @ combined.flatten().double().cpu()).abs().float()
-
-
-@torch.no_grad()
-def noise_real_images(pipeline: DiffusionPipeline, source: str, column: str, n: int, seed: int = 0) -> CalibrationSet:
-    """Real images noised to timesteps drawn uniformly.
-
-    Args:
-        pipeline: an unconditional pixel-space pipeline; its scheduler adds the noise.
-        source: a parquet file, or the name or directory of a `datasets` dataset.
-        column: of the images.
-        n: number of samples.
-        seed: of the choice of images, timesteps and noise.
-
-    Returns:
-        The set, on the CPU, its samples weighted alike.
-
-    Raises:
-        ValueError: if the dataset is empty, lacks the column, or the pipeline is conditioned.
-        FileNotFoundError: if there is no such dataset.
-    """
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
-    if "prompt" in inspect.signature(pipeline.__call__).parameters or hasattr(pipeline, "vae"):
-        raise ValueError(f"{type(pipeline).__name__} is conditioned or latent: calibrate it on trajectories")
-    images = load_images(source, column)
-    size = denoiser.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(images), (n,), generator=generator).tolist()
-    clean = torch.stack([image_tensor(images[i][column], height, width) for i in chosen])
-    timestep = torch.randint(pipeline.scheduler.config.num_train_timesteps, (n,), generator=generator)
-    noise = torch.randn(clean.shape, generator=generator)
-    noised = pipeline.scheduler.add_noise(clean, noise, timestep)
-    noised = noised.to(denoiser.dtype)
-    return CalibrationSet({"sample": noised, "timestep": timestep}, torch.ones(n), {"return_dict": False})
-
-
-def save_calibration_set(
-    calibration: CalibrationSet, directory: str | Path, made_from: Mapping[str, Any] | None = None
-) -> None:
-    """Writes a calibration set as a `datasets` dataset (Arrow), a column for each tensor.
-
-    Constants are kept in its description as JSON, and beside it as safetensors.
-    """
-    tensors = {k: v.contiguous() for k, v in calibration.constants.items() if isinstance(v, Tensor)}
-    constants = {k: v for k, v in calibration.constants.items() if k not in tensors}
-    columns = {**calibration.inputs, _WEIGHT: calibration.weights}
-    constants[_BFLOAT16] = [name for name, value in columns.items() if value.dtype == torch.bfloat16]
-    columns |= {name: columns[name].view(torch.int16) for name in constants[_BFLOAT16]}  # which numpy lacks
-    features = datasets.Features({name: _feature(value) for name, value in columns.items()})
-    info = datasets.DatasetInfo(description=json.dumps(constants), features=features)
-    dataset = datasets.Dataset.from_dict({k: v.numpy() for k, v in columns.items()}, features=features, info=info)
-    with atomic_directory(Path(directory)) as temporary:
-        dataset.save_to_disk(str(temporary))
-        save_file(tensors, temporary / _CONSTANTS)
-        if made_from is not None:
-            write_json(temporary / MADE_FROM, made_from)
-
-
-def _feature(value: Tensor) -> Any:
-    dtype = str(value.dtype).removeprefix("torch.")
-    shape: Sequence[int] = value.shape[1:]
-    if not shape:
-        return datasets.Value(dtype)
-    if len(shape) == 1:
-        return datasets.Sequence(datasets.Value(dtype), length=shape[0])
-    return getattr(datasets, f"Array{len(shape)}D")(shape=tuple(shape), dtype=dtype)
-
-
-def load_calibration_set(directory: str | Path) -> CalibrationSet:
-    """Reads what `save_calibration_set` wrote.
-
-    Raises:
-        FileNotFoundError: if there is no dataset.
-        ValueError: if it is empty or damaged.
-    """
-    if not Path(directory).is_dir():
-        raise FileNotFoundError(f"there is no calibration set at {directory}")
-    try:
-        dataset = datasets.load_from_disk(str(directory))
-        table = dataset.with_format("numpy")
-        columns = {name: torch.from_numpy(np.array(table[name][:])) for name in dataset.column_names}
-        constants = json.loads(dataset.info.description or "{}")
-        columns |= {name: columns[name].short().view(torch.bfloat16) for name in constants.pop(_BFLOAT16, ())}
-        constants |= load_file(Path(directory) / _CONSTANTS)
-        weights = columns.pop(_WEIGHT)
-    except Exception as error:  # whatever a damaged Arrow file raises
-        raise ValueError(f"the calibration set at {directory} cannot be read ({error}): delete it") from error
-    if not len(weights):
-        raise ValueError(f"the calibration set at {directory} is empty: delete it to sample a new one")
-    return CalibrationSet(columns, weights, constants)

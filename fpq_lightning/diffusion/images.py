@@ -1,4 +1,4 @@
-"""Images as people get them: datasets of real ones, and directories of PNG files by seed."""
+"""Images: datasets of real images, and directories of sampled images as PNG files by seed."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fpq_lightning.utils.files import atomic_write, differences, shorten, write_json
+
+if TYPE_CHECKING:
+    import datasets
 
 _SETTINGS = "settings.json"
 
@@ -30,13 +32,13 @@ def from_bytes(images: Tensor) -> Tensor:
 
 
 def save_png(image: Tensor, file: Path) -> None:
-    """Writes an image `[channels, height, width]` in [-1, 1], whole or not at all."""
+    """Writes an image `[channels, height, width]` in [-1, 1] atomically."""
     with atomic_write(file) as temporary:
         Image.fromarray(to_bytes(image).permute(1, 2, 0).squeeze(-1).numpy()).save(temporary, compress_level=1)
 
 
 def load_png(file: Path) -> Tensor:
-    """Reads what `save_png` wrote.
+    """Reads an image that `save_png` wrote: `[channels, height, width]`, float32 in [-1, 1].
 
     Raises:
         ValueError: if it cannot be read.
@@ -50,10 +52,10 @@ def load_png(file: Path) -> Tensor:
 
 
 class ImageDirectory:
-    """Images of one model with one sampler, image i in ``<i>.png``; what is there is not sampled again.
+    """Sampled images of one model and sampler. The image of seed i is ``<i>.png``, and is sampled only once.
 
     Args:
-        path: of the directory, made when the first image is written.
+        path: the directory, which is made when the first image is written.
         settings: everything that decides the images, plain types.
 
     Raises:
@@ -67,22 +69,24 @@ class ImageDirectory:
         if file.is_file():
             if changed := differences(json.loads(file.read_text()), self.settings):
                 raise ValueError(
-                    f"the images in {path} were made otherwise ({shorten(changed)}): delete them or choose another "
-                    "directory"
+                    f"the images in {path} were made with other settings ({shorten(changed)}): delete them or choose "
+                    "another directory"
                 )
         elif path.is_dir() and any(path.glob("*.png")):
-            raise ValueError(f"{path} holds images without {_SETTINGS}, so nobody knows how they were made")
+            raise ValueError(
+                f"{path} holds images without {_SETTINGS}, which says how they were made: choose another directory"
+            )
 
     def file(self, seed: int) -> Path:
-        """Where the image of a seed lies."""
+        """The file of a seed's image."""
         return self.path / f"{seed:06d}.png"
 
     def complete(self, seeds: Sequence[int], make: Callable[[list[int]], Tensor]) -> Tensor:
         """Images of seeds, `[n, channels, height, width]` in [-1, 1].
 
         Args:
-            seeds: of the images.
-            make: samples the images that are missing.
+            seeds: seeds of the images.
+            make: samples the images that are missing, given their seeds.
         """
         found = {seed: load_png(self.file(seed)) for seed in seeds if self.file(seed).is_file()}
         if missing := [seed for seed in seeds if seed not in found]:
@@ -102,6 +106,8 @@ def load_images(source: str, column: str) -> datasets.Dataset:
         ValueError: if it is empty or lacks the column.
         FileNotFoundError: if it is not there.
     """
+    import datasets  # takes a second, and most runs read no dataset
+
     try:
         if source.endswith(".parquet"):
             dataset = datasets.load_dataset("parquet", data_files=source, split="train")
@@ -129,17 +135,17 @@ def image_tensor(image: Any, height: int, width: int) -> Tensor:
 def read_images(
     dataset: datasets.Dataset, column: str, rows: Sequence[int], batch_size: int, corrupt: str = "fail"
 ) -> Iterator[Tensor]:
-    """Images of a dataset as they are, `[n, 3, height, width]` in [-1, 1], each batch of one size.
+    """Images of a dataset in their own size, `[n, 3, height, width]` in [-1, 1]; a batch holds images of one size.
 
     Args:
-        dataset: of `load_images`.
-        column: of the images.
-        rows: which ones.
-        batch_size: at most.
-        corrupt: ``fail``, or ``skip`` with a warning that counts and names them.
+        dataset: from `load_images`.
+        column: column of the images.
+        rows: which images.
+        batch_size: the most images in a batch.
+        corrupt: what to do with an image that cannot be read: ``fail``, or ``skip`` it and warn.
 
     Raises:
-        ValueError: if one cannot be read, unless it is to be skipped.
+        ValueError: if an image cannot be read and `corrupt` is ``fail``.
     """
     batch: list[Tensor] = []
     skipped: list[int] = []
@@ -149,8 +155,8 @@ def read_images(
         except (OSError, UnidentifiedImageError, AttributeError, SyntaxError) as error:
             if corrupt == "fail":
                 raise ValueError(
-                    f"image {row} of the real ones cannot be read ({' '.join(str(error).split())[:100]}): mend it, or "
-                    "pass --evaluation.corrupt skip"
+                    f"image {row} of the real ones cannot be read ({' '.join(str(error).split())[:100]}): repair it "
+                    "or pass --evaluation.corrupt skip"
                 ) from error
             skipped.append(row)
             continue

@@ -14,13 +14,13 @@ def load_prompts(source: str | Sequence[str], column: str | None = None) -> list
     """Reads prompts.
 
     Args:
-        source: the prompts themselves; or a file (.txt with one a line, .csv, .tsv, .parquet), or the name or directory
-            of a `datasets` dataset.
-        column: of the prompts; None takes ``prompt``, ``caption`` or ``text``, whatever the case.
+        source: the prompts themselves; or a file (.txt with one prompt a line, .csv, .tsv, .parquet), or the name or
+            directory of a `datasets` dataset.
+        column: column of the prompts; None takes ``prompt``, ``caption`` or ``text``, in upper or lower case.
 
     Raises:
         FileNotFoundError: if there is no such file or dataset.
-        ValueError: if there is no such column, no prompt, or an empty one.
+        ValueError: if there is no such column, no prompt, or an empty prompt.
     """
     named = source if isinstance(source, str) else "sampler.prompts"
     prompts = _read(source, column) if isinstance(source, str) else list(source)

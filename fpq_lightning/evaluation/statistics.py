@@ -1,30 +1,30 @@
-"""What is to be said of a quantized network: bits and zeros of its weights, ranges of its activations."""
+"""Statistics of a quantized network: bits and zeros of its weights, ranges of its activations."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fpq_lightning.calibration.trajectories import CalibrationSet
+from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, input_of, quantized_layers, running
 
 _TIMESTEP_BINS = 10
-_TIMESTEPS = ("timestep", "timesteps")  # what denoisers call them
+_TIMESTEPS = ("timestep", "timesteps")  # names of the denoisers' argument
 
 
-def _learned(layer: QuantizedLayer) -> LayerQuantization | None:
+def _quantization(layer: QuantizedLayer) -> LayerQuantization | None:
     found = dict(layer.variants.items()).get("quantized")
     return found if isinstance(found, LayerQuantization) else None
 
 
 @torch.no_grad()
 def layer_statistics(module: nn.Module) -> list[dict[str, Any]]:
-    """For every layer with a quantized weight: name, parameters, bits a weight (codes and scales), share of zeros."""
+    """Name, parameters, bits a weight (codes and scales) and share of zeros of every layer with a quantized weight."""
     found = []
     for name, layer in quantized_layers(module).items():
-        quantization = _learned(layer)
+        quantization = _quantization(layer)
         if quantization is None or not quantization.weights:
             continue
         weight, bits = layer.quantized_weight(quantization), 0
@@ -42,13 +42,15 @@ def layer_statistics(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def weight_statistics(module: nn.Module, layers: list[dict[str, Any]] | None = None) -> dict[str, float | None]:
-    """Bits a weight and share of exact zeros over the quantized weights, and their share of all.
-
-    The first two are None without any.
+    """Statistics of all quantized weights.
 
     Args:
         module: the network.
-        layers: of `layer_statistics`, if they are there already.
+        layers: the result of `layer_statistics`, if it is known already.
+
+    Returns:
+        ``weight_bits``, bits a weight with scales; ``sparsity``, the share of exact zeros (both None without quantized
+        weights); and ``quantized_share``, the share of all weights that are quantized.
     """
     layers = layer_statistics(module) if layers is None else layers
     total = sum(layer["parameters"] for layer in layers)
@@ -70,14 +72,15 @@ def activation_ranges(
 
     Args:
         module: the network.
-        calibration: what it is called with; without a timestep among its inputs nothing is found.
-        batch_size: samples a pass, at most; fewer where memory is short.
-        device: where the inputs go.
-        n: samples to look at, spread over the set.
+        calibration: inputs of the network.
+        batch_size: samples in a pass; halved as long as memory runs out.
+        device: device of the network.
+        n: number of samples, spread over the set.
 
     Returns:
-        ``timesteps``, the edges of up to ten bins, and for each of ``layers`` its name, the ``clip`` of its quantizers
-        (None if it is dynamic), and ``largest``, the largest magnitude in each bin (None for an empty one).
+        ``timesteps``, the edges of ten bins; and ``layers``, each with its ``name``, the ``clip`` of its quantizers
+        (None if they are dynamic) and ``largest``, the largest magnitude in each bin (None for an empty bin). Empty
+        if the network has no timestep among its inputs.
     """
     while True:
         try:
@@ -92,7 +95,7 @@ def _activation_ranges(
     module: nn.Module, calibration: CalibrationSet, batch_size: int, device: torch.device, n: int
 ) -> dict[str, Any]:
     key = next((name for name in _TIMESTEPS if name in calibration.inputs), None)
-    layers = {name: layer for name, layer in quantized_layers(module).items() if _learned(layer) is not None}
+    layers = {name: layer for name, layer in quantized_layers(module).items() if _quantization(layer) is not None}
     if key is None or not layers:
         return {}
     rows = torch.linspace(0, len(calibration) - 1, min(n, len(calibration))).long()
@@ -120,7 +123,7 @@ def _activation_ranges(
     for name, parts in seen.items():
         values = torch.cat(parts) if parts else torch.empty(0)
         if not len(values) or len(values) % len(rows):
-            continue  # not run, or its leading dimension does not go with the samples
+            continue  # the layer did not run, or its leading dimension is no multiple of the samples
         largest = values.reshape(len(rows), -1).amax(1)
         found.append({"name": name, "clip": _clip(layers[name]), "largest": _by_bin(largest, bins)})
     return {"timesteps": edges.tolist(), "layers": found}
@@ -132,6 +135,7 @@ def _by_bin(largest: Tensor, bins: Tensor) -> list[float | None]:
 
 def _clip(layer: QuantizedLayer) -> float | None:
     """The largest magnitude that the layer's input quantizers can represent."""
-    quantizers = cast(LayerQuantization, _learned(layer)).inputs
+    quantization = _quantization(layer)
+    quantizers = [] if quantization is None else quantization.inputs
     clips = [q.clip.abs().amax().item() for q in quantizers if q.scale is not None]
     return max(clips) if clips and len(clips) == len(quantizers) else None

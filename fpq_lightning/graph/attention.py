@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fpq_lightning.graph.chain import parts_of
 from fpq_lightning.graph.units import Unit, is_selected
-from fpq_lightning.nn.attention import make_attention_quantized
+from fpq_lightning.nn.convert import make_attention_quantized
 
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 _PRODUCTS = {

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,9 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
 from fpq_lightning.nn.calibrated import QuantizedModule
+from fpq_lightning.nn.input_quantizer import describe_quantizer
+from fpq_lightning.nn.swap import SwappedModule
+from fpq_lightning.quantization.quantizer import Quantizer
 
 OPERANDS = ("query", "key", "value", "softmax")
 _CHUNK = 2**26  # softmax outputs computed at once; bounds memory to a few times 256 MiB where nothing is learned
@@ -110,29 +112,28 @@ class _Calls(TorchFunctionMode):
         return attention(*args, **kwargs, operands=mine) if mine else func(*args, **kwargs)
 
 
-class QuantizedAttention(QuantizedModule):
-    """Mixin of modules whose attention is quantized; use `make_attention_quantized` to turn one into it.
-
-    The `inputs` of its variants are the quantizers of `OPERANDS`, for one call after the other.
+class InterceptedAttention(SwappedModule):
+    """Mixin of modules whose calls of scaled dot-product attention are intercepted.
 
     Attributes:
         full_name: of the module in the network.
         n_calls: how often its forward calls scaled dot-product attention.
-        observers: what the operands go through instead while they are observed.
     """
 
     full_name: str
     n_calls: int
-    observers: Sequence[Operand]
+
+    def operands_in_force(self) -> Sequence[Operand]:
+        """What `OPERANDS` go through, for one call after the other; empty leaves the calls as they are."""
+        raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the module in its mode.
+        """Runs the module.
 
         Raises:
             ValueError: if it calls attention more or less often than it did in calibration.
         """
-        quantization = self.quantization
-        operands = self.observers or ([] if quantization is None else cast("Sequence[Operand]", quantization.inputs))
+        operands = self.operands_in_force()
         if not operands:
             return super().forward(*args, **kwargs)
         made: list[None] = []
@@ -146,49 +147,68 @@ class QuantizedAttention(QuantizedModule):
         return output
 
     def __reduce__(self) -> Any:
-        return _remade, (type(self).__bases__[1],), self.__getstate__()  # pickle does not find the class by its name
+        return _remade, type(self).__bases__, self.__getstate__()  # pickle does not find the class by its name
 
 
-def _remade(plain: type) -> nn.Module:
-    """A module of a quantized class, to be filled."""
-    quantized: Any = _quantized_class(plain)  # type: ignore[arg-type]
-    return cast(nn.Module, quantized.__new__(quantized))
+class QuantizedAttention(InterceptedAttention, QuantizedModule):
+    """Mixin of modules whose attention is being calibrated; use `make_attention_quantized` to turn one into it.
 
+    The `inputs` of its variants are the quantizers of `OPERANDS`.
 
-@cache
-def _quantized_class(plain: type) -> type[nn.Module]:
-    return type(f"{plain.__name__}WithQuantizedAttention", (QuantizedAttention, plain), {})
-
-
-def make_attention_quantized(module: nn.Module, name: str, n_calls: int) -> QuantizedAttention:
-    """Turns a module into one whose attention is quantized, in place; it starts in mode ``full_precision``.
-
-    Args:
-        module: calls `torch.nn.functional.scaled_dot_product_attention`, itself and not in modules below it.
-        name: of the module in the network.
-        n_calls: how often in a forward pass.
+    Attributes:
+        observers: what the operands go through instead while they are observed.
     """
-    module.__class__ = _quantized_class(type(module))  # type: ignore[arg-type]  # mypy takes no class for hashable
-    quantized = cast(QuantizedAttention, module)
-    quantized.full_name = name
-    quantized.n_calls = n_calls
-    quantized.observers = ()
-    quantized.variants = nn.ModuleDict()
-    quantized.mode = "full_precision"
-    return quantized
+
+    observers: Sequence[Operand]
+
+    def operands_in_force(self) -> Sequence[Operand]:
+        quantization = self.quantization
+        return self.observers or ([] if quantization is None else cast("Sequence[Operand]", quantization.inputs))
 
 
-def make_attention_plain(module: QuantizedAttention) -> None:
-    """Turns a module back into what it was, in place."""
-    del module._modules["variants"]
-    for name in ("full_name", "n_calls", "observers", "mode"):
-        module.__dict__.pop(name)
-    module.__class__ = type(module).__bases__[1]
+class PackedAttention(InterceptedAttention):
+    """Mixin of modules with the attention of packed files; use `pack_attention` to turn one into it.
+
+    Attributes:
+        operands: the quantizers of `OPERANDS`, for one call after the other.
+    """
+
+    operands: Sequence[Quantizer]
+
+    def operands_in_force(self) -> Sequence[Operand]:
+        return cast("Sequence[Operand]", self.operands)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """All of the operands that is not in their tensors: plain types, which `make_attention_empty` reads."""
+        return [describe_quantizer(q) for q in self.operands]
 
 
-def quantized_attention(module: nn.Module) -> dict[str, QuantizedAttention]:
-    """The modules below a module whose attention is quantized, by name."""
-    return {name: m for name, m in module.named_modules() if isinstance(m, QuantizedAttention)}
+def _remade(kind: type[InterceptedAttention], plain: type[nn.Module]) -> nn.Module:
+    """A module of a class of `attention_class`, to be filled."""
+    made: Any = attention_class(kind, plain)
+    return cast(nn.Module, made.__new__(made))
+
+
+A = TypeVar("A", bound=InterceptedAttention)
+_CLASSES: dict[tuple[type, type], Any] = {}
+
+
+def attention_class(kind: type[A], plain: type[nn.Module]) -> type[A]:
+    """The class of a kind that modules of a plain class become."""
+    key = (kind, plain)
+    if key not in _CLASSES:
+        _CLASSES[key] = type(f"{plain.__name__}With{kind.__name__}", key, {"plain": plain})
+    return cast(type[A], _CLASSES[key])
+
+
+def quantized_attention(module: nn.Module) -> dict[str, InterceptedAttention]:
+    """The modules below a module whose attention is quantized, calibrated or packed, by name."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, InterceptedAttention)}
+
+
+def packed_attention(module: nn.Module) -> dict[str, PackedAttention]:
+    """The modules below a module with the attention of packed files, by name."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, PackedAttention)}
 
 
 class OperandSample:

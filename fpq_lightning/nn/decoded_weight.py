@@ -15,7 +15,13 @@ _HARMLESS = ("requires_grad_", "share_memory_")
 
 
 class DecodedWeight(Tensor):
-    """What is read of a packed weight: a copy, so that it refuses to be written, which would be lost."""
+    """What is read of a packed weight: a copy, so that it refuses to be written, which would be lost.
+
+    Operations that write are told by their names. Asking torch was tried in two ways. Schemas in `__torch_dispatch__`
+    also find writes to views, but such tensors cannot be printed or turned into lists and numpy arrays. Comparing the
+    counts of writes before and after an operation takes 8 us instead of 5, fails for tensors of inference mode and
+    under `torch.compile`, and refuses a write when it is done.
+    """
 
     @classmethod
     def __torch_function__(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from typing import cast
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from fpq_lightning.nn.calibrated import LayerQuantization, quantized_modules
-from fpq_lightning.nn.packed import packed_layers
+from fpq_lightning.nn.attention import packed_attention
+from fpq_lightning.nn.calibrated import quantized_modules
+from fpq_lightning.nn.packed_layer import packed_layers
 
 
 def hash_weights(model: nn.Module) -> str:
@@ -25,12 +25,14 @@ def hash_weights(model: nn.Module) -> str:
 def hash_quantization(model: nn.Module, mode: str) -> str:
     """A hash of everything that a variant of a model's layers and attention holds: formats, scales, codes, biases."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, packed in packed_layers(model).items():  # its tensors are among the weights
-        digest.update(f"{name}{packed.describe()}".encode())
+    for name, layer in packed_layers(model).items():  # whose tensors are among the weights
+        digest.update(f"{name}{layer.describe()}".encode())
+    for name, attention in packed_attention(model).items():
+        digest.update(f"{name}{attention.describe()}".encode())
     for name, module in quantized_modules(model).items():
         if mode in module.variants:
             digest.update(name.encode())
-            for leaf in tree_leaves(cast(LayerQuantization, module.variants[mode]).to_state()):
+            for leaf in tree_leaves(module.variants[mode].to_state()):
                 tensor = isinstance(leaf, torch.Tensor)
                 digest.update(leaf.detach().cpu().numpy().tobytes() if tensor else repr(leaf).encode())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What a user chooses: formats, granularity, search, rounding, exclusions."""
+"""The recipe of a quantization: formats, granularity, search, rounding and excluded layers."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from fpq_lightning.formats.scales import FLOAT32, parse_scale_format
 from fpq_lightning.quantization.quantizer import Granularity
 
 
+def _patterns(patterns: list[str] | str) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else patterns
+
+
 @dataclass
 class WeightRecipe:
     """How weights are quantized.
 
     Attributes:
-        formats: a format, a family (``fp4``, ``fp6``, ``fp8``) or a list; one is chosen for each tensor. None leaves
-            the weights in full precision.
+        formats: a format, a family (``fp4``, ``fp6``, ``fp8``) or a list, of which the best is chosen for each tensor.
+            null leaves the weights in full precision.
         granularity: one scale for each tensor, output channel or group.
-        group_size: weights in a group, with ``granularity: group``. Layers that it does not divide have one scale
-            for each output channel.
+        group_size: weights in a group, with ``granularity: group``. Layers whose rows it does not divide have one
+            scale for each output channel.
         scale_format: what the scale of a group may be: any ``float32`` number, ``float8_e4m3fn`` times a number of the
             tensor (as in NVFP4), or ``float8_e8m0fnu``, a power of two (as in MXFP4). The latter two are searched on
             their own grid and not learned.
         objective: what the search of format and clip minimises: the error of the layer's ``output`` or of the
-            ``tensor``; ``max`` takes the largest magnitude as the clip.
+            ``tensor``; ``max`` uses the largest magnitude as the clip.
     """
 
     formats: str | list[str] | None = "fp4"
@@ -40,12 +44,12 @@ class ActivationRecipe:
     """How the inputs of layers are quantized.
 
     Attributes:
-        formats: as for weights; None leaves activations in full precision.
+        formats: as for weights; null leaves activations in full precision.
         unsigned: also try the unsigned formats of the same width, whose range starts at the smallest value
             (MSFP, arXiv 2505.21591).
         granularity: one static scale for each ``tensor``, or one for each ``token`` at run time.
-        token_layers: glob pattern or patterns of layers whose inputs have a scale for each token in any case.
-        objective: as for weights; run-time scales have nothing to search.
+        token_layers: glob patterns of layers whose inputs always have a scale for each token.
+        objective: as for weights; scales at run time are not searched.
     """
 
     formats: str | list[str] | None = "fp8"
@@ -54,14 +58,17 @@ class ActivationRecipe:
     token_layers: list[str] | str = field(default_factory=list)
     objective: Literal["output", "tensor", "max"] = "tensor"
 
+    def __post_init__(self) -> None:
+        self.token_layers = _patterns(self.token_layers)
+
 
 @dataclass
 class AttentionRecipe:
     """How the products of scaled dot-product attention are quantized: one static scale for each operand.
 
     Attributes:
-        formats: of queries, keys and values, as for weights, but signed. The softmax output takes the unsigned formats
-            of the same width (hardware types have none, so the same). None leaves attention in full precision.
+        formats: formats of queries, keys and values, as for weights, but signed. The softmax output takes the unsigned
+            formats of the same width, or with hardware types the same format. null leaves attention in full precision.
     """
 
     formats: str | list[str] | None = None
@@ -69,22 +76,22 @@ class AttentionRecipe:
 
 @dataclass
 class RoundingRecipe:
-    """How the rounding of the weights is learned, a unit at a time.
+    """How the rounding of the weights is learned, one unit after the other.
 
     Attributes:
-        learned: whether it is learned at all.
+        learned: whether rounding is learned; otherwise it is to nearest.
         iterations: optimisation steps for each unit.
-        batch_size: samples a step.
-        learning_rate: of the rounding variables (Adam).
-        scale_learning_rate: of weight and activation scales, relative to their size (Adam).
-        regularisation: weight of the regulariser that drives the variables to 0 or 1. The error it is weighed
-            against is relative to that of nearest rounding.
+        batch_size: samples in a step.
+        learning_rate: learning rate of the rounding variables (Adam).
+        scale_learning_rate: learning rate of weight and activation scales, relative to their size (Adam).
+        regularisation: weight of the regulariser that drives the variables to 0 or 1, next to an error that is
+            relative to the error of nearest rounding.
         warmup: share of the iterations without regulariser.
-        straight_through: share of the iterations after which the forward pass takes the hard decision while the
-            gradient stays that of the rectified sigmoid; 1 is AdaRound as published.
-        scale_aware: learn V in units of each weight's step (FP4DiT).
-        learn_weight_scales: learn a factor for each weight scale of ``scale_format: float32``, too.
-        learn_activation_scales: learn static activation scales, too (LSQ).
+        straight_through: share of the iterations after which the forward pass rounds to 0 or 1, while the gradient
+            stays that of the rectified sigmoid; 1 is AdaRound as published.
+        scale_aware: learn the variables in units of each weight's step (FP4DiT).
+        learn_weight_scales: also learn a factor for each weight scale of ``scale_format: float32``.
+        learn_activation_scales: also learn static activation scales (LSQ).
     """
 
     learned: bool = True
@@ -105,21 +112,20 @@ class Recipe:
     """Everything that decides the quantized model, apart from the model and its calibration data.
 
     Attributes:
-        weights: of the layers' weights.
-        activations: of the layers' inputs.
-        attention: of the products of attention.
-        rounding: of the weights.
-        include: glob pattern or patterns of layer names; a layer must match one, and so must a module that computes
-            attention.
-        exclude: glob pattern or patterns of the names of those that stay in full precision.
-        components: format or family of the weights of other components by name, such as ``text_encoder: fp8``; rounded
-            to nearest by output channel.
-        hardware_types: take families (``fp4``, ``fp6``, ``fp8``) as the types that tensor cores know.
+        weights: how the layers' weights are quantized.
+        activations: how the layers' inputs are quantized.
+        attention: how the products of attention are quantized.
+        rounding: how the weights are rounded.
+        include: glob patterns of the names of layers, and of modules that compute attention, to quantize.
+        exclude: glob patterns of names that stay in full precision.
+        components: weight format or family of other components by name, such as ``text_encoder: fp8``. They are
+            rounded to nearest with a scale for each output channel.
+        hardware_types: read families (``fp4``, ``fp6``, ``fp8``) as the types of tensor cores.
         units: what is reconstructed at once: a ``block``, or each ``layer`` alone.
-        split_skips: one quantizer for each piece of a concatenation that a layer reads.
-        quantized_inputs: reconstruct a unit from the inputs that the quantized network gives it rather than those
-            of the full-precision one.
-        correct_biases: take the mean error of a unit's output out of its last layer's bias, where that helps.
+        split_skips: use a quantizer for each part of a concatenation that a layer reads.
+        quantized_inputs: reconstruct a unit from the inputs that the quantized network gives it, instead of those of
+            the full-precision network.
+        correct_biases: subtract the mean error of a unit's output from its last layer's bias, where that helps.
     """
 
     weights: WeightRecipe = field(default_factory=WeightRecipe)
@@ -136,10 +142,7 @@ class Recipe:
     correct_biases: bool = True
 
     def __post_init__(self) -> None:
-        self.include = [self.include] if isinstance(self.include, str) else self.include
-        self.exclude = [self.exclude] if isinstance(self.exclude, str) else self.exclude
-        tokens = self.activations.token_layers
-        self.activations.token_layers = [tokens] if isinstance(tokens, str) else tokens
+        self.include, self.exclude = _patterns(self.include), _patterns(self.exclude)
         self.weight_formats()
         for name in self.components:
             self.component_formats(name)

@@ -12,8 +12,11 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from fpq_lightning.formats.scales import FLOAT32
 from fpq_lightning.quantization.recipe import ActivationRecipe, Recipe, RoundingRecipe, WeightRecipe
 
-FORMAT_VERSION = 2
-"""Of the packed files; version 1 is the dequantized form."""
+FORMAT_VERSION = 3
+"""Of packed files that are written; version 1 is the dequantized form."""
+
+READ_VERSIONS = (2, FORMAT_VERSION)
+"""Of packed files that are read."""
 
 
 class QuantizationMethod(str, Enum):  # noqa: UP042  diffusers looks it up among strings
@@ -39,6 +42,7 @@ class FPQConfig(QuantizationConfigMixin):
     Attributes:
         layers: what the files hold for each layer (docs/format.md); None before a model was quantized.
         details: the recipe, and where the model comes from.
+        format_version: of the files that it was read from.
 
     Raises:
         ValueError: if there is no such format, or group size or scale format do not go with the granularity.
@@ -63,6 +67,7 @@ class FPQConfig(QuantizationConfigMixin):
         excluded = modules_to_not_convert
         self.modules_to_not_convert = [excluded] if isinstance(excluded, str) else list(excluded or ())
         self.layers: dict[str, Any] | None = None
+        self.format_version = FORMAT_VERSION
         self.details: dict[str, Any] = {"recipe": self.recipe.to_dict(), "version": version("fpq-lightning")}
 
     @classmethod
@@ -74,15 +79,18 @@ class FPQConfig(QuantizationConfigMixin):
         """
         entries = {name: value for name, value in config_dict.items() if name != "quant_method"}
         found, layers = entries.pop("format_version", None), entries.pop("layers", None)
-        if layers is None and (found is None or (found == FORMAT_VERSION and "layers" in config_dict)):  # of no file
+        if layers is None and (found is None or (found in READ_VERSIONS and "layers" in config_dict)):  # of no file
             raise ValueError("quantization_config names no layers: to quantize while loading, give an FPQConfig itself")
-        if found != FORMAT_VERSION:
+        if found not in READ_VERSIONS:
+            known = " and ".join(map(str, READ_VERSIONS))
             raise ValueError(
-                f"quantization_config has format version {found}; this fpq_lightning reads version {FORMAT_VERSION}"
+                f"quantization_config has format version {found}; this fpq_lightning reads versions {known}"
             )
         if not isinstance(layers, dict) or not all(isinstance(entry, dict) for entry in layers.values()):
             raise ValueError("quantization_config does not say what the layers hold: it is damaged")
-        return cls.of(layers, entries)
+        config = cls.of(layers, entries)
+        config.format_version = found
+        return config
 
     @classmethod
     def of(cls, layers: Mapping[str, Any], details: Mapping[str, Any]) -> FPQConfig:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fpq_lightning.nn.attention import OPERANDS, make_attention_quantized, quantized_attention
-from fpq_lightning.nn.calibrated import LayerQuantization, is_quantizable, make_quantized
-from fpq_lightning.nn.packed import packed_layers
+from fpq_lightning.nn.attention import OPERANDS, packed_attention
+from fpq_lightning.nn.calibrated import LayerQuantization, is_quantizable
+from fpq_lightning.nn.convert import make_attention_quantized, make_quantized
+from fpq_lightning.nn.packed_layer import packed_layers
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 
 FILE = "quantization.json"
@@ -26,7 +27,7 @@ def describe(denoiser: nn.Module, details: Mapping[str, Any]) -> dict[str, Any]:
     """The contents of ``quantization.json``.
 
     Args:
-        denoiser: its quantized layers are packed.
+        denoiser: its quantized layers and attention are packed.
         details: where it comes from.
 
     Returns:
@@ -40,11 +41,7 @@ def describe(denoiser: nn.Module, details: Mapping[str, Any]) -> dict[str, Any]:
         }
         for name, layer in packed_layers(denoiser).items()
     }
-    attention = {
-        name: [_describe(q) for q in cast(LayerQuantization, module.variants["quantized"]).inputs]
-        for name, module in quantized_attention(denoiser).items()
-        if "quantized" in module.variants
-    }
+    attention = {name: [_describe(q) for q in module.operands] for name, module in packed_attention(denoiser).items()}
     described = {"format_version": FORMAT_VERSION, **details, "layers": layers}
     return {**described, "attention": attention} if attention else described
 

@@ -19,20 +19,14 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from fpq_lightning.formats.scales import parse_scale_format
-from fpq_lightning.nn.attention import make_attention_plain, quantized_attention
+from fpq_lightning.nn.attention import quantized_attention
 from fpq_lightning.nn.calibrated import is_quantizable
-from fpq_lightning.nn.packed import (
-    BlockScaledWeight,
-    PackedLayer,
-    PackedWeight,
-    make_attention_empty,
-    make_empty,
-    make_packed,
-    make_plain,
-    packed_layers,
-)
+from fpq_lightning.nn.convert import make_attention_empty, make_attention_plain, make_empty, make_packed, make_plain
+from fpq_lightning.nn.packed_layer import PackedLayer, packed_layers
+from fpq_lightning.nn.packed_weight import BlockScaledWeight, PackedWeight
 from fpq_lightning.quantization.quantizer import ExactBuffers, Quantizer, layers_without_groups, without_groups
 from fpq_lightning.quantization.search import search_tensor_error
+from fpq_lightning.storage import version_2
 from fpq_lightning.storage.config import FPQConfig, QuantizationMethod
 from fpq_lightning.storage.headers import StoredTensor, read_header
 
@@ -111,7 +105,10 @@ class FPQQuantizer(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self.files = [str(file) for file in checkpoint_files]
-        return loaded_keys
+        return [self._current_name(key) for key in loaded_keys]
+
+    def _current_name(self, tensor: str) -> str:
+        return version_2.current_name(tensor) if self.quantization_config.format_version == 2 else tensor
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, keep_in_fp32_modules: Sequence[str] = (), **kwargs: Any
@@ -149,7 +146,8 @@ class FPQQuantizer(DiffusersQuantizer):
             raise ValueError(f"{foreign[0]} is no safetensors file, and no other is read")
         self.modules = dict(model.named_modules(remove_duplicate=False))
         if self.files:
-            found = {name: tensor for file in self.files for name, tensor in read_header(file).items()}
+            stored = {name: tensor for file in self.files for name, tensor in read_header(file).items()}
+            found = {self._current_name(name): tensor for name, tensor in stored.items()}
             _check_tensors(self.modules, found)
 
     def _select(self, model: nn.Module, kept: Sequence[str]) -> None:
@@ -176,7 +174,8 @@ class FPQQuantizer(DiffusersQuantizer):
         # Codes and scales, which diffusers would cast, are put in their places here; what needs no cast as well, since
         # diffusers takes long for each tensor.
         left: dict[str, Tensor] = {}
-        for name, value in state_dict.items():
+        for stored_name, value in state_dict.items():
+            name = self._current_name(stored_name)
             parent_name, _, key = name.rpartition(".")
             parent = self.modules.get(parent_name) if self.pre_quantized else None
             held = None if parent is None or self.casts else parent._parameters.get(key)

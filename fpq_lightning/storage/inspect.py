@@ -13,16 +13,13 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from fpq_lightning.diffusion.pipelines import SamplerConfig, denoiser_name, load_pipeline, sample, using_sampler
+from fpq_lightning.diffusion.pipelines import denoiser_name, load_pipeline
+from fpq_lightning.diffusion.sampling import SamplerConfig, sample, using_sampler
 from fpq_lightning.nn.backends.hardware import Hardware
-from fpq_lightning.nn.backends.paths import Path as ExecutionPath
-from fpq_lightning.nn.backends.paths import choose, is_few
+from fpq_lightning.nn.backends.paths import PATHS, choose
 from fpq_lightning.nn.calibrated import input_of
-from fpq_lightning.nn.packed import PackedLayer, packed_layers
+from fpq_lightning.nn.packed_layer import PackedLayer, packed_layers
 from fpq_lightning.storage.pipeline import is_quantized, load_quantized
-
-LOW_BIT: tuple[ExecutionPath, ...] = ("fp8", "fp8_conv", "weight_only")
-"""Paths whose products read low-bit operands."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class LayerSummary:
         weights: formats of the parts of the weight.
         inputs: formats of the parts of the input.
         bytes: of everything the layer holds.
-        path: of its products in the call that was looked at.
+        path: the arithmetic path of its products in the call that was looked at.
         operations: floating-point operations of its products in that call.
     """
 
@@ -44,7 +41,7 @@ class LayerSummary:
     weights: tuple[str, ...]
     inputs: tuple[str, ...]
     bytes: int
-    path: ExecutionPath
+    path: str
     operations: float
 
 
@@ -134,7 +131,7 @@ def inspect_pipeline(directory: str | Path, hardware: Hardware, dtype: torch.dty
             handle.remove()
     found = []
     for name, layer in layers.items():
-        plan = choose(layer.low_bit_paths, hardware, dtype, layer.arithmetic)
+        plan = choose(layer.paths, hardware, dtype, layer.arithmetic)
         found.append(
             LayerSummary(
                 name,
@@ -142,7 +139,7 @@ def inspect_pipeline(directory: str | Path, hardware: Hardware, dtype: torch.dty
                 tuple(w.format.name for w in layer.weights),
                 tuple(q.format.name for q in layer.inputs),
                 size[name],
-                plan.few if is_few(layer, elements[name]) else plan.many,
+                next(path for path in plan if PATHS[path].takes_rows(elements[name], layer.shape[1])),
                 operations[name],
             )
         )
@@ -152,7 +149,7 @@ def inspect_pipeline(directory: str | Path, hardware: Hardware, dtype: torch.dty
 def low_bit_share(layers: Sequence[LayerSummary]) -> float:
     """The share of the operations of packed layers that run on low-bit paths."""
     total = sum(layer.operations for layer in layers)
-    return sum(layer.operations for layer in layers if layer.path in LOW_BIT) / total if total else 0.0
+    return sum(layer.operations for layer in layers if PATHS[layer.path].low_bit) / total if total else 0.0
 
 
 def render(layers: Sequence[LayerSummary]) -> str:

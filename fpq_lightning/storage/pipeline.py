@@ -11,15 +11,18 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import nn
 
 from fpq_lightning.diffusion.pipelines import denoiser_name, load_pipeline, quantization_of
-from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, QuantizedModule, quantized_layers
-from fpq_lightning.nn.packed import PackedLayer, make_plain, pack_layer, packed_layers, quantized_weight
+from fpq_lightning.nn.attention import QuantizedAttention, quantized_attention
+from fpq_lightning.nn.calibrated import QuantizedLayer, quantized_layers
+from fpq_lightning.nn.convert import make_plain, pack_attention, pack_layer, quantized_weight
+from fpq_lightning.nn.packed_layer import PackedLayer, packed_layers
+from fpq_lightning.nn.swap import SwappedModule
 from fpq_lightning.storage import dequantized
 from fpq_lightning.storage.config import FPQConfig, QuantizationMethod
 from fpq_lightning.storage.exports.registry import EXPORTS
@@ -40,7 +43,7 @@ def _restored(models: Sequence[nn.Module]) -> Iterator[None]:
     def state(module: nn.Module) -> dict[str, Any]:
         return {k: copy.copy(v) if k in ("_parameters", "_buffers", "_modules") else v for k, v in vars(module).items()}
 
-    quantized = [m for model in models for m in model.modules() if isinstance(m, (QuantizedModule, PackedLayer))]
+    quantized = [m for model in models for m in model.modules() if isinstance(m, SwappedModule)]
     before = [(module, type(module), state(module)) for module in quantized]
     configurations = [(model, model._internal_dict) for model in models if hasattr(model, "_internal_dict")]
     try:
@@ -74,7 +77,10 @@ def save_quantized(pipeline: DiffusionPipeline, directory: Path, details: Mappin
     components = [c for c in pipeline.components.values() if isinstance(c, nn.Module)]
     with atomic_directory(directory) as temporary, _restored(components):
         for chosen in calibrated.values():
-            pack_layer(chosen, cast(LayerQuantization, chosen.variants["quantized"]))
+            pack_layer(chosen, chosen.variants["quantized"])
+        for attention in quantized_attention(denoiser).values():
+            if isinstance(attention, QuantizedAttention) and "quantized" in attention.variants:
+                pack_attention(attention)
         for component in components:
             for left in quantized_layers(component).values():
                 make_plain(left)

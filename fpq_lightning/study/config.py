@@ -1,4 +1,4 @@
-"""What a study consists of."""
+"""The configuration of a study."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from fpq_lightning.diffusion.pipelines import SamplerConfig
-from fpq_lightning.evaluation.evaluate import EvaluationConfig
+from fpq_lightning.diffusion.sampling import SamplerConfig
+from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.utils.resources import find_config
@@ -19,22 +19,22 @@ from fpq_lightning.utils.resources import find_config
 
 @dataclass
 class RowConfig:
-    """One calibration of a study, which gives a row for each variant.
+    """One calibration of a study, with a row of the table for each variant.
 
     Attributes:
-        config: a recipe to start from: a shipped one by name, or a file; null starts from the defaults.
-        recipe: what differs from it.
-        data: what differs from its calibration data.
-        variants: which ones to judge. ``full_precision`` and ``other_seeds`` are the model itself, the latter the
-            noise that a set of images has.
-        group: heading under which the table shows the row.
+        config: recipe to start from: the name of a shipped one, or a file; null starts from the defaults.
+        recipe: changes to the recipe.
+        data: changes to the calibration data.
+        variants: variants to evaluate. ``full_precision`` and ``other_seeds`` are the model itself; the latter shows
+            the noise between two sets of images.
+        group: heading of the row in the table.
     """
 
     config: str | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
-    variants: list[Literal["full_precision", "other_seeds", "nearest", "learned"]] = field(
-        default_factory=lambda: ["nearest", "learned"]
+    variants: list[Literal["full_precision", "other_seeds", "nearest", "quantized"]] = field(
+        default_factory=lambda: ["nearest", "quantized"]
     )
     group: str = "recipes"
 
@@ -46,14 +46,14 @@ class StudyConfig:
     Attributes:
         model: directory or hub id.
         output: directory of the rows, the table and the figures.
-        rows: by name.
+        rows: rows by name.
         sampler: how images are sampled.
         evaluation: what quality is measured on.
-        recipe: what holds for all rows, unless they say otherwise.
-        data: likewise.
-        trajectories: seeds for the error along the trajectory; 0 leaves it out.
-        scratch: directory of calibration sets, images and runs, which rows share and which may be deleted.
-        tf32: whether calibration may use TF32 products; evaluation never does.
+        recipe: recipe of all rows, which a row may change.
+        data: calibration data of all rows, which a row may change.
+        trajectories: number of seeds for the error along the trajectory; 0 leaves it out.
+        scratch: directory of calibration sets, images and runs that rows share; it may be deleted.
+        tf32: allow TF32 products during calibration; evaluation never uses them.
     """
 
     model: str
@@ -78,7 +78,8 @@ class StudyConfig:
         """Recipe and calibration data of a row.
 
         Raises:
-            ValueError: if the row names something that there is not.
+            FileNotFoundError: if there is no such recipe.
+            ValueError: if the row has unknown options or unusable values.
         """
         row = self.rows[name]
         shipped: dict[str, Any] = {}
@@ -100,13 +101,13 @@ class StudyConfig:
 
 
 def complete(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a row, with options that there were not yet when it was made: they are off by default."""
+    """Settings of a row, filled up with the defaults of options that are newer than the row."""
     defaults = {"recipe": Recipe().to_dict(), "data": CalibrationDataModule().identity()}
     return merge({key: value for key, value in defaults.items() if key in settings}, settings)
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested values with some of them changed."""
+    """Nested mappings merged: `changes` take precedence over `base`."""
     merged = dict(base)
     for key, value in changes.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)

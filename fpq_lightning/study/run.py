@@ -14,9 +14,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 from fpq_lightning.api import quantize
+from fpq_lightning.calibration.key import CalibrationKey
 from fpq_lightning.diffusion.images import ImageDirectory
 from fpq_lightning.diffusion.pipelines import denoiser_name, load_pipeline
-from fpq_lightning.evaluation.evaluate import compare, image_settings, prompts_of_share, sample_variant, using_tf32
+from fpq_lightning.evaluation.evaluator import Evaluator
+from fpq_lightning.evaluation.sampling import image_settings, sample_variant
 from fpq_lightning.evaluation.statistics import weight_statistics
 from fpq_lightning.nn.calibrated import Mode
 from fpq_lightning.nn.hashing import hash_weights
@@ -26,21 +28,23 @@ from fpq_lightning.study.trajectory import trajectory_errors
 from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.utils.files import differences, shorten, write_json
 from fpq_lightning.utils.provenance import device_name, fingerprint, versions
+from fpq_lightning.utils.tf32 import using_tf32
 
 logger = logging.getLogger(__name__)
 
-_QUANTIZED = ("nearest", "learned")
+_QUANTIZED: tuple[Mode, ...] = ("nearest", "quantized")
 
 
 class Study:
-    """Rows that are there are not computed again; what they share is made once.
+    """Computes the rows of a study that do not exist yet; what rows share is computed once.
 
     Args:
-        config: of the study.
+        config: the study.
         device: the compute device.
 
     Raises:
-        ValueError: if a row cannot be built, or one that is there was made otherwise.
+        FileNotFoundError: if something that evaluation needs is missing.
+        ValueError: if a row cannot be built, or an existing row was made with other settings.
     """
 
     def __init__(self, config: StudyConfig, device: torch.device) -> None:
@@ -48,7 +52,8 @@ class Study:
         self.device = device
         self.output = Path(config.output)
         self.built = {name: config.build(name) for name in config.rows}
-        config.evaluation.check()
+        self.evaluator = Evaluator(config.evaluation, config.sampler)
+        self.evaluator.check()
         pipeline = load_pipeline(config.model)
         self._weights = hash_weights(getattr(pipeline, denoiser_name(pipeline)))
         self.scratch = Path(config.scratch) / self._weights[:8]
@@ -81,13 +86,13 @@ class Study:
 
     def _check(self, file: Path, settings: dict[str, Any]) -> None:
         if file.is_file() and (changed := differences(complete(json.loads(file.read_text())["settings"]), settings)):
-            raise ValueError(f"{file} was made otherwise ({shorten(changed)}): delete it or rename the row")
+            raise ValueError(f"{file} was made with other settings ({shorten(changed)}): delete it or rename the row")
 
     def missing(self, only: Sequence[str] = ()) -> dict[str, list[str]]:
-        """Variants that are still to be computed, by row.
+        """Variants that are not computed yet, by row.
 
         Raises:
-            ValueError: if `only` names a row that there is not.
+            ValueError: if `only` names a row that does not exist.
         """
         if unknown := [name for name in only if name not in self.config.rows]:
             raise ValueError(f"the study has no row {unknown[0]!r}; it has {', '.join(self.config.rows)}")
@@ -98,11 +103,11 @@ class Study:
         return found
 
     def run(self, only: Sequence[str] = ()) -> None:
-        """Computes what is missing, a file for each row as soon as it is known."""
+        """Computes what is missing and writes the file of each row as soon as it is finished."""
         for name, variants in self.missing(only).items():
             if full_precision := [variant for variant in variants if variant not in _QUANTIZED]:
                 self._full_precision(name, full_precision)
-            if quantized := [variant for variant in variants if variant in _QUANTIZED]:
+            if quantized := [variant for variant in _QUANTIZED if variant in variants]:
                 self._recipe(name, quantized)
 
     # --- rows --------------------------------------------------------------------------------------------------
@@ -130,11 +135,6 @@ class Study:
         shown = {k: round(v, 3) for k, v in values["metrics"].items() if isinstance(v, float)}
         logger.info("%s (%s): %s", name, variant, shown)
 
-    def _compare(self, images: torch.Tensor, seeds: range, reference: torch.Tensor, same_seeds: bool) -> dict[str, Any]:
-        metrics = self.config.evaluation.metrics(self.device)
-        prompts = prompts_of_share(seeds, self.config.sampler)
-        return compare(metrics, images, reference, self.device, same_seeds, prompts)
-
     def _full_precision(self, name: str, variants: list[str]) -> None:
         pipeline, seeds = self._pipeline(), self.config.evaluation.seeds
         reference = self._images(pipeline, "full_precision", seeds)
@@ -142,9 +142,10 @@ class Study:
             same = variant == "full_precision"
             judged = seeds if same else range(seeds.stop, seeds.stop + len(seeds))
             images = reference if same else self._images(pipeline, "full_precision", judged)
-            self._write(name, variant, {"metrics": self._compare(images, judged, reference, same)})
+            metrics = self.evaluator.compare(images, judged, reference, self.device, same)
+            self._write(name, variant, {"metrics": metrics})
 
-    def _recipe(self, name: str, variants: list[str]) -> None:
+    def _recipe(self, name: str, variants: Sequence[Mode]) -> None:
         recipe, data = self.built[name]
         pipeline, start = self._pipeline(), time.perf_counter()
         self._calibrate(name, pipeline, recipe, data)
@@ -160,23 +161,19 @@ class Study:
             "samples": data.n_samples,
             "calibration_seconds": seconds,
         }
-        modes: dict[str, Mode] = {"nearest": "nearest", "learned": "quantized"}
         for variant in variants:
-            images = self._images(pipeline, modes[variant], seeds)
-            values = {**shared, "metrics": self._compare(images, seeds, reference, same_seeds=True)}
+            images = self._images(pipeline, variant, seeds)
+            values = {**shared, "metrics": self.evaluator.compare(images, seeds, reference, self.device)}
             if n := self.config.trajectories:
                 first = range(seeds.start, seeds.start + n)
-                values["trajectory"] = trajectory_errors(pipeline, self.config.sampler, first, modes[variant])
+                values["trajectory"] = trajectory_errors(pipeline, self.config.sampler, first, variant)
             self._write(name, variant, values)
 
     def _calibrate(self, name: str, pipeline: DiffusionPipeline, recipe: Recipe, data: CalibrationDataModule) -> None:
-        made_from = {
-            k: v for k, v in data.identity().items() if k not in ("held_out_fraction", "n_search", "store_dtype")
-        }
-        key = fingerprint({**made_from, "sampler": self.config.sampler.identity(), "weights": self._weights})
-        data.directory = data.directory or str(self.scratch / f"calibration-{key}")
-        run_dir = self.scratch / "runs" / fingerprint(self._settings(name, "learned"))
-        (run_dir / "report.json").unlink(missing_ok=True)  # of a run whose rows were not written: it is opened again
+        key = CalibrationKey.of(data, self.config.sampler, self._weights)
+        data.directory = data.directory or str(self.scratch / f"calibration-{key.digest}")
+        run_dir = self.scratch / "runs" / fingerprint(self._settings(name, "quantized"))
+        (run_dir / "report.json").unlink(missing_ok=True)  # reopens a finished run whose rows were not written
         with using_tf32(self.config.tf32):
             quantize(
                 pipeline,

@@ -1,4 +1,4 @@
-"""The table and the figures of a study, from whatever rows are there."""
+"""The table and the figures of a study, from the rows that exist."""
 
 from __future__ import annotations
 
@@ -12,34 +12,24 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from fpq_lightning.evaluation.metrics import METRICS, Column, table_columns
 from fpq_lightning.study.config import complete
 from fpq_lightning.utils.files import atomic_write
 
-_COLUMNS = (  # key, title, digits
+_VARIANTS = ("full_precision", "other_seeds", "nearest", "quantized")
+_SETTINGS = (  # of a row: key, title, digits
     ("weights", "weights", None),
     ("activations", "activations", None),
     ("weight_bits", "bits a weight", 2),
     ("iterations", "iterations", None),
     ("samples", "samples", None),
-    ("fd", "FD", 3),
-    ("fd_real", "FD to real", 2),
-    ("fid", "FID", 2),
-    ("kid", "KID x1000", 2),
-    ("class_accuracy", "class accuracy", 4),
-    ("class_accuracy_low", "2.5 %", 4),
-    ("class_accuracy_high", "97.5 %", 4),
-    ("clip_score", "CLIP score", 2),
-    ("precision", "precision", 3),
-    ("recall", "recall", 3),
-    ("psnr", "PSNR dB", 2),
-    ("ssim", "SSIM", 4),
     ("sparsity", "zero weights", 3),
 )
 _FLOAT, _INTEGER = "#2563a8", "#c2702e"
 
 
 def read_rows(output: Path, order: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """All rows in a study's directory, those of the study in its order and others after them.
+    """All rows in a study's directory: first the rows in `order`, then others by name.
 
     Raises:
         ValueError: if a file cannot be read.
@@ -53,13 +43,12 @@ def read_rows(output: Path, order: Sequence[str] = ()) -> list[dict[str, Any]]:
             raise ValueError(f"the row {file} cannot be read ({error}): delete it") from error
         rows.append(row)
     places = {name: i for i, name in enumerate(order)}
-    variants = ("full_precision", "other_seeds", "nearest", "learned")
-    rows.sort(key=lambda row: (places.get(row["name"], len(places)), row["name"], variants.index(row["variant"])))
+    rows.sort(key=lambda row: (places.get(row["name"], len(places)), row["name"], _VARIANTS.index(row["variant"])))
     return rows
 
 
 def spreads(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each recipe that was calibrated with several seeds: by how much every metric differs between them."""
+    """A row for each recipe that was calibrated with several seeds: the range of every metric over the seeds."""
     repeats: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         settings = complete(row.get("settings", {}))
@@ -79,41 +68,40 @@ def spreads(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _value(row: dict[str, Any], key: str) -> Any:
-    value = row.get(key, row["metrics"].get(key))
+def _setting(value: Any, digits: int | None) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, list):
         return " ".join(value)
-    return 1e3 * value if key == "kid" and value is not None else value
+    return str(value) if digits is None else f"{value:z.{digits}f}"
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    cells = [row["name"], row["variant"].replace("_", " ")]
-    for key, _, digits in _COLUMNS:
-        value = _value(row, key)
-        cells.append("-" if value is None else str(value) if digits is None else f"{value:z.{digits}f}")
-    return cells
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of rows; columns without a value are left out."""
+    settings = [entry for entry in _SETTINGS if any(row.get(entry[0]) is not None for row in rows)]
+    metrics = table_columns(_measured(rows))
+    titles = ["row", "variant", *(title for _, title, _ in settings), *(str(column.title) for column in metrics)]
+    lines = [titles, ["---"] * len(titles)]
+    for row in rows:
+        line = [row["name"], row["variant"].replace("_", " ")]
+        line += [_setting(row.get(key), digits) for key, _, digits in settings]
+        line += [column.cell(row["metrics"].get(column.key)) for column in metrics]
+        lines.append(line)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _used(rows: Sequence[dict[str, Any]]) -> list[int]:
-    """The columns that some row has a value for."""
-    filled = [i for i, (key, *_) in enumerate(_COLUMNS, start=2) if any(_value(row, key) is not None for row in rows)]
-    return [0, 1, *filled]
+def _measured(rows: Sequence[dict[str, Any]]) -> set[str]:
+    return {key for row in rows for key, value in row["metrics"].items() if value is not None}
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table for each group of rows, one of the differences between seeds, and where they were computed."""
-    header = ["row", "variant", *(title for _, title, _ in _COLUMNS)]
-    parts = []
     tables: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         tables.setdefault(row["group"], []).append(row)
     if found := spreads(rows):
         tables["largest difference between seeds"] = found
-    for group, members in tables.items():
-        columns = _used(members)
-        lines = [[header[i] for i in columns], ["---"] * len(columns)]
-        lines += [[_cells(row)[i] for i in columns] for row in members]
-        parts += [f"### {group}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    parts = [part for group, members in tables.items() for part in (f"### {group}", _table(members))]
     places = dict.fromkeys(
         f"{row['hardware']}, torch {row['versions']['torch']}, {row['metrics']['n_images']} images, {row['date']}"
         for row in rows
@@ -123,13 +111,13 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def csv_table(rows: Sequence[dict[str, Any]]) -> str:
-    """All columns and rows, unrounded."""
+    """All rows with unrounded numbers."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    keys = [key for key, *_ in _COLUMNS]
-    writer.writerow(["name", "variant", "group", *keys, "n_images", "hardware", "date"])
+    settings, metrics = [key for key, *_ in _SETTINGS], [column.key for column in table_columns(_measured(rows))]
+    writer.writerow(["name", "variant", "group", *settings, *metrics, "n_images", "hardware", "date"])
     for row in rows:
-        values = [row.get(key, row["metrics"].get(key)) for key in keys]
+        values = [row.get(key) for key in settings] + [row["metrics"].get(key) for key in metrics]
         written = [" ".join(value) if isinstance(value, list) else value for value in values]
         place = [row["metrics"]["n_images"], row["hardware"], row["date"]]
         writer.writerow([row["name"], row["variant"], row["group"], *written, *place])
@@ -140,8 +128,9 @@ def _is_integer(row: dict[str, Any]) -> bool:
     return "int" in str(row.get("weights"))
 
 
-def quality_figure(rows: Sequence[dict[str, Any]], metric: str, label: str) -> Figure:
-    """Quality of each recipe, ordered by bits a weight: floating point and integers, nearest and learned rounding."""
+def quality_figure(rows: Sequence[dict[str, Any]], column: Column) -> Figure:
+    """A metric of each recipe, in the order of bits a weight: nearest rounding and quantized, floats and integers."""
+    metric = column.key
     shown = [row for row in rows if row["metrics"].get(metric) is not None and row.get("weight_bits") is not None]
     bits = {row["name"]: row["weight_bits"] for row in shown}
     places = {name: i for i, name in enumerate(sorted(bits, key=lambda name: -bits[name]))}
@@ -149,18 +138,17 @@ def quality_figure(rows: Sequence[dict[str, Any]], metric: str, label: str) -> F
     axis = figure.subplots()
     for row in shown:
         color = _INTEGER if _is_integer(row) else _FLOAT
-        filled = row["variant"] == "learned"
+        filled = row["variant"] == "quantized"
         axis.scatter(row["metrics"][metric], places[row["name"]], c=color if filled else "none", edgecolors=color, s=40)
     for color, name in ((_FLOAT, "floating point"), (_INTEGER, "integer")):
-        axis.scatter([], [], color=color, label=f"{name}, learned")
-        axis.scatter([], [], color="none", edgecolors=color, label=f"{name}, nearest")
+        axis.scatter([], [], color=color, label=f"{name}, quantized")
+        axis.scatter([], [], color="none", edgecolors=color, label=f"{name}, nearest rounding")
     noise = next((row["metrics"].get(metric) for row in rows if row["variant"] == "other_seeds"), None)
     if noise is not None:
         axis.axvline(noise, color="#888", lw=1, ls="--", label="full precision, other seeds")
-    if metric == "fd":
-        axis.set_xscale("log")
+    axis.set_xscale(column.plot or "linear")
     axis.set_yticks(list(places.values()), [f"{name} ({bits[name]:.2f} bits)" for name in places], fontsize=8)
-    axis.set_xlabel(label)
+    axis.set_xlabel(str(column.title))
     axis.grid(axis="y", color="#eee")
     axis.set_axisbelow(True)
     figure.legend(*axis.get_legend_handles_labels(), frameon=False, fontsize=7, loc="outside upper center", ncols=3)
@@ -169,19 +157,19 @@ def quality_figure(rows: Sequence[dict[str, Any]], metric: str, label: str) -> F
 
 
 def trajectory_figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Error along the trajectory: of the denoiser's output on right states, and of the states reached."""
+    """Error along the trajectory: of the denoiser's output on full-precision states, and of the states reached."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True)
     names = list(dict.fromkeys(row["name"] for row in rows))
     colors = {name: colormaps["tab20"](i % 20) for i, name in enumerate([*names[::2], *names[1::2]])}
     for row in rows:
-        learned = row["variant"] == "learned"
+        quantized = row["variant"] == "quantized"
         for axis, key in zip(axes, ("output", "state"), strict=True):
             # The first state is noise, the same for all.
             found = row["trajectory"]
             points = [(t, e) for t, e in zip(found["timesteps"], found[key], strict=True) if e > 0]
-            label = row["name"] if learned else None
-            axis.plot(*zip(*points, strict=True), "-" if learned else ":", c=colors[row["name"]], lw=1.3, label=label)
+            label = row["name"] if quantized else None
+            axis.plot(*zip(*points, strict=True), "-" if quantized else ":", c=colors[row["name"]], lw=1.3, label=label)
     for axis, title in zip(axes, ("error of the output on full-precision states", "error of the states"), strict=True):
         axis.set_yscale("log")
         axis.set_title(title, fontsize=10)
@@ -195,7 +183,7 @@ def trajectory_figure(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def write_table(output: Path, order: Sequence[str] = ()) -> list[Path]:
-    """Writes `table.md`, `table.csv` and the figures of all rows that are there; returns what was written."""
+    """Writes `table.md`, `table.csv` and the figures of all existing rows; returns the files."""
     rows = read_rows(output, order)
     if not rows:
         return []
@@ -204,8 +192,8 @@ def write_table(output: Path, order: Sequence[str] = ()) -> list[Path]:
         with atomic_write(output / name) as temporary:
             temporary.write_text(text)
     first = [row for row in rows if row["group"] == rows[0]["group"] or row["variant"] == "other_seeds"]
-    figures = {"quality_fd.png": quality_figure(first, "fd", "FD to full precision")}
-    figures["quality_psnr.png"] = quality_figure(first, "psnr", "PSNR, dB")
+    plotted = [column for metric in METRICS for column in metric.columns if column.plot is not None]
+    figures = {f"quality_{column.key}.png": quality_figure(first, column) for column in plotted}
     if traced := [row for row in first if "trajectory" in row]:
         figures["trajectory.png"] = trajectory_figure(traced)
     for name, figure in figures.items():

@@ -1,4 +1,4 @@
-"""Where on the sampling trajectory the error of a quantized denoiser arises."""
+"""The error of a quantized denoiser along the sampling trajectory."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from fpq_lightning.diffusion.pipelines import SamplerConfig, denoiser_name, sample, using_sampler
-from fpq_lightning.evaluation.evaluate import using_tf32
+from fpq_lightning.diffusion.pipelines import denoiser_name
+from fpq_lightning.diffusion.sampling import SamplerConfig, sample, using_sampler
 from fpq_lightning.graph.tree import output_leaves
 from fpq_lightning.nn.calibrated import Mode, running
+from fpq_lightning.utils.tf32 import using_tf32
 
 Call = tuple[tuple, dict[str, Any], Tensor]
 
@@ -41,17 +42,17 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 def trajectory_errors(
     pipeline: DiffusionPipeline, sampler: SamplerConfig, seeds: range, mode: Mode
 ) -> dict[str, list[float]]:
-    """Error of a quantized denoiser at every step, relative to the energy of what it should be.
+    """Relative mean squared error of a quantized denoiser at every step.
 
     Args:
-        pipeline: whose denoiser has that variant.
+        pipeline: a pipeline with a quantized denoiser.
         sampler: how images are sampled.
-        seeds: of the trajectories, sampled as one batch.
-        mode: the variant.
+        seeds: seeds of the trajectories, which are sampled as one batch.
+        mode: the mode of its quantized layers.
 
     Returns:
         ``timesteps``; ``output``, the error of the denoiser's output on the full-precision model's states; and
-        ``state``, the difference of the states that the sampler has reached, which also holds all earlier errors.
+        ``state``, the difference of the states that the sampler has reached, which includes all earlier errors.
     """
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     found: dict[str, list[float]] = {"timesteps": [], "output": [], "state": []}
@@ -73,5 +74,5 @@ def trajectory_errors(
 
 
 def _state(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The noisy sample that a denoiser is called with: its first argument, whatever its name."""
+    """The noisy sample that a denoiser is called with, which is its first argument."""
     return args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor) and value.ndim > 2)

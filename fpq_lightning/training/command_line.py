@@ -13,8 +13,9 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from fpq_lightning.diffusion.pipelines import SamplerConfig, load_pipeline
-from fpq_lightning.evaluation.evaluate import EvaluationConfig
+from fpq_lightning.diffusion.pipelines import load_pipeline
+from fpq_lightning.diffusion.sampling import SamplerConfig
+from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.storage.pipeline import is_quantized
 from fpq_lightning.training.callbacks.image_progress import ImageProgress
@@ -128,6 +129,7 @@ class FPQCommandLine(LightningCLI):
         options = self.config_init[self.subcommand]
         if not options.model:
             raise ValueError("no model: give --model, the directory or hub id of a diffusers pipeline")
+        options.sampler.check()
         prepare = {"fit": self._prepare_fit, "test": self._prepare_test, "predict": self._prepare_predict}
         callbacks: list[pl.Callback] = prepare[cast(str, self.subcommand)](options)
         trainer = dict(options.trainer)

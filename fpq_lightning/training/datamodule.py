@@ -13,21 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fpq_lightning.calibration.calibration_set import CalibrationSet
+from fpq_lightning.calibration.disk import MADE_FROM, load_calibration_set, save_calibration_set
+from fpq_lightning.calibration.key import CalibrationKey
+from fpq_lightning.calibration.noised_images import noise_real_images
 from fpq_lightning.calibration.shards import Samples, Shard
 from fpq_lightning.calibration.store import ActivationStore, parse_bytes
-from fpq_lightning.calibration.trajectories import (
-    MADE_FROM,
-    CalibrationSet,
-    load_calibration_set,
-    noise_real_images,
-    sample_trajectories,
-    save_calibration_set,
-)
-from fpq_lightning.diffusion.pipelines import SamplerConfig, warn_of_long_prompts
+from fpq_lightning.calibration.trajectories import sample_trajectories
+from fpq_lightning.diffusion.sampling import SamplerConfig, warn_of_long_prompts
 from fpq_lightning.training.placement import Placement
 from fpq_lightning.training.plan import Plan
 from fpq_lightning.utils import distributed
-from fpq_lightning.utils.files import differences, shorten
+from fpq_lightning.utils.files import shorten
 from fpq_lightning.utils.progress import progress_bar
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -170,7 +167,7 @@ class CalibrationDataModule(pl.LightningDataModule):
         self.plan = Plan()
         self._batch_size = 1
         self._set: CalibrationSet | None = None
-        self.made_from: dict[str, Any] | None = None
+        self.key: CalibrationKey | None = None  # of a run
         self.sampling_seconds = 0.0
 
     def identity(self) -> dict[str, Any]:
@@ -211,13 +208,13 @@ class CalibrationDataModule(pl.LightningDataModule):
         self._set = self.make_set()
         self.sampling_seconds = time.perf_counter() - start
         if self.directory is not None and distributed.rank() == 0:
-            save_calibration_set(self._set, self.directory, self.made_from)
+            save_calibration_set(self._set, self.directory, None if self.key is None else self.key.to_dict())
 
     def _check_origin(self, file: Path) -> None:
         """Refuses a set that says it was made from another model or with other options."""
-        if self.made_from is None or not file.is_file():
+        if self.key is None or not file.is_file():
             return
-        if changed := differences(json.loads(file.read_text()), json.loads(json.dumps(self.made_from))):
+        if changed := self.key.differences(json.loads(file.read_text())):
             raise ValueError(
                 f"the calibration set at {file.parent} was made otherwise ({shorten(changed)}): choose another "
                 "data.directory or delete it"

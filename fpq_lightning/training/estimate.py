@@ -13,8 +13,9 @@ from torch import nn
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.shards import Shard
 from fpq_lightning.calibration.trajectories import sample_trajectories
-from fpq_lightning.diffusion.pipelines import SamplerConfig, denoiser_name
-from fpq_lightning.evaluation.evaluate import EvaluationConfig
+from fpq_lightning.diffusion.pipelines import denoiser_name
+from fpq_lightning.diffusion.sampling import SamplerConfig
+from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.graph.trace import trace_units
 from fpq_lightning.graph.units import discover_units
 from fpq_lightning.nn.calibrated import is_quantizable

@@ -1,4 +1,4 @@
-"""``fpq test`` and ``fpq predict``: a model's images as a LightningModule over seeds."""
+"""``fpq test`` and ``fpq predict``: sampling images as a LightningModule over seeds."""
 
 from __future__ import annotations
 
@@ -13,32 +13,30 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fpq_lightning.diffusion.images import ImageDirectory, save_png
-from fpq_lightning.diffusion.pipelines import (
-    SamplerConfig,
-    batches_of,
-    denoiser_name,
-    load_pipeline,
-    sample,
-    set_sampler,
-    warn_of_long_prompts,
-)
-from fpq_lightning.evaluation.evaluate import SHOWN, EvaluationConfig, image_settings, sample_images, using_tf32
-from fpq_lightning.evaluation.metrics.quality import ALONE
+from fpq_lightning.diffusion.pipelines import denoiser_name, load_pipeline
+from fpq_lightning.diffusion.sampling import SamplerConfig, batches_of, sample, set_sampler, warn_of_long_prompts
+from fpq_lightning.evaluation.config import EvaluationConfig
+from fpq_lightning.evaluation.evaluator import Evaluator
+from fpq_lightning.evaluation.metrics import METRICS
+from fpq_lightning.evaluation.sampling import SHOWN, image_settings, sample_images
 from fpq_lightning.nn.hashing import hash_quantization, hash_weights
 from fpq_lightning.storage.pipeline import is_quantized, load_quantized, read_description
 from fpq_lightning.utils import distributed
 from fpq_lightning.utils.provenance import fingerprint
+from fpq_lightning.utils.tf32 import using_tf32
+
+logger = logging.getLogger(__name__)
 
 logger = logging.getLogger(__name__)
 
 
 class SeedDataModule(pl.LightningDataModule):
-    """Batches of image seeds and prompts, each process its part.
+    """This process's batches of image seeds and prompts.
 
     Args:
-        seeds: of the images.
-        batch_size: images at a time.
-        prompts: one for each image, or None.
+        seeds: seeds of the images.
+        batch_size: images that are sampled at once.
+        prompts: a prompt for each image, or None.
     """
 
     def __init__(self, seeds: range, batch_size: int, prompts: Sequence[str] | None = None) -> None:
@@ -66,9 +64,9 @@ class ImageGeneration(pl.LightningModule):
     """Samples images of a (quantized) pipeline and, in ``test``, compares them with the full-precision model's.
 
     Args:
-        model: directory or hub id; activation formats of a quantized one are applied.
+        model: directory or hub id of a pipeline, quantized or not.
         sampler: how images are sampled.
-        evaluation: what quality is measured on; only for ``test``.
+        evaluation: what quality is measured on, for ``test`` only.
     """
 
     def __init__(self, model: str, sampler: SamplerConfig, evaluation: EvaluationConfig | None = None) -> None:
@@ -89,10 +87,10 @@ class ImageGeneration(pl.LightningModule):
                         f"the full-precision model to compare with cannot be loaded ({error}): give its place with "
                         "--evaluation.reference"
                     ) from error
-        self.evaluation = evaluation
+        self.evaluator = None if evaluation is None else Evaluator(evaluation, sampler)
         self.variant = "quantized" if self.quantized else "images"
-        self.values: dict[str, Any] = {}  # of the test
-        self.shown: dict[str, list[Tensor]] = {}  # its first images
+        self.values: dict[str, Any] = {}  # results of the test
+        self.shown: dict[str, list[Tensor]] = {}  # first images of each variant
         self._directories: dict[str, ImageDirectory] = {}
 
     def setup(self, stage: str) -> None:
@@ -105,11 +103,12 @@ class ImageGeneration(pl.LightningModule):
             module = cast(SeedDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
             prompts = self.sampler.prompts_of(module.seeds) if module.prompts is None else module.prompts
             warn_of_long_prompts(self.pipeline, prompts or ())
-        if self.evaluation is not None:
-            self.evaluation.check()
-            self.metrics = self.evaluation.metrics(self.trainer.strategy.root_device)
-            for variant, settings in self.settings().items() if self.evaluation.images is not None else ():
-                self._directories[variant] = ImageDirectory(Path(str(self.evaluation.images)) / variant, settings)
+        if self.evaluator is not None:
+            self.evaluator.check()
+            self.metrics = self.evaluator.metrics(self.trainer.strategy.root_device)
+            if self.evaluator.config.images is not None:
+                root = Path(self.evaluator.config.images)
+                self._directories = {name: ImageDirectory(root / name, s) for name, s in self.settings().items()}
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """What decides the images of each variant."""
@@ -139,12 +138,13 @@ class ImageGeneration(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Logs the metrics; those that need a reference are left out without one."""
+        assert self.evaluator is not None
         values = self.metrics.compute()
         if self.reference is None:
-            values = {name: value for name, value in values.items() if name.endswith("_real") or name.startswith(ALONE)}
-        n_images = len(cast(EvaluationConfig, self.evaluation).seeds)
-        self.values = {**dict.fromkeys(("fd", "fd_real", "psnr", "ssim")), **values, "n_images": n_images}
-        # They are those of all processes already.
+            relative = {column.key for metric in METRICS if metric.needs_reference for column in metric.columns}
+            values = {key: None if key in relative else value for key, value in values.items()}
+        self.values = {**values, "n_images": self.evaluator.config.n_images}
+        # The values already are those of all processes.
         self.log_dict({k: v for k, v in values.items() if v is not None}, rank_zero_only=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
@@ -178,6 +178,6 @@ class WriteImages(pl.Callback):
             save_png(image, self.output / f"{seed:06d}.png")
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Says where they are."""
+        """Logs where they are."""
         if trainer.is_global_zero:
             logger.info("wrote images to %s", self.output)

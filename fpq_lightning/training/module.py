@@ -15,12 +15,13 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from fpq_lightning.calibration.replay import NetworkReplay
+from fpq_lightning.diffusion.components import check_components, quantize_components
 from fpq_lightning.diffusion.pipelines import denoiser_name
 from fpq_lightning.graph.attention import quantize_attention
 from fpq_lightning.graph.trace import trace_units
 from fpq_lightning.graph.units import Unit, discover_units, select_layers
-from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedModule, make_quantized, quantized_modules
-from fpq_lightning.nn.components import check_components, quantize_components
+from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedModule, quantized_modules
+from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.quantization.quantizer import layers_without_groups, without_groups
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.reconstruction.report import UnitReport

@@ -13,12 +13,15 @@ import lightning.pytorch as pl
 from diffusers import DiffusionPipeline
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from fpq_lightning.calibration.key import CalibrationKey
 from fpq_lightning.calibration.shards import Shard
-from fpq_lightning.diffusion.pipelines import SamplerConfig, denoiser_name
-from fpq_lightning.evaluation.evaluate import EvaluationConfig
+from fpq_lightning.diffusion.pipelines import denoiser_name
+from fpq_lightning.diffusion.sampling import SamplerConfig
+from fpq_lightning.evaluation.config import EvaluationConfig
+from fpq_lightning.evaluation.evaluator import Evaluator
 from fpq_lightning.nn.calibrated import quantized_layers
 from fpq_lightning.nn.hashing import hash_weights
-from fpq_lightning.nn.packed import packed_layers
+from fpq_lightning.nn.packed_layer import packed_layers
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.training.callbacks.checkpoint import RunCheckpoint
 from fpq_lightning.training.callbacks.finalize import FinalizeQuantization
@@ -176,13 +179,15 @@ def prepare_run(
         ValueError: if `run_dir` holds another run, or (without `resume`) this one unfinished, or the model cannot be
             quantized.
     """
+    Evaluator(evaluation, sampler).check()
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     if quantized_layers(denoiser) or packed_layers(denoiser):
         raise ValueError("the pipeline's denoiser is quantized already: load the full-precision model again")
+    key = CalibrationKey.of(data, sampler, hash_weights(denoiser))
     parts = {
-        "model": {"name": name, "class": type(denoiser).__name__, "weights": hash_weights(denoiser)},
+        "model": {"name": name, "class": type(denoiser).__name__, "weights": key.model_weights},
         "recipe": recipe.to_dict(),
-        "calibration": {**data.identity(), "sampler": {**sampler.identity(), "batch_size": sampler.batch_size}},
+        "calibration": {**data.identity(), "sampler": key.sampler},
         "version": versions()["fpq-lightning"],
     }
     directory = RunDirectory(run_dir, parts)
@@ -196,10 +201,7 @@ def prepare_run(
             f"{directory.path} holds this run, unfinished: add --ckpt_path last (ckpt_path='last') to go on with it"
         )
     data = copy.copy(data)
-    decisive = ("n_samples", "seed", "source", "image_column", "timesteps", "weighting", "sampler")
-    data.made_from = {name: directory.parts["calibration"][name] for name in decisive}
-    data.made_from["model"] = directory.parts["model"]["weights"]
-    data.sampler = sampler
+    data.key, data.sampler = key, sampler
     data.directory = data.directory or str(directory.path / "calibration")
     data.store_directory = data.store_directory or str(directory.activations)
     module = BlockReconstruction(pipeline, recipe, data, offload)

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.replay import NetworkReplay, output_leaves
 from fpq_lightning.calibration.store import ActivationStore
-from fpq_lightning.calibration.trajectories import CalibrationSet
 from fpq_lightning.formats.numbers import parse_format
 from fpq_lightning.graph.chain import Chain
 from fpq_lightning.graph.trace import trace_units
 from fpq_lightning.graph.units import Unit, discover_units
-from fpq_lightning.nn.calibrated import LayerQuantization, Mode, QuantizedLayer, make_quantized, running
+from fpq_lightning.nn.calibrated import LayerQuantization, Mode, QuantizedLayer, running
+from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 
 MakeNetwork = Callable[..., tuple[nn.Module, dict[str, Any]]]  # the fixture of conftest.py

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fpq_lightning.calibration.shards import Samples, Shard
-from fpq_lightning.diffusion.pipelines import batches_of
+from fpq_lightning.diffusion.sampling import batches_of
 from fpq_lightning.training.datamodule import UnitBatches
 
 

@@ -16,17 +16,16 @@ from models import tiny_pipeline
 from PIL import Image
 from torch import Tensor
 
+from fpq_lightning.calibration.calibration_set import CalibrationSet
+from fpq_lightning.calibration.disk import load_calibration_set, save_calibration_set
+from fpq_lightning.calibration.noised_images import noise_real_images
 from fpq_lightning.calibration.trajectories import (
-    CalibrationSet,
-    load_calibration_set,
-    noise_real_images,
     output_sensitivity,
     sample_trajectories,
-    save_calibration_set,
     steps_to_keep,
     timestep_weights,
 )
-from fpq_lightning.diffusion.pipelines import SamplerConfig
+from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.training.datamodule import CalibrationDataModule, UnitBatches
 
 SAMPLER = SamplerConfig(steps=4, batch_size=3)

@@ -23,23 +23,26 @@ from fpq_lightning.diffusion.images import (
     save_png,
     to_bytes,
 )
-from fpq_lightning.diffusion.pipelines import SamplerConfig, sample, set_sampler
-from fpq_lightning.evaluation.evaluate import (
-    EvaluationConfig,
-    image_settings,
-    sample_images,
-    sample_variant,
-    using_tf32,
-)
-from fpq_lightning.evaluation.metrics.features import FeatureNetwork
+from fpq_lightning.diffusion.sampling import SamplerConfig, sample, set_sampler
+from fpq_lightning.evaluation.config import EvaluationConfig
+from fpq_lightning.evaluation.evaluator import Evaluator
 from fpq_lightning.evaluation.metrics.frechet import FrechetDistance
+from fpq_lightning.evaluation.networks.cifar10 import CIFAR10Network
+from fpq_lightning.evaluation.sampling import image_settings, sample_images, sample_variant
 from fpq_lightning.formats.numbers import parse_format
-from fpq_lightning.nn.calibrated import LayerQuantization, make_quantized
+from fpq_lightning.nn.calibrated import LayerQuantization
+from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.nn.hashing import hash_quantization
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 from fpq_lightning.utils.resources import find_features
+from fpq_lightning.utils.tf32 import using_tf32
 
+CPU = torch.device("cpu")
 SETTINGS = {"weights": "abc", "sampler": {"steps": 4}}
+
+
+def _evaluator(**options: Any) -> Evaluator:
+    return Evaluator(EvaluationConfig(**options), SamplerConfig())
 
 
 def _images(n: int, size: int = 6, channels: int = 3) -> Tensor:
@@ -92,7 +95,7 @@ def test_only_missing_images_are_made(tmp_path: Path) -> None:
 
 def test_images_made_otherwise_are_refused_and_the_difference_named(tmp_path: Path) -> None:
     ImageDirectory(tmp_path, SETTINGS).complete([0], _Maker(_images(1)))
-    with pytest.raises(ValueError, match=r"made otherwise \(sampler\.steps: 4 -> 5\)"):
+    with pytest.raises(ValueError, match=r"made with other settings \(sampler\.steps: 4 -> 5\)"):
         ImageDirectory(tmp_path, {"weights": "abc", "sampler": {"steps": 5}})
     (tmp_path / "settings.json").unlink()
     with pytest.raises(ValueError, match=r"without settings\.json"):
@@ -122,7 +125,7 @@ def test_settings_of_images_know_the_model_and_the_sampler_but_not_the_batch() -
         image_settings("a", SamplerConfig(batch_size=5)),
         image_settings("b", SamplerConfig(batch_size=3)),
         image_settings("a", SamplerConfig(steps=7)),
-        image_settings("a", SamplerConfig(), "run, learned"),
+        image_settings("a", SamplerConfig(), "run, quantized"),
     ]
     assert settings[0] == settings[1]
     assert all(other != settings[0] for other in settings[2:])
@@ -205,30 +208,31 @@ def _with_a_corrupt_image(directory: Path) -> Path:
 
 
 def test_a_corrupt_real_image_is_named(tmp_path: Path) -> None:
-    config = EvaluationConfig(n_images=8, real=str(_with_a_corrupt_image(tmp_path / "folder")))
+    evaluator = _evaluator(n_images=8, real=str(_with_a_corrupt_image(tmp_path / "folder")))
     with pytest.raises(ValueError, match=r"image 3 of the real ones cannot be read .*--evaluation\.corrupt skip"):
-        config.metrics()
+        evaluator.metrics(CPU)
 
 
 def test_a_corrupt_real_image_is_skipped_and_counted_if_asked(tmp_path: Path) -> None:
     folder = _with_a_corrupt_image(tmp_path / "folder")
-    config = EvaluationConfig(n_images=8, real=str(folder), corrupt="skip")
+    evaluator = _evaluator(n_images=8, real=str(folder), corrupt="skip")
     with pytest.warns(UserWarning, match="1 real images cannot be read and were skipped: 3"):
-        metrics = config.metrics()
+        metrics = evaluator.metrics(CPU)
     real = torch.cat([_images(9, 32)[:3], _images(9, 32)[4:]])
     images = _images(5, 32)
     metrics.update(images, images)
-    expected = FrechetDistance(FeatureNetwork.load(find_features("cifar10-features")))
-    expected.update(images, real=False)
-    expected.update(real, real=True)
+    network = CIFAR10Network.load(find_features("cifar10-features"))
+    expected = FrechetDistance(network.num_features)
+    expected.update(network(images), real=False)
+    expected.update(network(real), real=True)
     assert metrics.compute()["fd_real"] == pytest.approx(expected.compute().item(), rel=1e-4)
 
 
 def test_real_images_are_read_once_for_all_variants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = EvaluationConfig(n_images=8, real=str(_folder(tmp_path / "folder")), n_real=5)
-    first = config.metrics()
-    monkeypatch.setattr("fpq_lightning.evaluation.evaluate.read_images", None)
-    second = config.metrics()
+    evaluator = _evaluator(n_images=8, real=str(_folder(tmp_path / "folder")), n_real=5)
+    first = evaluator.metrics(CPU)
+    monkeypatch.setattr("fpq_lightning.evaluation.evaluator.read_images", None)
+    second = evaluator.metrics(CPU)
     found = []
     for metrics in (first, second):
         metrics.update(_images(5, 32), _images(6, 32)[:5])
@@ -246,31 +250,33 @@ def test_real_images_that_are_not_there_are_found_before_the_run(
 ) -> None:
     _folder(tmp_path / "folder")
     with pytest.raises(error, match=message):
-        EvaluationConfig(real=str(tmp_path / real), real_column=column).check()
+        _evaluator(real=str(tmp_path / real), real_column=column).check()
 
 
 def test_fewer_images_than_features_are_said_with_the_number() -> None:
     with pytest.warns(UserWarning, match=r"64 images are too few .* 256 features .* \(at least 257\)"):
-        EvaluationConfig(n_images=64).check()
+        _evaluator(n_images=64).check()
 
 
 def test_enough_images_are_not_warned_of(recwarn: pytest.WarningsRecorder) -> None:
-    EvaluationConfig(n_images=257).check()
+    _evaluator(n_images=257).check()
     assert not recwarn.list
 
 
 def test_metrics_without_their_packages_are_left_out_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fpq_lightning.evaluation.metrics.inception._TORCH_FIDELITY_AVAILABLE", False)
+    monkeypatch.setattr("fpq_lightning.evaluation.networks.inception._TORCH_FIDELITY_AVAILABLE", False)
     monkeypatch.setattr("torchmetrics.image.lpip._TORCHVISION_AVAILABLE", False)
-    config = EvaluationConfig(n_images=8, inception="auto", lpips="alex")
+    evaluator = _evaluator(n_images=8, inception="auto", lpips="alex")
     with pytest.warns(UserWarning, match="left out") as found:
-        metrics = config.metrics()
+        metrics = evaluator.metrics(CPU)
     messages = [str(warning.message) for warning in found]
     assert any("Inception" in m and "fpq-lightning[fid]" in m for m in messages)
     assert any("LPIPS" in m and "torchvision" in m for m in messages)
     assert all("\n" not in m for m in messages)
-    assert len(metrics.distributions) == 1
-    assert "lpips" not in metrics.paired
+    metrics.update(_images(4, 32), _images(5, 32)[:4])
+    names = metrics.compute().keys()
+    assert "fd" in names
+    assert not {"lpips", "fid", "is_inception"} & names
 
 
 def test_settings_lie_beside_the_images(tmp_path: Path) -> None:
@@ -284,7 +290,7 @@ def test_settings_lie_beside_the_images(tmp_path: Path) -> None:
 def test_a_dataset_of_other_things_than_images_is_named(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"image": [1, 2, 3]}).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="image 0 of the real ones cannot be read"):
-        EvaluationConfig(n_images=8, real=str(tmp_path / "a.parquet")).metrics()
+        _evaluator(n_images=8, real=str(tmp_path / "a.parquet")).metrics(CPU)
 
 
 def test_a_quantization_that_differs_in_one_code_has_images_of_its_own() -> None:

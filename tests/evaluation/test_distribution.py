@@ -13,13 +13,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from fpq_lightning.evaluation.metrics.distribution import DistributionMetrics
-from fpq_lightning.evaluation.metrics.features import FeatureNetwork
+from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.evaluation.metrics.frechet import FrechetDistance
 from fpq_lightning.evaluation.metrics.kernel import KernelDistance
-from fpq_lightning.evaluation.metrics.quality import QualityMetrics
+from fpq_lightning.evaluation.networks.cifar10 import CIFAR10Network
+from fpq_lightning.evaluation.networks.network import FeatureNetwork
+from fpq_lightning.evaluation.quality import QualityMetrics
 from fpq_lightning.utils.resources import find_features
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,8 +36,10 @@ def _golden_features() -> tuple[Tensor, Tensor, Tensor]:
     return images, reference, logits
 
 
-class _Table(nn.Module):
+class _Table(FeatureNetwork):
     """A network whose features of image i are row i of a table; images are their own numbers."""
+
+    name = "table"
 
     def __init__(self, pooled: Tensor, logits: Tensor, spatial: Tensor | None = None) -> None:
         super().__init__()
@@ -51,6 +54,16 @@ class _Table(nn.Module):
         return found if self.spatial is None else {**found, "spatial": self.spatial[rows]}
 
 
+def _compare(
+    table: _Table, images: Tensor, reference: Tensor, network: str = "features", real: Any = None, chunk: int = 90
+) -> dict[str, Any]:
+    """Metrics on a table's features; images are numbers, which are not compared one by one."""
+    metrics = QualityMetrics(EvaluationConfig(), {network: table}, None if real is None else {network: real})
+    for a, b in zip(images.split(chunk), reference.split(chunk), strict=True):
+        metrics.update(a, b, same_seeds=False)
+    return {name: value for name, value in metrics.compute().items() if name not in ("psnr", "ssim")}
+
+
 def _numbers(start: int, n: int) -> Tensor:
     return torch.arange(start, start + n).double().reshape(-1, 1, 1, 1)
 
@@ -63,11 +76,8 @@ def test_all_metrics_are_those_of_torch_fidelity() -> None:
     images, reference, logits = _golden_features()
     n, m = len(images), len(reference)
     table = _Table(torch.cat([images, reference]), torch.cat([logits, torch.zeros(m, logits.shape[1])]))
-    metrics = DistributionMetrics(table)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(1))
-    for rows, others in zip(_numbers(0, n)[order].split(90), _numbers(n, m).split(90), strict=True):
-        metrics.update(rows, others)
-    found = metrics.compute()
+    found = _compare(table, _numbers(0, n)[order], _numbers(n, m))
     assert found["fd"] == pytest.approx(golden["frechet_inception_distance"], rel=1e-5)
     assert found["kid"] == pytest.approx(golden["kernel_inception_distance_mean"], rel=1e-5)
     assert found["is"] == pytest.approx(golden["inception_score_mean"], rel=1e-6)
@@ -99,14 +109,14 @@ def test_the_kernel_distance_is_that_of_its_definition(seed: int, n: int, m: int
     x, y = draw.normal(size=(n, 3)), draw.normal(size=(m, 3)) + 0.5
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fpq_lightning.evaluation.metrics.kernel._CHUNK", chunk)
-        metric = KernelDistance(nn.Identity())
+        metric = KernelDistance()
         metric.update(torch.from_numpy(x), real=False)
         metric.update(torch.from_numpy(y), real=True)
         assert metric.compute().item() == pytest.approx(_kernel_distance_by_hand(x, y), rel=1e-9, abs=1e-12)
 
 
 def test_a_kernel_distance_needs_two_images() -> None:
-    metric = KernelDistance(nn.Identity())
+    metric = KernelDistance()
     metric.update(torch.randn(1, 2), real=False)
     metric.update(torch.randn(4, 2), real=True)
     with pytest.raises(ValueError, match="at least 2 images"):
@@ -122,43 +132,35 @@ def test_each_metric_compares_what_it_should() -> None:
     pooled, logits = torch.randn(120, 4, generator=draw), torch.randn(120, 5, generator=draw)
     spatial = 3 * torch.randn(120, 6, generator=draw) + 1
     real = {"pooled": pooled[80:], "spatial": spatial[80:], "logits": logits[80:]}
-    metrics = DistributionMetrics(_Table(pooled, logits, spatial), real=real)
-    metrics.update(_numbers(0, 40), _numbers(40, 40))
-    found = metrics.compute()
+    found = _compare(_Table(pooled, logits, spatial), _numbers(0, 40), _numbers(40, 40), "inception", real)
 
     def distance(x: Tensor, y: Tensor) -> float:
-        features = nn.Identity()
-        features.num_features = x.shape[1]
-        metric = FrechetDistance(features)
+        metric = FrechetDistance(x.shape[1])
         metric.update(x, real=False)
         metric.update(y, real=True)
         return metric.compute().item()
 
-    assert found["fd"] == pytest.approx(distance(pooled[:40], pooled[40:80]))
-    assert found["fd_real"] == pytest.approx(distance(pooled[:40], pooled[80:]))
-    assert found["sfd"] == pytest.approx(distance(spatial[:40], spatial[40:80]))
-    assert found["sfd_real"] == pytest.approx(distance(spatial[:40], spatial[80:]))
+    assert found["fid"] == pytest.approx(distance(pooled[:40], pooled[40:80]))
+    assert found["fid_real"] == pytest.approx(distance(pooled[:40], pooled[80:]))
+    assert found["sfid"] == pytest.approx(distance(spatial[:40], spatial[40:80]))
+    assert found["sfid_real"] == pytest.approx(distance(spatial[:40], spatial[80:]))
     kernel = _kernel_distance_by_hand(pooled[:40].numpy(), pooled[80:].numpy())
-    assert found["kid_real"] == pytest.approx(kernel, rel=1e-5)
-    assert {"precision", "recall", "precision_real", "recall_real", "kid", "is"} <= found.keys()
+    assert found["kid_inception_real"] == pytest.approx(kernel, rel=1e-5)
+    others = {"precision_inception", "recall_inception", "precision_inception_real", "recall_inception_real"}
+    assert others | {"kid_inception", "is_inception"} <= found.keys()
     assert len({round(v, 9) for v in found.values() if v is not None and v not in (0, 1)}) >= 7
 
 
 def test_metrics_of_the_inception_network_have_their_published_names() -> None:
     table = _Table(torch.randn(30, 4), torch.randn(30, 5), torch.randn(30, 6))
-    table.name = "inception"
-    quality = QualityMetrics([DistributionMetrics(table)])
-    quality.distributions[0].update(_numbers(0, 15), _numbers(15, 15))
-    found = quality.compute(same_seeds=False)
+    found = _compare(table, _numbers(0, 15), _numbers(15, 15), "inception")
     names = {"fid", "sfid", "kid_inception", "precision_inception", "recall_inception", "is_inception"}
     assert {name for name, value in found.items() if value is not None} == names
 
 
 def test_too_few_images_leave_out_only_what_needs_more() -> None:
     table = _Table(torch.randn(6, 2), torch.randn(6, 3))
-    metrics = DistributionMetrics(table)
-    metrics.update(_numbers(0, 3), _numbers(3, 3))
-    found = metrics.compute()
+    found = _compare(table, _numbers(0, 3), _numbers(3, 3))
     assert found["precision"] is found["recall"] is None
     assert found["fd"] is not None
     assert found["kid"] is not None
@@ -167,25 +169,32 @@ def test_too_few_images_leave_out_only_what_needs_more() -> None:
 
 def test_images_of_another_size_than_the_reference_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(3, 8, 8\) cannot be compared .* \(3, 16, 16\)"):
-        QualityMetrics().update(torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 16, 16))
+        QualityMetrics(EvaluationConfig()).update(torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 16, 16))
 
 
 def test_statistics_of_another_network_are_refused(tmp_path: Path) -> None:
-    network = FeatureNetwork.load(find_features("cifar10-features"))
-    metric = FrechetDistance(network)
-    metric.update(torch.rand(4, 3, 32, 32), real=True)
+    network = CIFAR10Network.load(find_features("cifar10-features"))
+    metric = FrechetDistance(network.num_features)
+    metric.update(network(torch.rand(4, 3, 32, 32)), real=True)
+
+    def metrics(file: str, network: FeatureNetwork) -> QualityMetrics:
+        return QualityMetrics(EvaluationConfig(real=str(tmp_path / file)), {"features": network})
+
     metric.save_statistics(tmp_path / "a.safetensors", "another network")
     with pytest.raises(ValueError, match="of another network, not of cifar10-features"):
-        DistributionMetrics(network, tmp_path / "a.safetensors")
+        metrics("a.safetensors", network)
     metric.save_statistics(tmp_path / "b.safetensors", "cifar10-features")
-    assert "fd_real" in DistributionMetrics(network, tmp_path / "b.safetensors").distances
+    with_real = metrics("b.safetensors", network)
+    with_real.update(torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32))
+    assert with_real.compute()["fd_real"] is not None
     narrow = _Table(torch.randn(3, 5), torch.randn(3, 2))
+    narrow.name = "cifar10-features"
     with pytest.raises(ValueError, match="no statistics of 5 features"):
-        DistributionMetrics(narrow, tmp_path / "b.safetensors")
+        metrics("b.safetensors", narrow)
 
 
 def test_larger_images_reach_the_feature_network_averaged_over_areas() -> None:
-    network = FeatureNetwork.load(find_features("cifar10-features"))
+    network = CIFAR10Network.load(find_features("cifar10-features"))
     small = torch.rand(3, 3, 32, 32) * 2 - 1
     large = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
     large = large + torch.tensor([[0.1, -0.1], [-0.1, 0.1]]).repeat(32, 32)  # whose mean over an area is zero
@@ -205,9 +214,8 @@ def _share(rank: int, world_size: int, directory: str) -> None:
     n, m = len(images), len(reference)
     table = _Table(torch.cat([images, reference]), torch.cat([logits, torch.zeros(m, logits.shape[1])]))
     real = {"pooled": reference[rank::world_size] + 0.2, "logits": logits[rank::world_size]}
-    metrics = DistributionMetrics(table, real=real)
-    metrics.update(_numbers(0, n)[rank::world_size], _numbers(n, m)[rank::world_size])
-    found = metrics.compute()
+    mine, others = _numbers(0, n)[rank::world_size], _numbers(n, m)[rank::world_size]
+    found = _compare(table, mine, others, real=real, chunk=10_000)
     Path(directory, f"found-{world_size}-{rank}.json").write_text(json.dumps(found))
     if world_size > 1:
         torch.distributed.barrier()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from fpq_lightning.evaluation.metrics.precision_recall import PrecisionRecall
 
@@ -30,7 +30,7 @@ def _by_hand(images: Tensor, reference: Tensor, k: int) -> tuple[float, float]:
 
 
 def _measure(images: Tensor, reference: Tensor, k: int = 3, batch: int = 7) -> tuple[float, float]:
-    metric = PrecisionRecall(nn.Identity(), k)
+    metric = PrecisionRecall(k)
     for chunk in images.split(batch):
         metric.update(chunk, real=False)
     for chunk in reference.split(batch):

@@ -17,12 +17,14 @@ from models import LETTERS, save_letters
 from scipy import stats
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from fpq_lightning.evaluation.evaluate import EvaluationConfig, compare
-from fpq_lightning.evaluation.metrics.clip import PromptScore
-from fpq_lightning.evaluation.metrics.distribution import DistributionMetrics
-from fpq_lightning.evaluation.metrics.features import FeatureNetwork
-from fpq_lightning.evaluation.metrics.prompted_class import PromptedClassAccuracy
-from fpq_lightning.evaluation.metrics.quality import QualityMetrics
+from fpq_lightning.diffusion.sampling import SamplerConfig
+from fpq_lightning.evaluation.config import EvaluationConfig
+from fpq_lightning.evaluation.evaluator import Evaluator
+from fpq_lightning.evaluation.metrics.class_accuracy import PromptedClassAccuracy
+from fpq_lightning.evaluation.metrics.clip_score import PromptScore
+from fpq_lightning.evaluation.networks.cifar10 import CIFAR10Network
+from fpq_lightning.evaluation.networks.network import FeatureNetwork
+from fpq_lightning.evaluation.quality import QualityMetrics
 from fpq_lightning.utils.resources import FEATURES, find_features
 
 CLASSES = ("cat", "dog", "hot dog")
@@ -70,7 +72,7 @@ def test_the_shipped_network_knows_the_classes_of_real_images() -> None:
 
     rows = datasets.load_dataset("parquet", data_files=str(parquet), split="train[:200]")
     images = torch.from_numpy(np.stack([np.asarray(image) for image in rows["image"]])).permute(0, 3, 1, 2) / 127.5 - 1
-    network = FeatureNetwork.load(find_features(FEATURES))
+    network = CIFAR10Network.load(find_features(FEATURES))
     names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")  # of CIFAR-10
     metric = PromptedClassAccuracy(network.classes)
     with torch.no_grad():
@@ -132,9 +134,9 @@ def test_a_prompt_that_is_too_long_is_cut_before_its_end_token(clip: str) -> Non
 
 def test_a_model_that_is_not_there_is_said_and_one_of_the_hub_left_out(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(f"there is no CLIP model {tmp_path / 'none'}")):
-        EvaluationConfig(clip=str(tmp_path / "none"))
-    with pytest.warns(UserWarning, match="the CLIP score is left out: .*owner/none"):
-        EvaluationConfig(clip="owner/none").metrics()
+        Evaluator(EvaluationConfig(clip=str(tmp_path / "none")), SamplerConfig()).check()
+    with pytest.warns(UserWarning, match="the metric CLIP score is left out: .*owner/none"):
+        QualityMetrics(EvaluationConfig(clip="owner/none"))
 
 
 # --- together --------------------------------------------------------------------------------------------------
@@ -145,17 +147,18 @@ def test_prompts_reach_their_metrics_and_without_them_nothing_is_said(clip: str)
     images, reference, device = _images(4), _images(5)[:4], torch.device("cpu")
     prompts = ["a photo of a cat", "a photo of a frog", "a ship", "nothing"]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = compare(config.metrics(), images, reference, device, True, prompts)
-        without = compare(config.metrics(), images, reference, device)
+        warnings.simplefilter("error")
+        found = Evaluator(config, SamplerConfig(prompts=prompts)).compare(images, range(4), reference, device)
+        without = Evaluator(config, SamplerConfig()).compare(images, range(4), reference, device)
     assert 0 <= found["class_accuracy_low"] <= found["class_accuracy"] <= found["class_accuracy_high"] <= 1
     assert found["clip_score"] >= 0
     assert not any(name.startswith(("class_accuracy", "clip_score")) for name in without)
 
 
-class _Logits(torch.nn.Module):
+class _Logits(FeatureNetwork):
     """Takes logits for images."""
 
+    name = "logits"
     num_features = 3
     classes = CLASSES
 
@@ -173,9 +176,8 @@ def _share(rank: int, world_size: int, directory: str) -> None:
     draw = torch.Generator().manual_seed(3)
     logits = torch.randn(21, 3, 1, 1, generator=draw)
     prompts = [f"a {CLASSES[i % 2]}" for i in range(21)]
-    metrics = QualityMetrics([DistributionMetrics(_Logits())])
-    metrics.paired.clear()
-    metrics.update(logits[rank::world_size], logits[rank::world_size], True, prompts[rank::world_size])
+    metrics = QualityMetrics(EvaluationConfig(), {"features": _Logits()})
+    metrics.update(logits[rank::world_size], logits[rank::world_size], False, prompts[rank::world_size])
     Path(directory, f"found-{world_size}-{rank}.json").write_text(json.dumps(metrics.compute()))
     if world_size > 1:
         torch.distributed.barrier()

@@ -18,13 +18,14 @@ from models import fit_arguments, save_tiny
 from torch import Tensor, nn
 
 import fpq_lightning as fpq
-from fpq_lightning.calibration.trajectories import CalibrationSet
+from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.cli import main
 from fpq_lightning.evaluation.report.html import render_html
 from fpq_lightning.evaluation.report.markdown import render_markdown, variants_table
 from fpq_lightning.evaluation.statistics import activation_ranges, layer_statistics, weight_statistics
 from fpq_lightning.formats.numbers import parse_format
-from fpq_lightning.nn.calibrated import LayerQuantization, make_quantized
+from fpq_lightning.nn.calibrated import LayerQuantization
+from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 
 BROWSER = next(
@@ -48,13 +49,12 @@ def _block(i: int) -> dict[str, Any]:
 
 def _report(**changes: Any) -> dict[str, Any]:
     variant = {"fd": 1.234, "fd_real": None, "kid": 0.00321, "psnr": 23.45, "ssim": 0.75, "n_images": 12}
-    full_precision, learned = {**variant, "psnr": None}, {**variant, "fd": 0.5}
+    full_precision, quantized = {**variant, "psnr": None}, {**variant, "fd": 0.5}
     ranges = [{"name": "l0", "clip": 2.0, "largest": [1.0, None]}, {"name": "l1", "clip": None, "largest": [1, 1]}]
     report = {
-        "schema_version": 1,
         "model": "a <b>model</b>",
         "fingerprint": "abc",
-        "variants": {"full_precision": full_precision, "nearest": variant, "quantized": learned},
+        "variants": {"full_precision": full_precision, "nearest": variant, "quantized": quantized},
         "blocks": [_block(i) for i in range(4)],
         "calibration": {"seconds": 10.0, "peak_memory_bytes": 2**30, "samples": 16, "seeds": [0]},
         "weight_bits": 4.06,
@@ -81,7 +81,7 @@ def test_the_table_shows_what_was_measured_and_nothing_else() -> None:
     lines = variants_table(_report()["variants"]).splitlines()
     assert lines[0] == "| variant | FD | KID x1000 | PSNR dB | SSIM | images |"
     assert lines[2] == "| full precision, other seeds (noise floor) | 1.234 | 3.21 | - | 0.7500 | 12 |"
-    assert lines[4] == "| learned rounding | 0.500 | 3.21 | 23.45 | 0.7500 | 12 |"
+    assert lines[4] == "| quantized | 0.500 | 3.21 | 23.45 | 0.7500 | 12 |"
 
 
 def test_reports_name_the_recipe_and_the_size_of_the_files() -> None:
@@ -276,7 +276,7 @@ def test_the_page_opens_its_images_decode_and_its_toggle_works(tmp_path: Path) -
     assert found["decoded"] == [8 * 8] * 3  # eight images of eight pixels in a row
     assert found["figures"] == [True] * 4
     assert found["rows"] == 3
-    assert found["first"] == ["learned rounding"]
+    assert found["first"] == ["quantized"]
     assert found["toggled"] == ["nearest rounding"]
     assert found["clip"] == "inset(0px 0px 0px 25%)"
     assert not found["overflow"]

@@ -17,7 +17,9 @@ from fpq_lightning.cli import main
 from fpq_lightning.formats.numbers import FAMILIES, FORMATS, Family, parse_formats
 from fpq_lightning.formats.scales import SCALE_FORMATS, ScaleFormat
 from fpq_lightning.nn.calibrated import quantized_layers
-from fpq_lightning.nn.packed import BlockScaledWeight, packed_layers, quantized_weight
+from fpq_lightning.nn.convert import quantized_weight
+from fpq_lightning.nn.packed_layer import packed_layers
+from fpq_lightning.nn.packed_weight import BlockScaledWeight
 from fpq_lightning.storage.pipeline import save_quantized
 
 NUMBERS = fpq.FloatFormat(3, 1, reserved=1, hardware_name="float5_e3m1xn")

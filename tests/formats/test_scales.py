@@ -16,7 +16,7 @@ from torch import Tensor
 import fpq_lightning as fpq
 from fpq_lightning.formats.numbers import parse_format, parse_formats
 from fpq_lightning.formats.scales import SCALE_FORMATS, ScaleFormat, parse_scale_format
-from fpq_lightning.nn.packed import BlockScaledWeight, PackedWeight
+from fpq_lightning.nn.packed_weight import BlockScaledWeight, PackedWeight
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 from fpq_lightning.quantization.search import search_output_error, search_tensor_error
 

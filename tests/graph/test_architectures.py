@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fpq_lightning as fpq
-from fpq_lightning.calibration.trajectories import load_calibration_set
-from fpq_lightning.diffusion.pipelines import sample, set_sampler
+from fpq_lightning.calibration.disk import load_calibration_set
+from fpq_lightning.diffusion.sampling import sample, set_sampler
 from fpq_lightning.graph.chain import parts_of
 from fpq_lightning.graph.trace import trace_units
 from fpq_lightning.graph.units import discover_units

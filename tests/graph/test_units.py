@@ -12,7 +12,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from fpq_lightning.graph.trace import trace_units
 from fpq_lightning.graph.units import Unit, discover_units, select_layers
-from fpq_lightning.nn.calibrated import Granularity, is_quantizable, make_quantized
+from fpq_lightning.nn.calibrated import Granularity, is_quantizable
+from fpq_lightning.nn.convert import make_quantized
 
 MakeNetwork = Callable[..., tuple[nn.Module, dict[str, Any]]]  # the fixture of conftest.py
 

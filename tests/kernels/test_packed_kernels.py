@@ -19,7 +19,9 @@ from fpq_lightning.kernels.decode import decode, translate
 from fpq_lightning.kernels.quantize import quantize, quantize_pixels
 from fpq_lightning.kernels.weight_gemm import Tiling, weight_gemm
 from fpq_lightning.nn.backends.hardware import Hardware
-from fpq_lightning.nn.packed import PackedLayer, PackedWeight, make_packed
+from fpq_lightning.nn.convert import make_packed
+from fpq_lightning.nn.packed_layer import PackedLayer
+from fpq_lightning.nn.packed_weight import PackedWeight
 from fpq_lightning.quantization.quantizer import Quantizer
 
 FORMATS = ["e2m1", "e3m0", "e3m2", "e4m1", "e4m3", "e5m2", "e2m5", "e7m0", "float8_e4m3fn", "float8_e5m2", "ue4m4"]

@@ -38,14 +38,9 @@ from fpq_lightning.graph.attention import quantize_attention
 from fpq_lightning.graph.trace import trace_units
 from fpq_lightning.graph.units import Unit, discover_units
 from fpq_lightning.nn import attention as attention_module
-from fpq_lightning.nn.attention import (
-    OperandSample,
-    attention,
-    make_attention_quantized,
-    observing,
-    quantized_attention,
-)
+from fpq_lightning.nn.attention import OperandSample, attention, observing, quantized_attention
 from fpq_lightning.nn.calibrated import LayerQuantization, running
+from fpq_lightning.nn.convert import make_attention_quantized
 from fpq_lightning.nn.hashing import hash_quantization
 from fpq_lightning.quantization.quantizer import Quantizer
 from fpq_lightning.reconstruction.initialise import search_attention
@@ -555,7 +550,7 @@ def test_the_report_lists_the_formats_of_attention_and_learning_moves_their_scal
     assert [q["format"] for q in listed[ATTENTION]] == [q["format"] for q in state["quantized"]["inputs"]]
     stored = load_file(runs["whole"] / "quantized" / "unet" / "diffusion_pytorch_model.safetensors")
     for k, q in enumerate(state["quantized"]["inputs"]):
-        assert stored[f"{ATTENTION}.variants.learned.inputs.{k}.scale"] == q["scale"]
+        assert stored[f"{ATTENTION}.operands.{k}.scale"] == q["scale"]
 
 
 def test_without_formats_nothing_of_attention_is_quantized_and_units_before_it_do_not_change(

@@ -15,8 +15,10 @@ from fpq_lightning.formats.numbers import FAMILIES, FORMATS, parse_format
 from fpq_lightning.kernels import reference as decoding
 from fpq_lightning.nn.backends import fp8, weight_only
 from fpq_lightning.nn.backends.hardware import Hardware, hardware_of
-from fpq_lightning.nn.backends.paths import Arithmetic, choose, is_few, low_bit_paths
-from fpq_lightning.nn.packed import PackedLayer, PackedWeight, make_packed, make_plain, set_arithmetic
+from fpq_lightning.nn.backends.paths import PATHS, Arithmetic, choose, fitting_paths
+from fpq_lightning.nn.convert import make_packed, make_plain
+from fpq_lightning.nn.packed_layer import PackedLayer, set_arithmetic
+from fpq_lightning.nn.packed_weight import PackedWeight
 from fpq_lightning.quantization.quantizer import Quantizer
 
 HOPPER = Hardware((9, 0), kernels=True)
@@ -46,6 +48,16 @@ def packed_linear(
     return make_packed(plain.bfloat16(), splits, weights, quantizers)
 
 
+def planned(
+    layer: PackedLayer, hardware: Hardware, dtype: torch.dtype, arithmetic: Arithmetic = "native"
+) -> tuple[str, str]:
+    """The paths of a layer on inputs of few rows, and of many."""
+    plan, channels = choose(fitting_paths(layer.operands), hardware, dtype, arithmetic), layer.shape[1]
+    rows = (weight_only.MAX_ROWS, weight_only.MAX_ROWS + 1)
+    few, many = (next(name for name in plan if PATHS[name].takes_rows(n * channels, channels)) for n in rows)
+    return few, many
+
+
 def exact(layer: PackedLayer, x: Tensor) -> Tensor:
     """The layer in float64, its input quantized in float32."""
     quantized = layer.quantize_input(x.float(), layer.inputs).double()
@@ -68,8 +80,8 @@ def test_fp8_products_are_those_of_the_quantized_operands(
     layer = packed_linear(fmt, splits=splits, per_channel=per_channel, dynamic=dynamic)
     x = torch.randn(3, 5, sum(splits)).bfloat16()
     x[0, 0, 0] = 300.0  # beyond the clip: saturates
-    assert fp8.fits(layer)
-    out, reference = fp8.run(layer, x), exact(layer, x)
+    assert fp8.fits(layer.operands)
+    out, reference = fp8.run(x, layer.operands), exact(layer, x)
     assert out.dtype == torch.bfloat16
     assert out.shape == reference.shape
     # Sums in float32; each part's and the result are rounded to bfloat16, by 2^-8 of themselves at most.
@@ -82,7 +94,7 @@ def test_fp8_products_see_every_bit_of_the_operands() -> None:
     one = torch.eye(16).bfloat16()
     layer.inputs[0].scale = torch.tensor(1.0)
     layer.bias = None
-    assert torch.equal(fp8.run(layer, one).float(), layer.decode_weight().T.bfloat16().float())
+    assert torch.equal(fp8.run(one, layer.operands).float(), layer.decode_weight().T.bfloat16().float())
 
 
 @pytest.mark.parametrize("name", [*FORMATS.names, *(m for f in FAMILIES for m in f.members if m[0] != "u"), "int4"])
@@ -111,12 +123,12 @@ def test_a_format_embeds_in_e4m3_when_a_cast_keeps_its_values(name: str) -> None
 )
 def test_what_tensor_cores_cannot_multiply_is_no_fp8_product(options: dict) -> None:
     layer = packed_linear(**options)
-    assert choose(low_bit_paths(layer), HOPPER, torch.bfloat16, "native").many == "decode"
+    assert planned(layer, HOPPER, torch.bfloat16)[1] == "decode"
 
 
 def test_paths_follow_the_device_the_type_and_the_wish() -> None:
     def paths(fmt: str, hardware: Hardware, dtype: torch.dtype, arithmetic: Arithmetic = "native") -> tuple[str, str]:
-        return choose(low_bit_paths(packed_linear(fmt)), hardware, dtype, arithmetic)
+        return planned(packed_linear(fmt), hardware, dtype, arithmetic)
 
     ada_without_triton, ampere = Hardware((8, 9)), Hardware((8, 6), kernels=True)
     assert paths("e2m1", HOPPER, torch.bfloat16) == ("weight_only", "fp8")
@@ -135,22 +147,19 @@ def test_paths_follow_the_device_the_type_and_the_wish() -> None:
         (Hardware((9, 0)), "decode"),
         (Hardware((8, 9), kernels=True), "decode"),
     ):
-        assert choose(low_bit_paths(convolution), hardware, torch.bfloat16, "native") == (path, path)
+        assert planned(convolution, hardware, torch.bfloat16) == (path, path)
     for splits in ((48,), (32, 16)):
         strided = packed_linear(splits=splits, outputs=24, layer=nn.Conv2d(48, 24, 3, stride=2))
-        assert low_bit_paths(strided) == ()  # 16 channels would be read with those of the next pixel
-    layer = packed_linear()
-    assert is_few(layer, weight_only.MAX_ROWS * 48)
-    assert not is_few(layer, (weight_only.MAX_ROWS + 1) * 48)
+        assert fitting_paths(strided.operands) == ("decode",)  # 16 channels would be read with those of the next pixel
 
 
 def test_a_layer_takes_its_path_anew_when_the_wish_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fpq_lightning.nn.backends.paths.hardware_of", lambda device: Hardware((9, 0)))
     layer, x = packed_linear("e2m1", splits=(32, 16)), torch.randn(100, 48).bfloat16()
-    assert torch.equal(layer(x), fp8.run(layer, x))
+    assert torch.equal(layer(x), fp8.run(x, layer.operands))
     set_arithmetic(layer, "simulated")
     assert torch.equal(layer(x), layer.simulate(x))
-    assert not torch.equal(layer.simulate(x), fp8.run(layer, x))  # or this test says nothing
+    assert not torch.equal(layer.simulate(x), fp8.run(x, layer.operands))  # or this test says nothing
     set_arithmetic(layer, "native")
     assert torch.equal(layer(x.float()), layer.simulate(x.float()))
 

@@ -16,10 +16,10 @@ from fpq_lightning.nn.calibrated import (
     LayerQuantization,
     QuantizedLayer,
     is_quantizable,
-    make_quantized,
     quantized_layers,
     running,
 )
+from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 
 E2M1, E4M3, INT4, UE4M4 = (parse_format(n) for n in ("e2m1", "e4m3", "int4", "ue4m4"))

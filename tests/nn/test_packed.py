@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import fpq_lightning as fpq
 from fpq_lightning.nn.calibrated import quantized_layers
-from fpq_lightning.nn.packed import PackedLayer, packed_layers
+from fpq_lightning.nn.packed_layer import PackedLayer, packed_layers
 from fpq_lightning.quantization.search import search_tensor_error
 
 SMALL = CHECKOUT / "data" / "cifar10-ddpm-small" / "unet"
@@ -126,7 +126,7 @@ def test_files_hold_the_calibrated_layers_to_the_bit(name: str, tmp_path: Path) 
 def test_files_say_where_they_come_from(calibrated: tuple[DiffusionPipeline, Path]) -> None:
     config = quantization_config(calibrated[1] / "unet")
     assert config["quant_method"] == "fpq"
-    assert config["format_version"] == 2
+    assert config["format_version"] == 3
     assert config["base_model"] == "tiny"
     assert config["recipe"]["weights"]["formats"] == "fp4"
     assert len(config["fingerprint"]) == 16
@@ -546,7 +546,8 @@ def _pickled(unet: Path) -> None:
 
 CODES, SCALE, INPUT = "conv_in.weights.0.codes", "conv_in.weights.0.scale", "conv_in.inputs.0.scale"
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a newer version": (_config(lambda c: c.update(format_version=3)), "version 3; .* reads version 2"),
+    "a newer version": (_config(lambda c: c.update(format_version=4)), "version 4; .* reads versions 2 and 3$"),
+    "an older version": (_config(lambda c: c.update(format_version=1)), "version 1; .* reads versions 2 and 3$"),
     "no version": (_config(lambda c: c.pop("format_version")), "version None"),
     "no layers": (_config(lambda c: c.pop("layers")), "does not say what the layers hold"),
     "layers as a list": (_config(lambda c: c.update(layers=[1])), "does not say what the layers hold"),

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fpq_lightning as fpq
-from fpq_lightning.nn.attention import make_attention_quantized, quantized_attention
+from fpq_lightning.nn.attention import quantized_attention
 from fpq_lightning.nn.backends.hardware import Hardware
-from fpq_lightning.nn.calibrated import Granularity, LayerQuantization, make_quantized
-from fpq_lightning.nn.packed import PackedLayer, packed_layers
+from fpq_lightning.nn.calibrated import Granularity, LayerQuantization
+from fpq_lightning.nn.convert import make_attention_quantized, make_quantized
+from fpq_lightning.nn.packed_layer import PackedLayer, packed_layers
 from fpq_lightning.quantization.quantizer import Quantizer
 from fpq_lightning.storage.export import export
 from fpq_lightning.storage.inspect import inspect_pipeline

@@ -333,3 +333,29 @@ def test_search_leaves_the_rows_as_they_are() -> None:
     search_tensor_error(rows, parse_formats("fp4"))
     search_output_error(rows, parse_formats("fp4"), lambda q: squared_error(q, rows))
     assert torch.equal(rows, before)
+
+
+@pytest.mark.parametrize("objective", ["tensor", "output"])
+def test_the_format_of_a_tensor_is_that_of_least_total_error_and_not_of_its_worst_row(objective: str) -> None:
+    """Eight rows that suit e1m2, and one of exponents that suits e3m0 and has the largest error with e1m2."""
+    generator = torch.Generator().manual_seed(0)
+    even = torch.rand(8, 200, generator=generator) * 2 - 1
+    exponents = 2.0 ** -torch.randint(0, 7, (1, 200), generator=generator)
+    formats = parse_formats(["e3m0", "e1m2"])
+
+    def errors(rows: Tensor) -> Tensor:
+        """The least error of each row with either format, `[2, rows]`."""
+        return torch.stack([full_search(rows, fmt) for fmt in formats])
+
+    # The size of the last row is such that e1m2 is better in total and worse in the worst row.
+    (e3m0, e1m2), (last_e3m0, last_e1m2) = errors(even), errors(exponents)[:, 0]
+    low, high = e3m0.max() / last_e1m2, (e3m0 - e1m2).sum() / (last_e1m2 - last_e3m0)
+    rows = torch.cat([even, exponents * ((low + high) / 2).sqrt()])
+    total, worst = errors(rows).sum(1), errors(rows).amax(1)
+    assert total[1] < 0.9 * total[0]
+    assert worst[1] > 1.1 * worst[0]
+    if objective == "tensor":
+        found = search_tensor_error(rows, formats)
+    else:
+        found = search_output_error(rows, formats, lambda trial: squared_error(trial, rows))
+    assert found.format.name == "e1m2"

@@ -23,7 +23,8 @@ from fpq_lightning import (
     load_quantized,
     quantize,
 )
-from fpq_lightning.diffusion.pipelines import load_pipeline, sample, set_sampler
+from fpq_lightning.diffusion.pipelines import load_pipeline
+from fpq_lightning.diffusion.sampling import sample, set_sampler
 from fpq_lightning.formats.numbers import parse_format
 from fpq_lightning.formats.scales import SCALE_FORMATS
 from fpq_lightning.nn.attention import quantized_attention

@@ -14,7 +14,7 @@ from models import fit_arguments, run_fpq, save_tiny
 from packed_reader import read_denoiser
 from safetensors.numpy import load_file
 
-from fpq_lightning.nn.packed import packed_layers
+from fpq_lightning.nn.packed_layer import packed_layers
 from fpq_lightning.storage.exports.registry import EXPORTS, Export, export_help, make_pipeline_plain
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

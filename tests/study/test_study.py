@@ -16,10 +16,11 @@ from diffusers import DDIMScheduler
 from models import CHECKOUT, run_fpq, save_tiny, tiny_pipeline
 
 from fpq_lightning.cli import main
-from fpq_lightning.diffusion.pipelines import SamplerConfig
-from fpq_lightning.evaluation.evaluate import EvaluationConfig
+from fpq_lightning.diffusion.sampling import SamplerConfig
+from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.formats.numbers import parse_formats
-from fpq_lightning.nn.calibrated import LayerQuantization, make_quantized
+from fpq_lightning.nn.calibrated import LayerQuantization
+from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 from fpq_lightning.quantization.search import search_tensor_error
 from fpq_lightning.reconstruction import unit
@@ -54,7 +55,7 @@ def grid(model: str, root: Path, **rows: Any) -> dict[str, Any]:
 ROWS = {
     "fp32": {"variants": ["full_precision", "other_seeds"]},
     "fp8": {"config": "fp8_fp8"},
-    "fp4": {"config": "fp4_fp8", "data": {"seed": 7}, "variants": ["learned"], "group": "second seed"},
+    "fp4": {"config": "fp4_fp8", "data": {"seed": 7}, "variants": ["quantized"], "group": "second seed"},
 }
 
 
@@ -77,15 +78,19 @@ def study(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_row_is_a_file_with_what_made_it(study: Path) -> None:
     files = {file.name: json.loads(file.read_text()) for file in (study / "study" / "rows").iterdir()}
     assert files.keys() == {
-        "fp32.full_precision.json", "fp32.other_seeds.json", "fp8.nearest.json", "fp8.learned.json", "fp4.learned.json"
-    }  # fmt: skip
-    learned = files["fp8.learned.json"]
-    assert learned["settings"]["recipe"]["rounding"]["iterations"] == 5
-    assert learned["settings"]["recipe"]["include"] == ["conv_in", "mid_block.resnets.0.*"]
-    assert files["fp4.learned.json"]["settings"]["data"]["seed"] == 7
-    assert learned["weight_bits"] > 8
-    assert 4 < files["fp4.learned.json"]["weight_bits"] < learned["weight_bits"]
-    assert learned["metrics"]["psnr"] > files["fp4.learned.json"]["metrics"]["psnr"]
+        "fp32.full_precision.json",
+        "fp32.other_seeds.json",
+        "fp8.nearest.json",
+        "fp8.quantized.json",
+        "fp4.quantized.json",
+    }
+    quantized = files["fp8.quantized.json"]
+    assert quantized["settings"]["recipe"]["rounding"]["iterations"] == 5
+    assert quantized["settings"]["recipe"]["include"] == ["conv_in", "mid_block.resnets.0.*"]
+    assert files["fp4.quantized.json"]["settings"]["data"]["seed"] == 7
+    assert quantized["weight_bits"] > 8
+    assert 4 < files["fp4.quantized.json"]["weight_bits"] < quantized["weight_bits"]
+    assert quantized["metrics"]["psnr"] > files["fp4.quantized.json"]["metrics"]["psnr"]
     assert files["fp32.other_seeds.json"]["metrics"]["psnr"] is None
     assert files["fp32.other_seeds.json"]["metrics"]["fd"] > 0
 
@@ -131,20 +136,20 @@ def test_a_row_made_otherwise_is_refused_and_the_difference_named(
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     outcome = run_fpq(capsys, ["study", "--config", str(file)])
     assert outcome.code != 0
-    assert "was made otherwise" in outcome.err
+    assert "was made with other settings" in outcome.err
     assert "recipe.rounding.iterations: 5 -> 6" in outcome.err
 
 
 def test_a_study_that_died_after_a_calibration_goes_on_from_it(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = grid(model, tmp_path, fp8={"config": "fp8_fp8", "variants": ["learned"]})
+    values = grid(model, tmp_path, fp8={"config": "fp8_fp8", "variants": ["quantized"]})
 
     def die(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fpq_lightning.study.run.compare", die)
+        patch.setattr("fpq_lightning.study.run.Evaluator.compare", die)
         with pytest.raises(KeyboardInterrupt):
             run(values, tmp_path)
     steps: list[int] = []
@@ -156,7 +161,7 @@ def test_a_study_that_died_after_a_calibration_goes_on_from_it(
 
     monkeypatch.setattr(unit, "gradients", counted)
     run(values, tmp_path)
-    assert (tmp_path / "study" / "rows" / "fp8.learned.json").is_file()
+    assert (tmp_path / "study" / "rows" / "fp8.quantized.json").is_file()
     assert not steps
 
 
@@ -167,8 +172,8 @@ def test_the_table_holds_the_rows_in_the_order_of_the_study(study: Path) -> None
     text = (study / "study" / "table.md").read_text()
     lines = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| ") and "---" not in line]
     names = [(name.removeprefix("| "), rounding) for name, rounding in lines if name != "| row"]
-    of_fp32, of_fp8 = [("fp32", "full precision"), ("fp32", "other seeds")], [("fp8", "nearest"), ("fp8", "learned")]
-    assert names == [*of_fp32, *of_fp8, ("fp4", "learned")]
+    of_fp32, of_fp8 = [("fp32", "full precision"), ("fp32", "other seeds")], [("fp8", "nearest"), ("fp8", "quantized")]
+    assert names == [*of_fp32, *of_fp8, ("fp4", "quantized")]
     assert "### second seed" in text
     assert "4 images" in text
 
@@ -203,7 +208,7 @@ def test_the_committed_rows_are_those_of_the_shipped_studies(name: str, monkeypa
     )
     if name == "cifar10_large":  # whose model is not there to be hashed
         monkeypatch.setattr("fpq_lightning.study.run.hash_weights", lambda model: _weights_of(config.output))
-    study = Study(config, torch.device("cpu"))  # refuses rows that were made otherwise
+    study = Study(config, torch.device("cpu"))  # refuses rows that were made with other settings
     kept = {file.name for file in (Path(config.output) / "rows").iterdir()}
     assert kept <= {study.file(*key).name for key in study.settings}
     if name != "cifar10_large":
@@ -215,29 +220,29 @@ def _weights_of(output: str) -> str:
 
 
 def test_recipes_that_differ_in_their_seed_alone_show_how_much_it_matters() -> None:
-    def row(name: str, seed: int, fd: float, variant: str = "learned", iterations: int = 5) -> dict[str, Any]:
+    def row(name: str, seed: int, fd: float, variant: str = "quantized", iterations: int = 5) -> dict[str, Any]:
         settings = {"variant": variant, "data": {"seed": seed, "n": 4}, "recipe": {"iterations": iterations}}
         return {**_row(name, variant, fd=fd, psnr=None), "settings": settings}
 
     rows = [row("a", 1, 2.0), row("b", 2, 2.5), row("c", 3, 1.75), row("d", 1, 9.0, iterations=6)]
     rows.append(row("e", 1, 7.0, "nearest"))
     found = spreads(rows)
-    assert [(r["name"], r["variant"], r["metrics"]) for r in found] == [("a, 3 seeds", "learned", {"fd": 0.75})]
+    assert [(r["name"], r["variant"], r["metrics"]) for r in found] == [("a, 3 seeds", "quantized", {"fd": 0.75})]
     assert "### largest difference between seeds" in markdown_table(rows)
     assert "difference" not in markdown_table(rows[3:])
 
 
 def test_columns_without_a_value_are_left_out() -> None:
-    text = markdown_table([_row("a", "nearest"), _row("b", "learned", "more", psnr=20.123)])
+    text = markdown_table([_row("a", "nearest"), _row("b", "quantized", "more", psnr=20.123)])
     assert text.splitlines()[2] == "| row | variant | FD |"
-    assert "| b | learned | 1.000 | 20.12 |" in text
+    assert "| b | quantized | 1.000 | 20.12 |" in text
     assert csv_table([_row("a", "nearest")]).splitlines()[1].startswith("a,nearest,recipes,")
 
 
 def test_a_row_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "rows").mkdir()
-    (tmp_path / "rows" / "a.learned.json").write_text('{"name": "a"')
-    with pytest.raises(ValueError, match=r"a\.learned\.json cannot be read .*delete it"):
+    (tmp_path / "rows" / "a.quantized.json").write_text('{"name": "a"')
+    with pytest.raises(ValueError, match=r"a\.quantized\.json cannot be read .*delete it"):
         read_rows(tmp_path)
 
 

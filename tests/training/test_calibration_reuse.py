@@ -9,7 +9,7 @@ import torch
 from models import tiny_pipeline
 
 import fpq_lightning as fpq
-from fpq_lightning.calibration.trajectories import load_calibration_set
+from fpq_lightning.calibration.disk import load_calibration_set
 
 RECIPE = fpq.Recipe(rounding=fpq.RoundingRecipe(learned=False))
 

@@ -33,7 +33,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fpq_lightning.calibration.trajectories import load_calibration_set
+from fpq_lightning.calibration.disk import load_calibration_set
 from fpq_lightning.cli import main
 from fpq_lightning.nn.calibrated import QuantizedLayer
 from fpq_lightning.reconstruction import backward, unit

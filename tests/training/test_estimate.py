@@ -9,7 +9,7 @@ import torch
 from models import fit_arguments, run_fpq, save_tiny, tiny_pipeline
 
 from fpq_lightning import CalibrationDataModule, Recipe, RoundingRecipe, SamplerConfig
-from fpq_lightning.evaluation.evaluate import EvaluationConfig
+from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.training.estimate import Estimate, estimate_run
 
 

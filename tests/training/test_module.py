@@ -27,10 +27,11 @@ from fpq_lightning import (
     load_quantized,
     quantize,
 )
+from fpq_lightning.calibration.disk import load_calibration_set
 from fpq_lightning.calibration.replay import sample_energies
-from fpq_lightning.calibration.trajectories import load_calibration_set
 from fpq_lightning.graph.units import Unit
-from fpq_lightning.nn.calibrated import make_quantized, quantized_layers
+from fpq_lightning.nn.calibrated import quantized_layers
+from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 from fpq_lightning.reconstruction import initialise
 from fpq_lightning.reconstruction.initialise import collect_layer_inputs, search_unit

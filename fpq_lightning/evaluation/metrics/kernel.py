@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from fpq_lightning.evaluation.metrics.registry import METRICS, Column, ImageMetric
 from fpq_lightning.evaluation.metrics.two_sets import TwoSets
 
 _CHUNK = 4096  # rows of the kernel matrix at a time
@@ -28,8 +31,16 @@ def _mean_of_others(x: Tensor) -> Tensor:
 class KernelDistance(TwoSets):
     """Unbiased estimate of the squared maximum mean discrepancy, with the kernel ``(x . y / d + 1)^3``.
 
-    It is over all pairs of images, not over random subsets, so that it has no randomness of its own. For equal
-    distributions it is zero in the mean and may be negative.
+    It uses all pairs of images instead of random subsets, so it has no randomness of its own. For equal distributions
+    its mean is zero, and it may be negative.
+
+    Example:
+        >>> import torch
+        >>> metric = KernelDistance()
+        >>> metric.update(torch.tensor([[0.0], [0.0]]), real=False)
+        >>> metric.update(torch.tensor([[1.0], [1.0]]), real=True)
+        >>> metric.compute().item()  # 1 + 8 - 2 * 1
+        7.0
     """
 
     higher_is_better = False
@@ -38,7 +49,28 @@ class KernelDistance(TwoSets):
         """The squared discrepancy, float64.
 
         Raises:
-            ValueError: if there are fewer than two images of either kind.
+            ValueError: if either set has fewer than two images.
         """
         x, y = self.both(at_least=2)
         return _mean_of_others(x) + _mean_of_others(y) - 2 * _sum(x, y) / (len(x) * len(y))
+
+
+_KID = ImageMetric(
+    name="kid",
+    help="Kernel distance on the configured feature network.",
+    columns=(Column("kid", "KID x1000", 2, scale=1e3),),
+    inputs=("pooled",),
+    make=lambda network: KernelDistance(),
+    network="features",
+    against="full_precision",
+)
+_KID_INCEPTION = replace(
+    _KID,
+    name="kid_inception",
+    help="Kernel Inception distance.",
+    columns=(Column("kid_inception", "KID (Inception) x1000", 2, scale=1e3),),
+    network="inception",
+)
+for _metric in (_KID, _KID_INCEPTION):
+    METRICS.register(_metric)
+    METRICS.register(_metric.to_real(Column(f"{_metric.name}_real")))

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 _WIDTH = 9.0  # inches
-_NEAREST, _LEARNED = "#c2702e", "#2563a8"
+_ORANGE, _BLUE = "#c2702e", "#2563a8"
 
 
 def _draw(height: float, paint: Callable[[Axes], None]) -> str:
@@ -23,21 +23,21 @@ def _draw(height: float, paint: Callable[[Axes], None]) -> str:
     paint(axis)
     axis.spines[["top", "right"]].set_visible(False)
     text = io.StringIO()
-    # Text stays text, and nothing in the file depends on when it was drawn.
+    # Text stays text, and the file is reproducible.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fpq", "font.family": "sans-serif"}):
         figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
 def unit_errors(blocks: Sequence[dict[str, Any]]) -> str:
-    """Error of every unit with nearest rounding and with what was kept."""
+    """Error of every unit, rounded to nearest and quantized."""
     shown = [b for b in blocks if b["error_nearest"] is not None]
 
     def paint(axis: Axes) -> None:
         x = range(len(shown))
         axis.vlines(x, [b["error_quantized"] for b in shown], [b["error_nearest"] for b in shown], color="#bbb", lw=1)
-        axis.scatter(x, [b["error_nearest"] for b in shown], color=_NEAREST, s=22, label="nearest rounding")
-        axis.scatter(x, [b["error_quantized"] for b in shown], color=_LEARNED, s=22, label="kept")
+        axis.scatter(x, [b["error_nearest"] for b in shown], color=_ORANGE, s=22, label="nearest rounding")
+        axis.scatter(x, [b["error_quantized"] for b in shown], color=_BLUE, s=22, label="quantized")
         axis.set_yscale("log")
         axis.set_ylabel("relative error of the unit's output")
         axis.set_xlabel("unit, in execution order")
@@ -48,8 +48,8 @@ def unit_errors(blocks: Sequence[dict[str, Any]]) -> str:
 
 
 def formats_by_depth(blocks: Sequence[dict[str, Any]]) -> str:
-    """Which formats the weights and the inputs of each unit's layers were given."""
-    kinds = (("weight_formats", _LEARNED, "s", "weights"), ("activation_formats", _NEAREST, "o", "activations"))
+    """The formats chosen for weights and inputs of each unit's layers."""
+    kinds = (("weight_formats", _BLUE, "s", "weights"), ("activation_formats", _ORANGE, "o", "activations"))
     points = {
         kind: [(i, name) for i, b in enumerate(blocks) for names in b[kind].values() for name in names]
         for kind, *_ in kinds
@@ -82,7 +82,7 @@ def zeros_by_layer(layers: Sequence[dict[str, Any]]) -> str:
     """Share of weights that are exactly zero in each layer."""
 
     def paint(axis: Axes) -> None:
-        axis.bar(range(len(layers)), [100 * layer["zeros"] for layer in layers], color=_LEARNED, width=0.8)
+        axis.bar(range(len(layers)), [100 * layer["zeros"] for layer in layers], color=_BLUE, width=0.8)
         axis.set_ylabel("zero weights, %")
         axis.set_xlabel("layer")
 
@@ -90,7 +90,7 @@ def zeros_by_layer(layers: Sequence[dict[str, Any]]) -> str:
 
 
 def ranges_over_timesteps(ranges: dict[str, Any]) -> str:
-    """Largest inputs of every layer along the trajectory, in powers of two beyond what its quantizer represents."""
+    """Largest input of every layer along the trajectory, as the log2 of its ratio to the quantizer's clip."""
     layers = [layer for layer in ranges["layers"] if layer["clip"]]
     edges = ranges["timesteps"]
 

@@ -1,4 +1,4 @@
-"""The files of a report."""
+"""Writing the files of a report."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from fpq_lightning.evaluation.report.markdown import render_markdown
 from fpq_lightning.evaluation.report.pictures import save_samples
 from fpq_lightning.utils.files import atomic_write, write_json
 
-_IN_A_ROW = 8  # images of `samples.png`
+SCHEMA_VERSION = 2  # of report.json
+_IN_A_ROW = 8  # images of each variant in samples.png
 
 
 def write_reports(directory: Path, report: Mapping[str, Any], samples: Mapping[str, Tensor]) -> None:
     """Writes `samples.png`, `report.md`, `report.html` and, last, `report.json`.
 
     Args:
-        directory: where to.
-        report: contents of `report.json`.
+        directory: where the files go.
+        report: contents of `report.json`, without its version.
         samples: images `[n, 3, height, width]` in [-1, 1] by variant.
     """
     if samples:
@@ -31,4 +32,4 @@ def write_reports(directory: Path, report: Mapping[str, Any], samples: Mapping[s
         temporary.write_text(render_markdown(report))
     with atomic_write(directory / "report.html") as temporary:
         temporary.write_text(render_html(report, samples))
-    write_json(directory / "report.json", report)
+    write_json(directory / "report.json", {"schema_version": SCHEMA_VERSION, **report})

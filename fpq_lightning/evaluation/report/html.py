@@ -1,4 +1,4 @@
-"""`report.html`: one file, no network."""
+"""`report.html`: a single file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from PIL import Image
 from torch import Tensor
 
 from fpq_lightning.diffusion.images import to_bytes
+from fpq_lightning.evaluation.metrics import METRICS
 from fpq_lightning.evaluation.report.figures import formats_by_depth, ranges_over_timesteps, unit_errors, zeros_by_layer
 from fpq_lightning.evaluation.report.markdown import quality_notes, recipe_phrase, variant_label, variant_rows
 
 _COLUMNS = 8
-_SMALLEST = 72  # pixels that an image takes on the page, at least
+_SMALLEST = 72  # least width of an image on the page, in pixels
 
 
 def _sheet(images: Tensor) -> str:
-    """Images `[n, 3, height, width]` in [-1, 1] in rows of eight, as the address of a PNG."""
+    """Images `[n, 3, height, width]` in [-1, 1] in rows of eight, as the data URL of a PNG."""
     n, channels, height, width = images.shape
     columns = min(n, _COLUMNS)
     blank = torch.ones(-n % columns, channels, height, width)
@@ -54,8 +55,8 @@ def _figures(report: Mapping[str, Any]) -> list[dict[str, str]]:
         figures.append(
             {
                 "title": "Activation ranges over timesteps",
-                "text": "Largest input of each layer in full precision against the clip of its quantizer: red is cut "
-                "off, blue leaves range unused.",
+                "text": "Largest input of each layer in full precision, relative to the clip of its quantizer: red is "
+                "cut off, blue leaves range unused.",
                 "svg": ranges_over_timesteps(report["activation_ranges"]),
             }
         )
@@ -66,7 +67,7 @@ def _figures(report: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def render_html(report: Mapping[str, Any], samples: Mapping[str, Tensor]) -> str:
-    """Renders the contents of `report.json` and images of the same seeds as one page that needs nothing else.
+    """Renders the contents of `report.json`, and images of the same seeds, as one page.
 
     Args:
         report: contents of `report.json`.
@@ -77,16 +78,17 @@ def render_html(report: Mapping[str, Any], samples: Mapping[str, Tensor]) -> str
     width = next((images.shape[-1] for images in samples.values()), 0)
     sheets = {name: _sheet(images) for name, images in samples.items()}
     reference = sheets.pop("full_precision", None)
-    columns = min(_COLUMNS, max((len(images) for images in samples.values()), default=0))
-    header, rows = variant_rows(report["variants"])
+    in_a_row = min(_COLUMNS, max((len(images) for images in samples.values()), default=0))
+    columns, rows = variant_rows(report["variants"])
     return environment.get_template("report.html.j2").render(
         report=report,
         recipe=recipe_phrase(report["recipe"]) if report.get("recipe") else "",
-        header=header,
+        columns=columns,
+        help={column.key: metric.help for metric in METRICS for column in metric.columns},
         rows=rows,
         notes=quality_notes(report["variants"]),
         reference=reference,
         sheets=[{"name": variant_label(name), "source": source} for name, source in sheets.items()],
-        sheet_width=columns * width * max(1, math.ceil(_SMALLEST / max(width, 1))),
+        sheet_width=in_a_row * width * max(1, math.ceil(_SMALLEST / max(width, 1))),
         figures=_figures(report),
     )

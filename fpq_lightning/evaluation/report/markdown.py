@@ -6,11 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-_FEW_IMAGES = 2000
-
-
-def _cell(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+from fpq_lightning.evaluation.metrics import METRICS, Column, table_columns
 
 
 def _formats(chosen: dict[str, list[str]]) -> str:
@@ -18,74 +14,43 @@ def _formats(chosen: dict[str, list[str]]) -> str:
     return ", ".join(f"{name} x{n}" for name, n in counts.most_common()) or "full precision"
 
 
-_COLUMNS = {  # of the table of variants: title and digits
-    "fd": ("FD", 3),
-    "fid": ("FID", 2),
-    "sfid": ("sFID", 2),
-    "kid": ("KID x1000", 2),
-    "kid_inception": ("KID (Inception) x1000", 2),
-    "precision": ("precision", 3),
-    "recall": ("recall", 3),
-    "is": ("IS", 2),
-    "is_inception": ("IS (Inception)", 2),
-    "class_accuracy": ("class accuracy", 4),
-    "class_accuracy_low": ("2.5 %", 4),
-    "class_accuracy_high": ("97.5 %", 4),
-    "clip_score": ("CLIP score", 2),
-    "psnr": ("PSNR dB", 2),
-    "ssim": ("SSIM", 4),
-    "lpips": ("LPIPS", 4),
-    "fd_real": ("FD to real", 2),
-    "fid_real": ("FID to real", 2),
-}
-
-
 def variant_label(name: str) -> str:
     """What a variant is called in reports."""
-    return {"nearest": "nearest rounding", "learned": "learned rounding"}.get(name, name.replace("_", " "))
+    return "nearest rounding" if name == "nearest" else name.replace("_", " ")
 
 
-def variant_rows(variants: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of image quality: to full precision where nothing else is said."""
-    measured = {name for v in variants.values() for name, value in v.items() if value is not None}
-    columns = {name: column for name, column in _COLUMNS.items() if name in measured}
+def _measured(variants: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    return {key for values in variants.values() for key, value in values.items() if value is not None}
+
+
+def variant_rows(variants: Mapping[str, Mapping[str, Any]]) -> tuple[list[Column], list[list[str]]]:
+    """The columns of the table of image quality, and its rows: variant, a cell for each column, number of images."""
+    columns = table_columns(_measured(variants))
     rows = []
-    for name, v in variants.items():
-        scaled = {
-            key: None if v.get(key) is None else v[key] * (1e3 if key.startswith("kid") else 1) for key in columns
-        }
-        cells = [_cell(scaled[key], digits) for key, (_, digits) in columns.items()]
+    for name, values in variants.items():
         label = "full precision, other seeds (noise floor)" if name == "full_precision" else variant_label(name)
-        broken = f" ({v['not_finite']} not finite)" if v.get("not_finite") else ""
-        rows.append([label, *cells, f"{v['n_images']}{broken}"])
-    return ["variant", *(title for title, _ in columns.values()), "images"], rows
+        broken = f" ({values['not_finite']} not finite)" if values.get("not_finite") else ""
+        cells = [column.cell(values.get(column.key)) for column in columns]
+        rows.append([label, *cells, f"{values['n_images']}{broken}"])
+    return columns, rows
 
 
-def variants_table(variants: dict[str, dict[str, Any]]) -> str:
-    """Image quality by variant."""
-    header, rows = variant_rows(variants)
+def variants_table(variants: Mapping[str, Mapping[str, Any]]) -> str:
+    """The Markdown table of image quality by variant."""
+    columns, rows = variant_rows(variants)
+    header = ["variant", *(str(column.title) for column in columns), "images"]
     lines = [" | ".join(row) for row in (header, ["---"] * len(header), *rows)]
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def quality_notes(variants: dict[str, dict[str, Any]]) -> list[str]:
-    """What a reader of the table must know."""
-    notes = []
-    if any(v.get("fd") is not None for v in variants.values()):
-        notes.append("FD, KID, IS, precision and recall are on the configured feature network, not on Inception.")
-        n = next(iter(variants.values()))["n_images"]
-        if n < _FEW_IMAGES:
-            notes.append(
-                f"Fréchet distances of {n} images only rank the variants; they are not comparable with figures of "
-                "other sample counts."
-            )
-    if any(v.get("fid") is not None for v in variants.values()):
-        notes.append("FID follows the published convention: images resized without antialiasing.")
-    return notes
+def quality_notes(variants: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What readers of the table must know."""
+    measured, n_images = _measured(variants), max((v["n_images"] for v in variants.values()), default=0)
+    return [m.note(n_images) for m in METRICS if m.note is not None and measured & {c.key for c in m.columns}]
 
 
 def render_markdown(report: Mapping[str, Any]) -> str:
-    """Renders the contents of `report.json` for reading."""
+    """Renders the contents of `report.json` as Markdown."""
     variants = report["variants"]
     parts = [f"# {report['model']}", *_summary(report)]
     if variants:
@@ -97,7 +62,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         parts += [
             "## Units",
             "Errors are relative to the energy of the unit's full-precision output, on held-out samples.",
-            "| unit | parameters | weights | activations | nearest | kept | rounding | seconds |\n"
+            "| unit | parameters | weights | activations | nearest | quantized | rounding | seconds |\n"
             "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
             + "\n".join(
                 f"| {b['name']} | {b['parameters']:,} | {_formats(b['weight_formats'])} | "
@@ -113,7 +78,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
 
 
 def recipe_phrase(recipe: Mapping[str, Any]) -> str:
-    """What a model was quantized to, and how: from `Recipe.to_dict`."""
+    """A recipe (`Recipe.to_dict`) in words."""
 
     def named(formats: str | list[str] | None) -> str:
         return "full-precision" if formats is None else formats if isinstance(formats, str) else "/".join(formats)

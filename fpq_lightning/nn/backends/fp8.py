@@ -11,19 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fpq_lightning.formats.numbers import Format
 from fpq_lightning.kernels import ops, reference
 from fpq_lightning.kernels.reference import E4M3
+from fpq_lightning.nn.backends.paths import PATHS, ArithmeticPath
+from fpq_lightning.nn.operands import Operands
+from fpq_lightning.nn.packed_weight import PackedWeight
 from fpq_lightning.quantization.quantizer import Quantizer
 from fpq_lightning.utils.device_cache import cached_tensor
-
-if TYPE_CHECKING:
-    from fpq_lightning.nn.packed import PackedLayer, PackedWeight
 
 ALIGNMENT = 16
 """Bytes that rows and columns of operands are multiples of."""
@@ -36,24 +35,24 @@ def embeds(fmt: Format) -> bool:
     return bool((E4M3.quantize(values) == values).all())
 
 
-def fits(layer: PackedLayer) -> bool:
+def fits(operands: Operands) -> bool:
     """Whether both operands of a Linear layer are E4M3 up to scales of output channels and of rows of the input."""
     return (
-        isinstance(layer, nn.Linear)
-        and operands_fit(layer)
-        and layer.shape[0] % ALIGNMENT == 0
-        and all(has_one_scale(q) or q.token_dims == (-1,) for q in layer.inputs)
+        operands.convolution is None
+        and operands_fit(operands)
+        and operands.outputs % ALIGNMENT == 0
+        and all(has_one_scale(q) or q.token_dims == (-1,) for q in operands.inputs)
     )
 
 
-def operands_fit(layer: PackedLayer) -> bool:
+def operands_fit(operands: Operands) -> bool:
     """Whether the values of weight and input are E4M3's, and their numbers of channels what copies ask for."""
     return (
-        len(layer.weights) > 0
-        and len(layer.inputs) > 0
-        and all(embeds(w.format) and w.offset is None and w.scale.shape[1] == 1 for w in layer.weights)
-        and all(q.format == E4M3 and q.offset is None for q in layer.inputs)
-        and all(n % ALIGNMENT == 0 for n in layer.splits)
+        bool(operands.weights)
+        and bool(operands.inputs)
+        and all(embeds(w.format) and w.offset is None and w.scale.shape[1] == 1 for w in operands.weights)
+        and all(q.format == E4M3 and q.offset is None for q in operands.inputs)
+        and all(n % ALIGNMENT == 0 for n in operands.splits)
     )
 
 
@@ -62,26 +61,26 @@ def has_one_scale(quantizer: Quantizer) -> bool:
     return quantizer.scale is not None and quantizer.scale.numel() == 1
 
 
-def run(layer: PackedLayer, x: Tensor) -> Tensor:
-    """The layer on `x`, bfloat16 `[..., in]`."""
+def run(x: Tensor, operands: Operands) -> Tensor:
+    """A layer on `x`, bfloat16 `[..., in]`."""
     if x.ndim == 2:
-        return sum_of_parts(layer, x, _product)
-    return sum_of_parts(layer, x.reshape(-1, x.shape[-1]), _product).reshape(*x.shape[:-1], layer.shape[0])
+        return sum_of_parts(x, operands, _product)
+    rows = x.reshape(-1, x.shape[-1])
+    return sum_of_parts(rows, operands, _product).reshape(*x.shape[:-1], operands.outputs)
 
 
-def sum_of_parts(layer: PackedLayer, x: Tensor, product: Callable[..., Tensor]) -> Tensor:
+def sum_of_parts(x: Tensor, operands: Operands, product: Callable[..., Tensor]) -> Tensor:
     """A product for each part of the input, summed; `product` takes weight, quantizer, input and bias."""
-    bias: Tensor | None = layer.bias
+    weights, inputs, splits, bias, _ = operands
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    total = product(layer.weights[0], layer.inputs[0], x if len(layer.splits) == 1 else _part(layer, x, 0), bias)
-    for i in range(1, len(layer.splits)):
-        total = total + product(layer.weights[i], layer.inputs[i], _part(layer, x, i), None)
+    if len(splits) == 1:
+        return product(weights[0], inputs[0], x, bias)
+    first, *others = zip(weights, inputs, x.split(splits, dim=operands.channel_dim), strict=True)
+    total = product(*first, bias)
+    for part in others:
+        total = total + product(*part, None)
     return total
-
-
-def _part(layer: PackedLayer, x: Tensor, i: int) -> Tensor:
-    return x.narrow(layer.channel_dim, sum(layer.splits[:i]), layer.splits[i])
 
 
 def _product(weight: PackedWeight, quantizer: Quantizer, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -113,19 +112,13 @@ def _scaled_mm(
 
 def column_scale(weight: PackedWeight, factor: Tensor | None) -> Tensor:
     """What multiplies the sums of each output channel, float32 `[1, out]`: its scale, times that of the input."""
-    scale = weight.scale
-    if torch.compiler.is_compiling() or scale.is_inference() or (factor is not None and factor.is_inference()):
-        return _made_column(scale, factor, weight.shape[0])
-    versions = (scale._version, None if factor is None else factor._version)
-    kept = weight.column
-    if kept is None or kept[0] is not scale or kept[1] is not factor or kept[2] != versions:
-        kept = weight.column = (scale, factor, versions, _made_column(scale, factor, weight.shape[0]))
-    return kept[3]
+    sources = (weight.scale,) if factor is None else (weight.scale, factor)
 
+    def make() -> Tensor:
+        scale = weight.scale if factor is None else weight.scale * factor.reshape(())
+        return scale.reshape(1, -1).expand(1, weight.shape[0]).contiguous()
 
-def _made_column(scale: Tensor, factor: Tensor | None, n: int) -> Tensor:
-    scale = scale if factor is None else scale * factor.reshape(())
-    return scale.reshape(1, -1).expand(1, n).contiguous()
+    return make() if torch.compiler.is_compiling() else weight.column.get(make, *sources)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -157,3 +150,15 @@ def operand(weight: PackedWeight) -> Tensor:
     if weight.codes.dtype == torch.float8_e4m3fn and taps == 1:
         return weight.codes
     return ops.translate(weight.bytes, weight.format, weight.shape[1], taps).view(torch.float8_e4m3fn)
+
+
+PATHS.register(
+    ArithmeticPath(
+        name="fp8",
+        help="Linear layers: E4M3 by E4M3 on tensor cores",
+        rank=10,
+        fits=fits,
+        available=lambda hardware, dtype: hardware.multiplies_fp8 and dtype == torch.bfloat16,
+        run=run,
+    )
+)

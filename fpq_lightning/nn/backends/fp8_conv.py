@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  the usual name
 
 from fpq_lightning.kernels import ops
+from fpq_lightning.kernels.availability import kernels_run_for
 from fpq_lightning.nn.backends import fp8
+from fpq_lightning.nn.backends.paths import PATHS, ArithmeticPath
+from fpq_lightning.nn.operands import Convolution, Operands
+from fpq_lightning.nn.packed_weight import PackedWeight
 from fpq_lightning.quantization.quantizer import Quantizer
-
-if TYPE_CHECKING:
-    from fpq_lightning.nn.packed import PackedLayer, PackedWeight
 
 _STRIDED_CHANNELS = 32  # what those of a part are multiples of where the stride is not 1
 
 
-def fits(layer: PackedLayer) -> bool:
+def fits(operands: Operands) -> bool:
     """Whether it is a plain convolution of operands that are E4M3 up to scales of output channels and of the input."""
+    how = operands.convolution
     return (
-        isinstance(layer, nn.Conv2d)
-        and fp8.operands_fit(layer)
-        and (layer.groups, layer.dilation, layer.padding_mode) == (1, (1, 1), "zeros")
-        and layer.stride[0] == layer.stride[1]
-        and (layer.stride[0] == 1 or all(n % _STRIDED_CHANNELS == 0 for n in layer.splits))
-        and not isinstance(layer.padding, str)
-        and all(map(fp8.has_one_scale, layer.inputs))
+        how is not None
+        and len(how.stride) == 2
+        and fp8.operands_fit(operands)
+        and (how.groups, how.dilation, how.padding_mode) == (1, (1, 1), "zeros")
+        and how.stride[0] == how.stride[1]
+        and (how.stride[0] == 1 or all(n % _STRIDED_CHANNELS == 0 for n in operands.splits))
+        and not isinstance(how.padding, str)
+        and all(map(fp8.has_one_scale, operands.inputs))
     )
 
 
-def run(layer: PackedLayer, x: Tensor) -> Tensor:
-    """The layer on `x`, bfloat16 `[b, in, h, w]`; the result has its memory format, compiled that of channels last."""
-    conv = cast(nn.Conv2d, layer)
-    return fp8.sum_of_parts(layer, x, partial(_product, conv.stride[0], cast("tuple[int, int]", conv.padding)))
+def run(x: Tensor, operands: Operands) -> Tensor:
+    """A layer on `x`, bfloat16 `[b, in, h, w]`; the result has its memory format, compiled that of channels last."""
+    how = cast(Convolution, operands.convolution)
+    return fp8.sum_of_parts(x, operands, partial(_product, how.stride[0], cast("tuple[int, int]", how.padding)))
 
 
 def _product(
@@ -62,3 +65,16 @@ def _product(
         layout = torch.channels_last if channels_last else torch.contiguous_format
         out = out[:, :, :high, :wide].contiguous(memory_format=layout)
     return out
+
+
+PATHS.register(
+    ArithmeticPath(
+        name="fp8_conv",
+        help="two-dimensional convolutions: E4M3 by E4M3 on tensor cores",
+        rank=20,
+        fits=fits,
+        available=lambda hardware, dtype: hardware.convolves_fp8 and dtype == torch.bfloat16,
+        run=run,
+        takes=lambda x: x.ndim == 4 and kernels_run_for(x),  # an image without its batch, or another current device
+    )
+)

@@ -1,87 +1,93 @@
-"""The path of a packed layer: which arithmetic it runs on."""
+"""The registry of arithmetic paths, and which one a packed layer takes."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fpq_lightning.kernels.availability import kernels_run_for
-from fpq_lightning.nn.backends import fp8, fp8_conv, weight_only
 from fpq_lightning.nn.backends.hardware import Hardware, hardware_of
-
-if TYPE_CHECKING:
-    from fpq_lightning.nn.packed import PackedLayer
+from fpq_lightning.nn.operands import Operands
+from fpq_lightning.utils.registry import Registry
 
 Arithmetic = Literal["native", "simulated"]
 """``native`` takes the best path that a device has; ``simulated`` is equal to the calibrated model's, to the bits of
 products in the type of the input."""
 
-Path = Literal["fp8", "fp8_conv", "weight_only", "decode"]
-"""``fp8``, ``fp8_conv``: E4M3 by E4M3 on tensor cores. ``weight_only``: codes are decoded within the product.
-``decode``: the weight is decoded for the call."""
+
+@dataclass(frozen=True)
+class ArithmeticPath:
+    """A way to compute a packed layer.
+
+    Attributes:
+        name: in listings.
+        help: one line.
+        rank: of all paths that a layer can take, the one of the lowest rank is taken.
+        fits: whether it can compute with operands, by their formats, scales and shapes.
+        available: whether it runs on a device, for inputs of a type.
+        run: the layer's result for an input.
+        takes: whether it takes an input that `fits` and `available` could not know, such as one without a batch.
+        low_bit: whether products read low-bit operands. Such have no gradient, and take no empty input.
+        max_rows: rows of the input up to which it is taken; None for any number.
+    """
+
+    name: str
+    help: str
+    rank: int
+    fits: Callable[[Operands], bool]
+    available: Callable[[Hardware, torch.dtype], bool]
+    run: Callable[[Tensor, Operands], Tensor]
+    takes: Callable[[Tensor], bool] = lambda x: True
+    low_bit: bool = True
+    max_rows: int | None = None
+
+    def takes_rows(self, elements: int, channels: int) -> bool:
+        """Whether it takes an input of so many elements and channels."""
+        return self.max_rows is None or elements <= self.max_rows * channels
 
 
-class Plan(NamedTuple):
-    """The path of a layer on inputs of few rows (up to `weight_only.MAX_ROWS`), and of many."""
+PATHS: Registry[ArithmeticPath] = Registry("arithmetic path")
 
-    few: Path
-    many: Path
-
-
-def low_bit_paths(layer: PackedLayer) -> tuple[Path, ...]:
-    """The low-bit paths that the formats and scales of a layer allow. Looked at once: compilers need not follow."""
-    allowed: dict[Path, bool] = {
-        "fp8": fp8.fits(layer), "fp8_conv": fp8_conv.fits(layer), "weight_only": weight_only.fits(layer)
-    }  # fmt: skip
-    return tuple(path for path, fits in allowed.items() if fits)
+Plan = tuple[str, ...]
+"""Names of the paths that a layer may take, best first; names, since compilers take no objects for constants."""
 
 
-def choose(allowed: tuple[Path, ...], hardware: Hardware, dtype: torch.dtype, arithmetic: Arithmetic) -> Plan:
-    """The paths of a layer on inputs of a type. Those in float32 ask for its precision, so the weight is decoded.
+def fitting_paths(operands: Operands) -> Plan:
+    """Names of the paths that operands fit, best first. Looked at once: compilers need not follow."""
+    return tuple(path.name for path in sorted(PATHS, key=lambda path: path.rank) if path.fits(operands))
+
+
+def choose(fitting: Plan, hardware: Hardware, dtype: torch.dtype, arithmetic: Arithmetic) -> Plan:
+    """The paths that a layer may take.
 
     Args:
-        allowed: by `low_bit_paths`.
+        fitting: by `fitting_paths`.
         hardware: where it is to run.
         dtype: of the input.
         arithmetic: what is wished for.
     """
-    if arithmetic == "simulated" or dtype not in (torch.float16, torch.bfloat16):
-        return Plan("decode", "decode")
-    runs: dict[Path, bool] = {
-        "fp8": hardware.multiplies_fp8 and dtype == torch.bfloat16,
-        "fp8_conv": hardware.convolves_fp8 and dtype == torch.bfloat16,
-        "weight_only": hardware.kernels,
-    }
-    possible = [path for path in allowed if runs[path]]
-    many: Path = next((path for path in possible if path != "weight_only"), "decode")
-    return Plan("weight_only" if "weight_only" in possible else many, many)
+    paths = [PATHS[name] for name in fitting]
+    wanted = [path for path in paths if arithmetic == "native" or not path.low_bit]
+    return tuple(path.name for path in wanted if path.available(hardware, dtype))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def plan_for(allowed: tuple[Path, ...], device: torch.device, dtype: torch.dtype, arithmetic: Arithmetic) -> Plan:
+def plan_for(fitting: Plan, device: torch.device, dtype: torch.dtype, arithmetic: Arithmetic) -> Plan:
     """`choose` on a device; nothing that a compiler traces."""
-    return choose(allowed, hardware_of(device), dtype, arithmetic)
+    return choose(fitting, hardware_of(device), dtype, arithmetic)
 
 
-def is_few(layer: PackedLayer, elements: int) -> bool:
-    """Whether an input of so many elements has few rows."""
-    return elements <= weight_only.MAX_ROWS * layer.shape[1]
-
-
-def run(layer: PackedLayer, x: Tensor, plan: Plan) -> Tensor:
-    """Runs a layer as planned; decoded, where a gradient is wanted, which low-bit products do not have."""
-    path = plan.few if is_few(layer, x.numel()) else plan.many
-    if path == "fp8_conv" and x.ndim != 4:  # an image without its batch
-        path = "decode"
-    if path in ("weight_only", "fp8_conv") and not kernels_run_for(x):  # another device is the current one
-        path = plan.many if path == "weight_only" else "decode"
-    learns = x.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
-    if not x.numel() or (learns and torch.is_grad_enabled()):
-        path = "decode"
-    if path == "fp8":
-        return fp8.run(layer, x)
-    if path == "fp8_conv":
-        return fp8_conv.run(layer, x)
-    return weight_only.run(layer, x) if path == "weight_only" else layer.simulate(x)
+def run(plan: Plan, x: Tensor, operands: Operands) -> Tensor:
+    """Runs a layer on the best path for an input."""
+    bias = operands.bias
+    learns = (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled()
+    elements = x.numel()
+    low_bit, channels = elements and not learns, sum(operands.splits)
+    for name in plan:
+        path = PATHS[name]
+        if (low_bit or not path.low_bit) and path.takes_rows(elements, channels) and path.takes(x):
+            return path.run(x, operands)
+    raise ValueError(f"no arithmetic path takes an input of shape {tuple(x.shape)} and type {x.dtype}")

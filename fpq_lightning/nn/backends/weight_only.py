@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from fpq_lightning.kernels import ops
-
-if TYPE_CHECKING:
-    from fpq_lightning.nn.packed import PackedLayer
+from fpq_lightning.kernels.availability import kernels_run_for
+from fpq_lightning.nn.backends.paths import PATHS, ArithmeticPath
+from fpq_lightning.nn.operands import Operands
 
 WIDTH = 4
 """Bits of the codes that are decoded within a product; with six and eight that gains nothing (docs/benchmarks.md)."""
@@ -17,21 +16,35 @@ MAX_ROWS = 64
 """Rows of the input up to which it is done."""
 
 
-def fits(layer: PackedLayer) -> bool:
+def fits(operands: Operands) -> bool:
     """Whether the products of a layer can decode its weight as they go."""
     return (
-        isinstance(layer, nn.Linear)
-        and len(layer.weights) > 0
-        and all(w.format.bits == WIDTH and w.offset is None and w.scale.shape[1] == 1 for w in layer.weights)
+        operands.convolution is None
+        and bool(operands.weights)
+        and all(w.format.bits == WIDTH and w.offset is None and w.scale.shape[1] == 1 for w in operands.weights)
     )
 
 
-def run(layer: PackedLayer, x: Tensor) -> Tensor:
-    """The layer on few rows `x`, float16 or bfloat16 `[..., in]`; a product for each part of the input, summed."""
-    rows = layer.quantize_input(x, layer.inputs).reshape(-1, x.shape[-1])
-    bias: Tensor | None = layer.bias
+def run(x: Tensor, operands: Operands) -> Tensor:
+    """A layer on few rows `x`, float16 or bfloat16 `[..., in]`; a product for each part of the input, summed."""
+    rows = operands.quantize_input(x).reshape(-1, x.shape[-1])
+    bias = operands.bias
     total: Tensor | None = None
-    for weight, part in zip(layer.weights, rows.split(layer.splits, dim=1), strict=True):
+    for weight, part in zip(operands.weights, rows.split(operands.splits, dim=1), strict=True):
         out = ops.weight_gemm(part.contiguous(), weight.bytes, weight.format, weight.scale, bias)
         total, bias = out if total is None else total + out, None
-    return total.reshape(*x.shape[:-1], layer.shape[0])  # type: ignore[union-attr]
+    return total.reshape(*x.shape[:-1], operands.outputs)  # type: ignore[union-attr]
+
+
+PATHS.register(
+    ArithmeticPath(
+        name="weight_only",
+        help="codes are decoded within the product, for inputs of few rows",
+        rank=0,
+        fits=fits,
+        available=lambda hardware, dtype: hardware.kernels and dtype in (torch.float16, torch.bfloat16),
+        run=run,
+        takes=kernels_run_for,  # which are for the current device
+        max_rows=MAX_ROWS,
+    )
+)

@@ -9,7 +9,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from fpq_lightning.diffusion.pipelines import denoiser_name
-from fpq_lightning.nn.packed import describe_attention, keep_learned_attention, packed_layers
+from fpq_lightning.nn.attention import packed_attention
+from fpq_lightning.nn.packed_layer import packed_layers
 from fpq_lightning.storage.config import FPQConfig
 from fpq_lightning.storage.exports.registry import EXPORTS, Export
 
@@ -17,8 +18,8 @@ from fpq_lightning.storage.exports.registry import EXPORTS, Export
 def _convert(pipeline: DiffusionPipeline, details: Mapping[str, Any], directory: Path) -> None:
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     layers = {name: layer.describe() for name, layer in packed_layers(denoiser).items()}
-    if attention := keep_learned_attention(denoiser):
-        details = {**details, "attention": {name: describe_attention(module) for name, module in attention.items()}}
+    if attention := packed_attention(denoiser):
+        details = {**details, "attention": {name: module.describe() for name, module in attention.items()}}
     denoiser.register_to_config(quantization_config=FPQConfig.of(layers, details))
 
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from fpq_lightning.diffusion.pipelines import denoiser_name
 from fpq_lightning.nn.calibrated import is_quantizable
-from fpq_lightning.nn.packed import BlockScaledWeight, PackedLayer, PackedWeight, make_plain, packed_layers
+from fpq_lightning.nn.convert import make_plain
+from fpq_lightning.nn.packed_layer import PackedLayer, packed_layers
+from fpq_lightning.nn.packed_weight import BlockScaledWeight, PackedWeight
 from fpq_lightning.storage.exports.registry import EXPORTS, Export, make_pipeline_plain
 
 Tensors = dict[str, Tensor]

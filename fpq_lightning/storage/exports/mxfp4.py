@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fpq_lightning.nn.packed import PackedLayer
+from fpq_lightning.nn.packed_layer import PackedLayer
 from fpq_lightning.storage.exports.layout import Layout, Tensors, fp4_blocks, register_layouts
 
 _FORMAT = "mxfp4-pack-quantized"

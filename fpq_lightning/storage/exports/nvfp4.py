@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpq_lightning.nn.packed import PackedLayer
+from fpq_lightning.nn.packed_layer import PackedLayer
 from fpq_lightning.storage.exports.layout import Layout, Tensors, fp4_blocks, register_layouts
 from fpq_lightning.storage.exports.modelopt import float_type, modelopt_config
 

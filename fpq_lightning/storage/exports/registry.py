@@ -10,8 +10,9 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from fpq_lightning.nn.attention import make_attention_plain, quantized_attention
-from fpq_lightning.nn.packed import make_plain, packed_layers
+from fpq_lightning.nn.attention import quantized_attention
+from fpq_lightning.nn.convert import make_attention_plain, make_plain
+from fpq_lightning.nn.packed_layer import packed_layers
 from fpq_lightning.storage.diffusers_quantizer import forget_config
 from fpq_lightning.utils.registry import Registry
 
@@ -24,7 +25,7 @@ class Export:
         name: for ``fpq export --format``.
         help: one line for the command line.
         usage: how to use the files, for their README.
-        convert: gives a pipeline, whose quantized denoiser layers are packed, the form in which `save_pretrained` then
+        convert: gives a pipeline, whose denoiser is packed, the form in which `save_pretrained` then
             writes it, in place. Takes the pipeline, where it comes from (``base_model``, ``recipe``, ``version``,
             ``fingerprint``), and the directory, for further files.
         needs_codes: whether the weights of the dequantized form must be turned into codes first.
@@ -46,7 +47,7 @@ def export_help() -> str:
 
 
 def make_pipeline_plain(pipeline: DiffusionPipeline) -> None:
-    """Turns all packed layers and quantized attention of a pipeline into plain classes, with float32 weights."""
+    """Turns all packed layers and attention of a pipeline into plain classes, with float32 weights."""
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             layers, attention = packed_layers(component), quantized_attention(component)

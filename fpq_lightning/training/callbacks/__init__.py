@@ -1,1 +1,1 @@
-"""Lightning callbacks: checkpoints, progress, finalising weights, judging images, reports."""
+"""Lightning callbacks: checkpoints, progress, the quantized pipeline, image quality and reports."""

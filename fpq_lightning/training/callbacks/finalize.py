@@ -17,7 +17,7 @@ class FinalizeQuantization(pl.Callback):
     """At the end of the calibration writes ``quantized/``.
 
     Args:
-        run: where to.
+        run: where it goes.
         base_model: path or hub id of the full-precision model.
     """
 
@@ -27,7 +27,7 @@ class FinalizeQuantization(pl.Callback):
 
     @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the pipeline, whole or not at all."""
+        """Writes the pipeline atomically."""
         assert isinstance(pl_module, BlockReconstruction)
         if not pl_module.plan.finished:
             return

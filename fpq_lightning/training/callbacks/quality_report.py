@@ -1,4 +1,4 @@
-"""The reports that ``fpq test`` ends with."""
+"""The report of ``fpq test``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from fpq_lightning.utils.files import weights_size
 from fpq_lightning.utils.provenance import device_name, versions
 
 logger = logging.getLogger(__name__)
+
 _KEPT = ("weight_bits", "sparsity", "quantized_share", "fingerprint", "recipe")
 
 
@@ -25,8 +26,8 @@ class QualityReport(pl.Callback):
     """At the end of a test writes `samples.png`, `report.md`, `report.html` and, last, `report.json`.
 
     Args:
-        model: directory or hub id of what is tested.
-        output: where to.
+        model: directory or hub id of the tested model.
+        output: directory of the report.
     """
 
     def __init__(self, model: str, output: str | Path) -> None:
@@ -37,11 +38,10 @@ class QualityReport(pl.Callback):
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the reports."""
         assert isinstance(pl_module, ImageGeneration)
-        assert pl_module.evaluation is not None
+        assert pl_module.evaluator is not None
         description: dict[str, Any] = read_description(self.model) if is_quantized(self.model) else {}
-        seeds = pl_module.evaluation.seeds
+        seeds = pl_module.evaluator.config.seeds
         report = {
-            "schema_version": 1,
             "model": self.model,
             **{name: description[name] for name in _KEPT if name in description},
             "disk_bytes": weights_size(Path(self.model) / denoiser_name(pl_module.pipeline)),

@@ -1,4 +1,4 @@
-"""The reports that a run ends with."""
+"""The report of a calibration."""
 
 from __future__ import annotations
 
@@ -19,11 +19,9 @@ from fpq_lightning.training.run_directory import RunDirectory
 from fpq_lightning.utils.files import weights_size
 from fpq_lightning.utils.provenance import device_name, versions
 
-SCHEMA_VERSION = 1
-
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, or of the process where there is none."""
+    """Peak memory in bytes: of the GPU's allocator, or of the process without a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -33,8 +31,8 @@ class RunReport(pl.Callback):
     """At the end of a run writes `samples.png`, `report.md`, `report.html` and, last, `report.json`.
 
     Args:
-        run: where to.
-        quality: the callback that judged the images.
+        run: where the report goes.
+        quality: the callback that measures image quality, which must run before this one.
     """
 
     def __init__(self, run: RunDirectory, quality: ImageQuality) -> None:
@@ -43,7 +41,7 @@ class RunReport(pl.Callback):
         self._calibration_peak = 0
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remembers the peak before images are sampled."""
+        """Remembers the peak memory before images are sampled."""
         self._calibration_peak = peak_memory(pl_module.device)
 
     @rank_zero_only
@@ -59,7 +57,6 @@ class RunReport(pl.Callback):
         calibration = module.data
         layers = layer_statistics(module.denoiser)
         return {
-            "schema_version": SCHEMA_VERSION,
             "fingerprint": self.run.fingerprint,
             "model": self.run.parts["model"]["name"],
             "recipe": self.run.parts["recipe"],

@@ -1,0 +1,1 @@
+"""Feature networks, on which distributions of images are compared."""

@@ -1,0 +1,89 @@
+"""The search of a layer against trying every candidate by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fpq_lightning import ActivationRecipe, Recipe, WeightRecipe
+from fpq_lightning.formats.numbers import Format
+from fpq_lightning.graph.units import Unit
+from fpq_lightning.nn.calibrated import make_quantized
+from fpq_lightning.quantization.quantizer import Quantizer
+from fpq_lightning.reconstruction.initialise import search_unit
+
+FACTORS = (0.76, 0.82, 0.88, 0.94, 1.0, 1.06, 1.12)  # of the clip of least tensor error
+
+
+def search(weight: Tensor, x: Tensor, weights: Tensor, recipe: Recipe) -> Any:
+    """The quantizers that the search gives one linear layer."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False).requires_grad_(False)
+    layer.weight.copy_(weight)
+    quantized = make_quantized(layer, recipe.granularity())
+    search_unit(Unit("proj", quantized, {"proj": quantized}), {"proj": x}, weights, recipe)
+    return quantized.variants["nearest"]
+
+
+def candidates(fmt: Format, values: Tensor) -> list[Quantizer]:
+    """Multiples of the clip that is best for the values themselves."""
+    scales = values.abs().max() * torch.linspace(0.1, 1.2, 111) / fmt.max
+    errors = [(Quantizer(fmt, s)(values).double() - values.double()).square().sum().item() for s in scales]
+    best = scales[min(range(111), key=errors.__getitem__)]
+    return [Quantizer(fmt, best * factor) for factor in FACTORS]
+
+
+@pytest.mark.parametrize("seed", [1, 3, 4, 5])
+def test_activations_are_searched_on_the_output_of_the_quantized_weights(seed: int) -> None:
+    """Half of the weights are rounded to zero, so that what the large inputs beside them lose does not matter."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(6, 8, generator=generator)
+    weight[:, 4:] = 0.05 * torch.rand(6, 4, generator=generator).sign()
+    x = torch.randn(40, 8, generator=generator) * torch.tensor([1.0] * 4 + [12.0] * 4)
+    recipe = Recipe(
+        WeightRecipe("e2m1", granularity="tensor", objective="max"), ActivationRecipe("fp6", objective="output")
+    )
+    found = search(weight, x, torch.ones(40), recipe)
+    rounded = found.weights[0](weight.reshape(1, -1)).reshape(weight.shape)
+    assert (rounded[:, 4:] == 0).all()
+    values = torch.cat([x.flatten(), x.min()[None], x.max()[None]])
+
+    def best(weight: Tensor) -> Quantizer:
+        trials = [trial for fmt in recipe.activation_formats() for trial in candidates(fmt, values)]
+        return min(trials, key=lambda trial: ((trial(x) - x).double() @ weight.double().T).square().sum().item())
+
+    expected, other = best(rounded), best(weight)
+    assert (found.inputs[0].format, found.inputs[0].scale.item()) == (
+        expected.format,
+        pytest.approx(expected.scale.item(), rel=1e-5),
+    )
+    assert (expected.format, expected.scale.item()) != (other.format, other.scale.item())  # they are told apart
+
+
+@pytest.mark.parametrize("seed", [9, 16, 23, 28])
+def test_weights_are_searched_on_the_output_weighted_by_the_samples(seed: int) -> None:
+    """The samples that count more see large values in other channels than the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(5, 12, generator=generator) ** 3
+    x = torch.randn(60, 12, generator=generator)
+    significance = torch.tensor([1.7] * 30 + [0.3] * 30)
+    x[:30, :6] *= 0.1
+    x[30:, 6:] *= 0.1
+    recipe = Recipe(WeightRecipe("fp4", granularity="tensor"), ActivationRecipe(None))
+    found = search(weight, x, significance, recipe).weights[0]
+
+    def best(significance: Tensor) -> Quantizer:
+        def error(trial: Quantizer) -> float:
+            output = x.double() @ (trial(weight) - weight).double().T
+            return (output.square().sum(1) * significance.double()).sum().item()
+
+        return min([trial for fmt in recipe.weight_formats() for trial in candidates(fmt, weight)], key=error)
+
+    expected, others = best(significance), [best(torch.ones(60)), best(significance**2)]
+    assert found.format == expected.format
+    assert found.scale.item() == pytest.approx(expected.scale.item(), rel=1e-5)
+    assert all(
+        (other.format, other.scale) != (expected.format, expected.scale) for other in others
+    )  # they are told apart
