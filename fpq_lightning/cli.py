@@ -100,15 +100,21 @@ def study(arguments: list[str]) -> None:
 
 def export_model(arguments: list[str]) -> None:
     """``fpq export``: a quantized pipeline in another form."""
-    from fpq_lightning.storage.export import export
-    from fpq_lightning.storage.exports.registry import export_help
     from fpq_lightning.utils.options import OptionParser
 
     parser = OptionParser(prog="fpq export", description="Writes a quantized pipeline in another form.")
     parser.add_argument("model", type=str, help="Directory of a quantized pipeline, such as runs/NAME/quantized.")
-    parser.add_argument("--format", type=str, required=True, help=export_help())
+    formats = ""
+    if {"-h", "--help"} & {*arguments}:  # they take seconds to import, which wrong options are not to wait for
+        from fpq_lightning.storage.exports.registry import export_help
+
+        formats = export_help()
+    parser.add_argument("--format", type=str, required=True, help=formats)
     parser.add_argument("--output", type=str, required=True, help="A new directory.")
     options = parser.parse_args(arguments[1:])
+
+    from fpq_lightning.storage.export import export
+
     _quiet_libraries()
     export(options.model, options.output, options.format)
     logger.info("wrote %s", options.output)

@@ -37,6 +37,7 @@ import fpq_lightning as fpq
 from fpq_lightning import SamplerConfig, load_quantized
 from fpq_lightning.diffusion.sampling import sample, set_sampler
 from fpq_lightning.evaluation import sampling
+from fpq_lightning.storage.exports.registry import EXPORTS
 
 FEATURES = CHECKOUT / "data" / "cifar10-features"
 
@@ -295,13 +296,18 @@ def test_a_test_with_another_sampler_in_the_same_place_is_refused_in_one_line(
 # --- help, and what comes at once ------------------------------------------------------------------------------
 
 
+def _python(code: str, *arguments: str) -> Outcome:
+    """Runs Python in a fresh process."""
+    env = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, timeout=100)  # bytes: a \r is not to become a \n
+    return Outcome(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
 def _fpq(*arguments: str) -> tuple[Outcome, float]:
     """Runs ``fpq`` in a fresh process, and says how much CPU time it took."""
-    env = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "fpq_lightning.cli", *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, timeout=100)  # bytes: a \r is not to become a \n
-    found = Outcome(done.returncode, done.stdout.decode(), done.stderr.decode())
+    found = _python("from fpq_lightning.cli import main; main()", *arguments)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return found, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -387,6 +393,11 @@ def test_help_on_a_group_says_all_of_each_option(capsys: pytest.CaptureFixture[s
     _assert_one_line(run_fpq(capsys, ["fit", "--help", "recipes"]), "there is help on recipe, data, sampler")
 
 
+def test_help_on_export_lists_the_formats(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = " ".join(run_fpq(capsys, ["export", "--help"]).out.split())
+    assert all(f"{export.name}: {export.help}" in shown for export in EXPORTS)
+
+
 def test_the_commands_of_a_run_say_nothing_that_a_user_cannot_act_on(tmp_path: Path) -> None:
     model, run = tiny_text_to_image(tmp_path / "tiny"), tmp_path / "run"
     fit = [*fit_arguments(model, run, iterations=2, n_images=2), "--sampler.prompts=['a cat','a dog']"]
@@ -395,19 +406,15 @@ def test_the_commands_of_a_run_say_nothing_that_a_user_cannot_act_on(tmp_path: P
     test = ["test", quantized, *common, "--evaluation.n_images=2", f"--output={tmp_path / 'test'}"]
     predict = ["predict", quantized, *common, "--n_images=2", f"--output={tmp_path / 'images'}"]
     export = ["export", str(run / "quantized"), "--format=dequantized", f"--output={tmp_path / 'plain'}"]
-    for command in (
-        fit,
-        [*test, "--sampler.prompts=['a cat','a dog']"],
-        [*predict, "--prompts=['a cat','a dog']"],
-        export,
-        ["inspect", str(run / "quantized")],
-    ):
-        found, _ = _fpq(*command)
-        assert found.code == 0, found.err
-        assert "\r" not in found.err
-        for line in found.err.splitlines():
-            is_progress = re.fullmatch(r"[\w .+]+: +\d+% \d+/\d+ \[.*\]", line)
-            assert is_progress or line.startswith("warning: 2 images are too few"), line
+    test += ["--sampler.prompts=['a cat','a dog']"]
+    predict += ["--prompts=['a cat','a dog']"]
+    commands = [fit, test, predict, export, ["inspect", str(run / "quantized")]]
+    found = _python(f"from fpq_lightning.cli import main\nfor command in {commands!r}: main(command)")
+    assert found.code == 0, found.err
+    assert "\r" not in found.err
+    for line in found.err.splitlines():
+        is_progress = re.fullmatch(r"[\w .+]+: +\d+% \d+/\d+ \[.*\]", line)
+        assert is_progress or line.startswith("warning: 2 images are too few"), line
 
 
 # --- bad input -------------------------------------------------------------------------------------------------
