@@ -92,8 +92,9 @@ def test_unusable_prompts_are_one_clear_line(
     file = tmp_path / "prompts.csv"
     if text is not None:
         file.write_text(text)
+    sampler = SamplerConfig(prompts=str(file), prompt_column=column)
     with pytest.raises(error, match=message) as found:
-        SamplerConfig(prompts=str(file), prompt_column=column)
+        sampler.check()
     assert "\n" not in str(found.value)
 
 

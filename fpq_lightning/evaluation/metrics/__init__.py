@@ -1,7 +1,4 @@
-"""Metrics of image quality: each module here registers one, and importing this package imports them all.
-
-To add a metric, put a file here or call `METRICS.register` from elsewhere. Reports and studies then show it.
-"""
+"""Metrics of image quality: each module here registers its own, and importing this package imports them all."""
 
 from importlib import import_module
 from pkgutil import iter_modules
