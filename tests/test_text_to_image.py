@@ -93,7 +93,7 @@ def test_unusable_prompts_are_one_clear_line(
     if text is not None:
         file.write_text(text)
     with pytest.raises(error, match=message) as found:
-        SamplerConfig(prompts=str(file), prompt_column=column)
+        SamplerConfig(prompts=str(file), prompt_column=column).check()
     assert "\n" not in str(found.value)
 
 
