@@ -22,7 +22,7 @@ quickstart: $(STAMP)
 	$(BIN)/fpq fit --config configs/quickstart.yaml --ckpt_path last
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
