@@ -42,5 +42,5 @@ def test_a_set_made_otherwise_is_refused_and_told_what_differs(
 ) -> None:
     directory = str(tmp_path / "set")
     quantize(tmp_path / "a", fpq.CalibrationDataModule(n_samples=8, directory=directory))
-    with pytest.raises(ValueError, match=rf"calibration set at .* was made otherwise \({named}: "):
+    with pytest.raises(ValueError, match=rf"calibration set at .* was made with other settings \({named}: "):
         quantize(tmp_path / "b", fpq.CalibrationDataModule(n_samples=8, directory=directory, **options), model)
