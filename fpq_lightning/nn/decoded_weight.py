@@ -15,12 +15,12 @@ _HARMLESS = ("requires_grad_", "share_memory_")
 
 
 class DecodedWeight(Tensor):
-    """What is read of a packed weight: a copy, so that it refuses to be written, which would be lost.
+    """The weight of a packed layer, decoded for a reader. It is a copy, so it refuses writes, which would be lost.
 
-    Operations that write are told by their names. Asking torch was tried in two ways. Schemas in `__torch_dispatch__`
-    also find writes to views, but such tensors cannot be printed or turned into lists and numpy arrays. Comparing the
-    counts of writes before and after an operation takes 8 us instead of 5, fails for tensors of inference mode and
-    under `torch.compile`, and refuses a write when it is done.
+    The names of operations tell which of them write. Two ways to ask torch instead were tried. Operator schemas in
+    `__torch_dispatch__` also find writes to views, but such tensors cannot be printed or turned into lists and numpy
+    arrays. Comparing the counts of writes before and after an operation takes 8 us instead of 5, fails in inference
+    mode and under `torch.compile`, and refuses a write only after it happened.
     """
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What a Linear or Conv layer multiplies, without the layer: codes, scales, bias, and how a filter moves."""
+"""The operands of a Linear or Conv layer without the layer: codes, scales, bias, and how a filter moves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Convolution(NamedTuple):
     """How a filter moves over its input; attributes as of `torch.nn.Conv2d`.
 
     Attributes:
-        edges: padding for `torch.nn.functional.pad`, where the mode is not ``zeros``.
+        edges: padding for `torch.nn.functional.pad`, if the mode is not ``zeros``.
     """
 
     stride: tuple[int, ...]
@@ -31,11 +31,11 @@ class Convolution(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """The operands of a packed layer, apart from its input.
+    """What the input of a packed layer is multiplied with.
 
     Attributes:
         weights: the packed parts of the weight.
-        inputs: the quantizers of the parts of the input; empty where it is in full precision.
+        inputs: the quantizers of the parts of the input; empty if it stays in full precision.
         splits: input channels of each part.
         bias: `[out]` or None.
         convolution: how the filter moves; None for a Linear layer.
@@ -68,11 +68,11 @@ class Operands(NamedTuple):
 
 
 def quantize_input(x: Tensor, quantizers: Sequence[Quantizer], splits: Sequence[int], dim: int) -> Tensor:
-    """Quantizes and dequantizes each part of an input; leaves it as it is without quantizers.
+    """Quantizes and dequantizes each part of an input. Without quantizers the input stays as it is.
 
     Args:
         x: the input.
-        quantizers: one a part, or none.
+        quantizers: one for each part, or none.
         splits: channels of each part.
         dim: the dimension of the channels.
     """

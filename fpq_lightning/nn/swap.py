@@ -14,12 +14,12 @@ from torch import nn
 class SwappedModule(nn.Module):
     """Base of classes that a plain module is turned into by `swap`, and back by `restore`.
 
-    Annotations of its subclasses declare the attributes that an instance has beyond those of its plain class. `swap`
-    takes a value for each of them, and `restore` removes them.
+    A subclass annotates every attribute that it adds to its plain class. `swap` takes a value for each of them, and
+    `restore` removes them.
 
     Attributes:
-        plain: the class to which it goes back.
-        own_attributes: names of what its annotations declare.
+        plain: the class that a module had before.
+        own_attributes: names of the annotated attributes.
     """
 
     plain: ClassVar[type[nn.Module]]
@@ -32,8 +32,8 @@ class SwappedModule(nn.Module):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Makes a plain module if there are arguments."""
-        # Adapters (LoRA of peft) make their layers by `type(base_layer)(sizes)`, and those are to be plain. Copying and
-        # unpickling call this without arguments.
+        # Adapters (LoRA in peft) make their layers with `type(base_layer)(sizes)`; these must be plain layers. Copying
+        # and unpickling pass no arguments.
         return cls.plain(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
 
@@ -44,15 +44,15 @@ def swap(module: nn.Module, kind: type[S], **state: Any) -> S:
     """Turns a module into another class in place.
 
     Args:
-        module: of the plain class of `kind`, or swapped already: then it is restored first.
-        kind: the class.
-        state: a value for each attribute that the class declares.
+        module: of the plain class of `kind`. A swapped module is restored first.
+        kind: the new class.
+        state: a value for each attribute that the class annotates.
 
     Raises:
-        TypeError: if an attribute has no value, or a value no attribute.
+        TypeError: if an attribute has no value, or if a value is for no annotated attribute.
     """
     if wrong := kind.own_attributes ^ state.keys():
-        raise TypeError(f"{kind.__name__} declares other attributes than are given: {', '.join(sorted(wrong))}")
+        raise TypeError(f"{kind.__name__} annotates other attributes than are given: {', '.join(sorted(wrong))}")
     restore(module)
     module.__class__ = kind
     for name, value in state.items():

@@ -216,8 +216,8 @@ class CalibrationDataModule(pl.LightningDataModule):
             return
         if changed := self.key.differences(json.loads(file.read_text())):
             raise ValueError(
-                f"the calibration set at {file.parent} was made with other settings ({shorten(changed)}): choose another "
-                "data.directory or delete it"
+                f"the calibration set at {file.parent} was made with other settings ({shorten(changed)}): choose "
+                "another data.directory or delete it"
             )
 
     def train_dataloader(self) -> UnitBatches:

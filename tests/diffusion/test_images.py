@@ -201,6 +201,22 @@ def test_real_images_of_several_sizes_come_in_batches_of_one(tmp_path: Path) -> 
     ]
 
 
+def test_real_images_are_described_without_tf32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    evaluator = _evaluator(n_images=8, real=str(_folder(tmp_path / "folder")))
+    (network,) = evaluator.networks.values()
+    describe, seen = network.describe, []
+
+    def noting(images: Tensor) -> dict[str, Tensor]:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return describe(images)
+
+    network.describe = noting
+    evaluator.metrics(CPU)
+    assert seen
+    assert not any(seen)
+
+
 def _with_a_corrupt_image(directory: Path) -> Path:
     folder = _folder(directory)
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:200])

@@ -18,6 +18,7 @@ from scipy import stats
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from fpq_lightning.diffusion.sampling import SamplerConfig
+from fpq_lightning.evaluation import evaluator as evaluator_module
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.evaluation.evaluator import Evaluator
 from fpq_lightning.evaluation.metrics.class_accuracy import PromptedClassAccuracy
@@ -193,3 +194,17 @@ def test_one_and_two_processes_say_the_same(tmp_path: Path) -> None:
     assert len(names) == 3
     for other in found[1:]:
         assert {name: other[name] for name in names} == pytest.approx({name: found[0][name] for name in names})
+
+
+def test_every_image_of_every_batch_is_judged_by_the_prompt_of_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluator_module, "_BATCH", 4)
+    prompts = [f"a {CLASSES[i]}" for i in (0, 1, 1, 0, 1, 0, 0)]
+    seeds = range(5, 16)
+    evaluator = Evaluator(EvaluationConfig(n_images=11), SamplerConfig(prompts=prompts, batch_size=3))
+    evaluator.networks = {"features": _Logits()}  # type: ignore[misc]
+    winners = [CLASSES.index(prompts[seed % 7][2:]) for seed in seeds]
+    for wrong in (0, 3):  # of the first ones
+        chosen = [1 - w if i < wrong else w for i, w in enumerate(winners)]
+        images = _logits(chosen)[:, :, None, None]
+        found = evaluator.compare(images, seeds, images, torch.device("cpu"), same_seeds=False)
+        assert found["class_accuracy"] == pytest.approx(1 - wrong / 11)

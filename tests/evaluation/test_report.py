@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from models import fit_arguments, save_tiny
 from torch import Tensor, nn
 
 import fpq_lightning as fpq
 from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.cli import main
+from fpq_lightning.evaluation.report.figures import unit_errors
 from fpq_lightning.evaluation.report.html import render_html
 from fpq_lightning.evaluation.report.markdown import render_markdown, variants_table
 from fpq_lightning.evaluation.statistics import activation_ranges, layer_statistics, weight_statistics
@@ -28,6 +30,7 @@ from fpq_lightning.nn.calibrated import LayerQuantization
 from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 
+QUANTIZED = "quantized"  # how the label of what was kept begins
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
 )
@@ -155,6 +158,25 @@ def test_bits_and_zeros_are_those_of_the_quantized_weights() -> None:
     assert whole["quantized_share"] == 1
 
 
+def test_bits_count_the_offsets_of_scales() -> None:
+    layer = make_quantized(nn.Linear(12, 5).requires_grad_(False), Granularity("channel"))
+    scale = torch.full((5, 1), 0.1)
+    layer.variants["quantized"] = LayerQuantization([Quantizer(parse_format("uint4"), scale, -8 * scale)])
+    (found,) = layer_statistics(nn.Sequential(layer))
+    assert found["bits"] == pytest.approx(4 + (32 + 32) / 12)
+
+
+def test_the_clip_of_an_input_in_parts_is_the_largest_of_them() -> None:
+    model = _TwoLayers().requires_grad_(False)
+    layer = make_quantized(model.b, Granularity("tensor"), (2, 4))
+    e4m3 = parse_format("e4m3")
+    inputs = [Quantizer(e4m3, torch.tensor(scale)) for scale in (0.03, 0.01)]
+    layer.variants["quantized"] = LayerQuantization(inputs=inputs)
+    calibration = CalibrationSet({"sample": torch.randn(5, 4), "timestep": torch.arange(5)}, torch.ones(5))
+    (found,) = activation_ranges(model, calibration, 5, torch.device("cpu"))["layers"]
+    assert found["clip"] == pytest.approx(0.03 * e4m3.max)
+
+
 def test_activation_ranges_are_the_largest_inputs_of_each_span_of_timesteps() -> None:
     model = _quantized_layers()
     generator = torch.Generator().manual_seed(1)
@@ -207,6 +229,17 @@ def test_the_page_fetches_nothing() -> None:
     assert not [link for _, link in links.found if not link.startswith(("data:", "#"))]
     assert "@import" not in page
     assert not re.search(r"url\((?!#)", page)
+
+
+def test_the_figure_of_units_shows_each_error_under_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: dict[str, list[float]] = {}
+    monkeypatch.setattr(Axes, "scatter", lambda axis, x, y, label, **options: shown.update({label: list(y)}))
+    monkeypatch.setattr(Axes, "legend", lambda axis, **options: None)
+    blocks = [_block(i) for i in range(4)]
+    unit_errors(blocks)
+    nearest, quantized = (next(v for label, v in shown.items() if label.startswith(n)) for n in ("nearest", QUANTIZED))
+    assert nearest == [block["error_nearest"] for block in blocks]
+    assert quantized == [block["error_quantized"] for block in blocks]
 
 
 def test_the_page_escapes_what_it_is_told() -> None:

@@ -481,6 +481,20 @@ def test_a_sample_of_an_operand_is_bounded_sees_every_key_and_holds_the_extremes
     assert counts.max() - counts.min() <= 1  # and calls have equal parts
 
 
+def test_the_sample_of_an_operand_holds_the_extremes_of_every_call_wherever_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention_module, "_SAMPLE", 100)
+    draw = torch.Generator().manual_seed(0)
+    sample, extremes = OperandSample(), []
+    for number in range(12):
+        x = torch.randn(4, 50, generator=draw)
+        x[number % 4, 7 + number], x[1 + number % 3, 30 - number] = 10.0 + number, -10.0 - number
+        extremes += [10.0 + number, -10.0 - number]
+        sample(x)
+    assert set(extremes) <= set(sample.values[0].tolist())
+
+
 def test_an_operand_that_is_not_finite_is_refused_by_name() -> None:
     model, unit = _two_calls()
     bad = _inputs()

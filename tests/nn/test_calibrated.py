@@ -198,14 +198,17 @@ def test_bias_of_the_quantization_replaces_that_of_the_layer() -> None:
 
 
 def test_a_weight_that_a_cast_rounds_is_quantized_anew() -> None:
+    """A hair above the middle of 1 and 1.5 in float32, at the middle in bfloat16, which goes to 1."""
     _, layer, x = make_ready()
+    nearest = layer.variants["nearest"]
+    nearest.weights[0].scale.fill_(1.0)
+    layer.weight.fill_(1.25 + 2**-12)
     layer.set_mode("nearest")
-    before = layer(x)
+    layer.bias.zero_()
+    assert torch.equal(layer(x), F.linear(nearest.inputs[0](x), torch.full((4, 6), 1.5), layer.bias))
     layer.bfloat16().float()
-    weight = layer.variants["nearest"].weights[0](layer.weight)
-    found = layer(x)
-    assert torch.equal(found, F.linear(layer.variants["nearest"].inputs[0](x), weight, layer.bias))
-    assert not torch.equal(found, before)
+    quantized = nearest.inputs[0](x)
+    assert torch.equal(layer(x), F.linear(quantized, torch.ones(4, 6), layer.bias))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

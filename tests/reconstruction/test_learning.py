@@ -27,7 +27,7 @@ from fpq_lightning.calibration.disk import load_calibration_set
 
 STEPS_A_BATCH = 10  # Lightning's callbacks see the last of so many steps
 SAMPLES, TRAIN = 16, 12
-NEAREST = "nearest"
+NEAREST, QUANTIZED = "nearest", "quantized"
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
 STEPS = torch.tensor([0.5, 0.5, 0.5, 0.5, 1.0, 1.0, 2.0, 2.0], dtype=torch.float64)  # above each of them
 
@@ -50,16 +50,21 @@ class Recorder(pl.Callback):
 
 
 def learn(
-    directory: Path, pipeline: DDPMPipeline, layers: str, recorder: Recorder, **rounding: Any
+    directory: Path,
+    pipeline: DDPMPipeline,
+    layers: str,
+    recorder: Recorder,
+    activations: str | None = None,
+    **rounding: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Quantizes the weights of some layers to E2M1, every step on all samples that are learned from.
+    """Quantizes some layers, their weights to E2M1, every step on all samples that are learned from.
 
     Returns:
         The samples that the denoiser saw, float64 `[16, 3, 8, 8]`, and their weights.
     """
     recipe = Recipe(
         WeightRecipe("e2m1"),
-        ActivationRecipe(None),
+        ActivationRecipe(activations),
         rounding=RoundingRecipe(**{"batch_size": TRAIN, **rounding}),
         include=[layers],
         correct_biases=False,
@@ -236,3 +241,19 @@ def test_the_regulariser_is_a_mean_over_weights_however_unequal_the_layers_of_a_
         assert losses["rounding_loss"] == pytest.approx(expected, rel=1e-4)
         by_layer = 0.7 * sum(t.mean().item() for t in terms) / 2
         assert abs(by_layer - expected) > 0.1 * expected  # the two means are told apart
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("activations", [True, False])
+def test_scales_are_learned_where_the_recipe_says_so_and_nowhere_else(
+    tmp_path: Path, weights: bool, activations: bool
+) -> None:
+    pipeline, recorder = tiny_pipeline(), Recorder()
+    scales = {"learn_weight_scales": weights, "learn_activation_scales": activations}
+    learn(tmp_path / "run", pipeline, "conv_in", recorder, "fp8", iterations=40, learning_rate=0.03, **scales)
+    nearest, quantized = (pipeline.unet.conv_in.variants[name] for name in (NEAREST, QUANTIZED))
+    assert quantized.codes is not None  # what was learned is what is kept
+    for kind, learned in (("weights", weights), ("inputs", activations)):
+        (before,), (after,) = getattr(nearest, kind), getattr(quantized, kind)
+        assert torch.equal(before.scale, after.scale) == (not learned)
+    assert len(recorder.variables[0]) == 1 + weights + activations

@@ -78,6 +78,17 @@ def test_both_forms_give_the_same_outputs(finished: Path, tmp_path: Path, capsys
     assert torch.allclose(images(tmp_path / "plain"), images(finished), atol=1e-5)
 
 
+def test_offsets_of_inputs_survive_both_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--recipe.activations.formats=uint8", "--recipe.rounding.learned=false"]
+    outcome = run_fpq(capsys, [*fit_arguments(save_tiny(tmp_path / "model"), tmp_path / "run"), *options])
+    assert outcome.code == 0, outcome.err
+    export(capsys, tmp_path / "run" / "quantized", "dequantized", tmp_path / "plain")
+    description = json.loads((tmp_path / "plain" / "quantization.json").read_text())
+    offsets = [part["offset"] for layer in description["layers"].values() for part in layer["inputs"]]
+    assert any(offset not in (None, 0) for offset in offsets)
+    assert torch.allclose(images(tmp_path / "plain"), images(tmp_path / "run" / "quantized"), atol=1e-5)
+
+
 def test_packed_files_come_back_from_the_dequantized_form_with_the_same_weights(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

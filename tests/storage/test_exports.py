@@ -14,14 +14,21 @@ from diffusers import UNet2DModel
 from diffusers.quantizers.bfl.bfl_quantizer import BFLQuantizer
 from diffusers.quantizers.bfl.utils import _dequantize_weight
 from diffusers.quantizers.quantization_config import BFLQuantizationConfig
-from models import fit_arguments, run_fpq, save_tiny
+from models import fit_arguments, run_fpq, save_tiny, tiny_pipeline
 from packed_reader import read_denoiser, read_safetensors
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fpq_lightning.formats.numbers import parse_format
+from fpq_lightning.formats.scales import parse_scale_format
+from fpq_lightning.nn.convert import make_packed
+from fpq_lightning.nn.packed_weight import PackedWeight
+from fpq_lightning.quantization.quantizer import Quantizer
 from fpq_lightning.storage.exports.nvfp4 import share_tensor_scales
+from fpq_lightning.storage.exports.registry import EXPORTS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+E4M3_SCALES = parse_scale_format("float8_e4m3fn")
 RECIPES = {
     "nvfp4": ["--config", "nvfp4"],
     "mxfp4": ["--config", "mxfp4"],
@@ -311,3 +318,21 @@ def test_a_model_of_which_no_layer_fits_is_one_line(
     assert "no layer fits" in outcome.errors[0]
     assert advice in outcome.errors[0]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("offset", "largest"), [(-7.0, 7.0), (-1.0, 2.0), (None, 3.0)])
+def test_the_input_scale_of_nvfp4_reaches_the_larger_end_of_an_input_with_an_offset(
+    offset: float | None, largest: float, tmp_path: Path
+) -> None:
+    """The input reaches from its offset to its offset plus 3."""
+    pipeline, name = tiny_pipeline(), "time_embedding.linear_2"
+    layer = pipeline.unet.get_submodule(name).requires_grad_(False)
+    rows = layer.weight.reshape(-1, 16)
+    weights = Quantizer(parse_format("float4_e2m1fn"), torch.ones(len(rows), 1), None, (-1,), E4M3_SCALES)
+    ue4m4 = parse_format("ue4m4")
+    inputs = Quantizer(ue4m4, torch.tensor(3 / ue4m4.max), None if offset is None else torch.tensor(offset))
+    packed = PackedWeight.of(weights, weights.encode(rows), layer.weight.shape)
+    make_packed(layer, (layer.weight.shape[1],), [packed], [inputs])
+    EXPORTS["nvfp4"].convert(pipeline, {}, tmp_path)
+    found = pipeline.unet.state_dict()[f"{name}.input_scale"]
+    assert found.item() == pytest.approx(largest / (6 * 448))

@@ -121,6 +121,16 @@ def test_saving_leaves_the_pipeline_as_it_was(pipeline: DiffusionPipeline, tmp_p
     assert all(torch.equal(v, state[k]) for k, v in pipeline.unet.state_dict().items())
 
 
+@pytest.mark.parametrize("form", ["fpq", "dequantized"])
+def test_saving_leaves_the_configuration_of_the_denoiser_as_it_was(
+    form: str, pipeline: DiffusionPipeline, tmp_path: Path
+) -> None:
+    before = dict(pipeline.unet.config)
+    save_quantized(pipeline, tmp_path / "q", DETAILS, form)  # type: ignore[arg-type]
+    assert dict(pipeline.unet.config) == before
+    assert "quantization_config" not in pipeline.unet.config
+
+
 def test_is_quantized_tells_a_quantized_pipeline_from_a_plain_one(saved: Path, tmp_path: Path) -> None:
     assert is_quantized(saved)
     assert not is_quantized(save_tiny(tmp_path / "plain"))

@@ -14,8 +14,8 @@ from fpq_lightning.nn.operands import Operands
 from fpq_lightning.utils.registry import Registry
 
 Arithmetic = Literal["native", "simulated"]
-"""``native`` takes the best path that a device has; ``simulated`` is equal to the calibrated model's, to the bits of
-products in the type of the input."""
+"""``native`` takes the best path of the device. ``simulated`` computes what the calibrated model computed, with products
+in the type of the input."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,16 @@ class ArithmeticPath:
     """A way to compute a packed layer.
 
     Attributes:
-        name: in listings.
-        help: one line.
-        rank: of all paths that a layer can take, the one of the lowest rank is taken.
-        fits: whether it can compute with operands, by their formats, scales and shapes.
-        available: whether it runs on a device, for inputs of a type.
-        run: the layer's result for an input.
-        takes: whether it takes an input that `fits` and `available` could not know, such as one without a batch.
-        low_bit: whether products read low-bit operands. Such have no gradient, and take no empty input.
-        max_rows: rows of the input up to which it is taken; None for any number.
+        name: of the path.
+        help: what it does, in one line.
+        rank: a layer takes the path of the lowest rank among those that it can take.
+        fits: whether the path can compute with operands. Depends on their formats, scales and shapes.
+        available: whether the path runs on a device, for inputs of a type.
+        run: computes the output of a layer from its input and operands.
+        takes: whether the path takes an input. Checks what only a call shows, such as a missing batch dimension.
+        low_bit: whether products read low-bit operands. Low-bit paths get no empty inputs and no inputs that need a
+            gradient.
+        max_rows: the most rows of the input for which the path is taken; None for no limit.
     """
 
     name: str
@@ -45,29 +46,29 @@ class ArithmeticPath:
     max_rows: int | None = None
 
     def takes_rows(self, elements: int, channels: int) -> bool:
-        """Whether it takes an input of so many elements and channels."""
+        """Whether an input with this many elements and channels has no more than `max_rows` rows."""
         return self.max_rows is None or elements <= self.max_rows * channels
 
 
 PATHS: Registry[ArithmeticPath] = Registry("arithmetic path")
 
 Plan = tuple[str, ...]
-"""Names of the paths that a layer may take, best first; names, since compilers take no objects for constants."""
+"""Names of the paths that a layer can take, best first. Names, since `torch.compile` takes no objects as constants."""
 
 
 def fitting_paths(operands: Operands) -> Plan:
-    """Names of the paths that operands fit, best first. Looked at once: compilers need not follow."""
+    """Names of the paths that fit operands, best first. Computed once for each layer, outside of `torch.compile`."""
     return tuple(path.name for path in sorted(PATHS, key=lambda path: path.rank) if path.fits(operands))
 
 
 def choose(fitting: Plan, hardware: Hardware, dtype: torch.dtype, arithmetic: Arithmetic) -> Plan:
-    """The paths that a layer may take.
+    """The paths that a layer can take.
 
     Args:
-        fitting: by `fitting_paths`.
-        hardware: where it is to run.
+        fitting: from `fitting_paths`.
+        hardware: of the device that the layer runs on.
         dtype: of the input.
-        arithmetic: what is wished for.
+        arithmetic: that was chosen for the layer.
     """
     paths = [PATHS[name] for name in fitting]
     wanted = [path for path in paths if arithmetic == "native" or not path.low_bit]
@@ -76,12 +77,16 @@ def choose(fitting: Plan, hardware: Hardware, dtype: torch.dtype, arithmetic: Ar
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def plan_for(fitting: Plan, device: torch.device, dtype: torch.dtype, arithmetic: Arithmetic) -> Plan:
-    """`choose` on a device; nothing that a compiler traces."""
+    """`choose` for a device; `torch.compile` takes the result as a constant."""
     return choose(fitting, hardware_of(device), dtype, arithmetic)
 
 
 def run(plan: Plan, x: Tensor, operands: Operands) -> Tensor:
-    """Runs a layer on the best path for an input."""
+    """Runs a layer on the best path for an input.
+
+    Raises:
+        ValueError: if no path takes the input.
+    """
     bias = operands.bias
     learns = (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled()
     elements = x.numel()
