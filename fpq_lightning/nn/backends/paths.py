@@ -14,8 +14,8 @@ from fpq_lightning.nn.operands import Operands
 from fpq_lightning.utils.registry import Registry
 
 Arithmetic = Literal["native", "simulated"]
-"""``native`` takes the best path of the device. ``simulated`` computes what the calibrated model computed, with products
-in the type of the input."""
+"""``native`` takes the best path of the device. ``simulated`` computes what the calibrated model computed, with
+products in the type of the input."""
 
 
 @dataclass(frozen=True)
