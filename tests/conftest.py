@@ -17,7 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub: tests nee
 
 if find_spec("triton"):  # that its kernels are to be interpreted is read when they are imported
     os.environ["TRITON_INTERPRET"] = "1"
-    for name in ("conv", "decode", "fake_quantize", "skinny_gemm", "learned_rounding", "quantize", "weight_gemm"):
+    kernels = ("column_rounding", "conv", "decode", "fake_quantize", "learned_rounding", "quantize", "skinny_gemm")
+    for name in (*kernels, "weight_gemm"):
         import_module(f"fpq_lightning.kernels.{name}")
     del os.environ["TRITON_INTERPRET"]  # most tests are not to use them
 

@@ -223,3 +223,52 @@ def round_pixels_to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
 
         return kernel.quantize_pixels(x, scale)
     return reference.round_to_e4m3(x.permute(0, 2, 3, 1), scale)
+
+
+# --- rounding of columns -------------------------------------------------------------------------------------------
+
+MAX_COLUMNS = 128
+"""Columns that are rounded in one call."""
+
+
+def descend_columns(q: Tensor, gradient: Tensor, hessian: Tensor, scale: Tensor, offset: Tensor, fmt: Format) -> Tensor:
+    """Rounds columns in turn to ``q_j + gradient_j / H_jj``, the best grid value given all other columns.
+
+    Args:
+        q: grid values, float32 `[out, n]`, at most `MAX_COLUMNS`.
+        gradient: ``(target - q) H``, float32 `[out, n]`.
+        hessian: H of these columns, float32 `[n, n]`.
+        scale: of each weight, float32 `[out, n]`.
+        offset: likewise.
+        fmt: the number format.
+
+    Returns:
+        Grid values, float32 `[out, n]`.
+    """
+    if fmt.spacing is not None and kernels_run_for(q):
+        from fpq_lightning.kernels import column_rounding as kernel  # needs Triton
+
+        return kernel.descend_columns(q, gradient, hessian, scale, offset, fmt.spacing)
+    return reference.descend_columns(q, gradient, hessian, scale, offset, fmt)
+
+
+def compensate_columns(
+    left: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, fmt: Format
+) -> tuple[Tensor, Tensor]:
+    """Rounds columns in turn and takes the error of each out of the later ones (GPTQ, arXiv 2210.17323).
+
+    Args:
+        left: weights, float32 `[out, n]`, at most `MAX_COLUMNS`.
+        factor: of these columns, of the upper Cholesky factor of the inverse Hessian, float32 `[n, n]`.
+        scale: of each weight, float32 `[out, n]`.
+        offset: likewise.
+        fmt: the number format.
+
+    Returns:
+        Grid values, and errors relative to the diagonal of the factor, both float32 `[out, n]`.
+    """
+    if fmt.spacing is not None and kernels_run_for(left):
+        from fpq_lightning.kernels import column_rounding as kernel  # needs Triton
+
+        return kernel.compensate_columns(left, factor, scale, offset, fmt.spacing)
+    return reference.compensate_columns(left, factor, scale, offset, fmt)

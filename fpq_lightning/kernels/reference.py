@@ -119,3 +119,32 @@ def rounded_weight(
 def rounding_regulariser(h: Tensor, beta: Tensor | float) -> Tensor:
     """Mean of ``1 - |2h - 1|^beta`` (AdaRound, equation 24): zero once every h is 0 or 1."""
     return (1 - (2 * h - 1).abs().pow(beta)).mean()
+
+
+# --- rounding of columns -------------------------------------------------------------------------------------------
+
+
+def descend_columns(q: Tensor, gradient: Tensor, hessian: Tensor, scale: Tensor, offset: Tensor, fmt: Format) -> Tensor:
+    """Columns rounded in turn, each given all others; arguments as in `fpq_lightning.kernels.ops.descend_columns`."""
+    q, gradient = q.clone(), gradient.clone()
+    for j, row in enumerate(hessian):
+        value = _nearest(q[:, j] + gradient[:, j] / row[j], scale[:, j], offset[:, j], fmt)
+        gradient -= (value - q[:, j])[:, None] * row
+        q[:, j] = value
+    return q
+
+
+def compensate_columns(
+    left: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, fmt: Format
+) -> tuple[Tensor, Tensor]:
+    """Columns rounded in turn, the later ones making up for errors; as in `kernels.ops.compensate_columns`."""
+    left, q, errors = left.clone(), torch.empty_like(left), torch.empty_like(left)
+    for j, row in enumerate(factor):
+        q[:, j] = _nearest(left[:, j], scale[:, j], offset[:, j], fmt)
+        errors[:, j] = (left[:, j] - q[:, j]) / row[j]
+        left[:, j + 1 :] -= errors[:, j : j + 1] * row[j + 1 :]
+    return q, errors
+
+
+def _nearest(values: Tensor, scale: Tensor, offset: Tensor, fmt: Format) -> Tensor:
+    return fmt.quantize((values - offset) / scale) * scale + offset
