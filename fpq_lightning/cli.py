@@ -58,6 +58,7 @@ _FOREIGN_WARNINGS = (  # that say nothing a user could act on
     ".*isinstance\\(treespec, LeafSpec\\).*",
     ".*in eval mode at the start of training.*",  # the denoiser is frozen
     ".*is smaller than the logging interval.*",
+    ".*recommended to use `self.log.*sync_dist=True.*",  # what is logged is that of all processes already
     ".*Checkpoint directory .* exists and is not empty.*",
 )
 

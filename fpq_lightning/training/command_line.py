@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import warnings
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -11,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fpq_lightning.diffusion.pipelines import load_pipeline
@@ -216,6 +218,10 @@ def run_command(arguments: list[str]) -> None:
         RunError: if a calibration fails.
         ValueError: if an option is wrong.
     """
+    if getattr(
+        rank_zero_only, "rank", 0
+    ):  # options are checked before the processes know each other: the first one warns for all
+        warnings.filterwarnings("ignore", message=".*images are too few.*")
     try:
         command = FPQCommandLine(
             trainer_defaults=TRAINER_DEFAULTS,

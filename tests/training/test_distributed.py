@@ -477,6 +477,11 @@ def test_fpq_fit_on_two_devices_finishes_as_on_one(commands: Commands, lab: Lab,
     assert (launched / "quantized" / "model_index.json").is_file()
     assert len(blocks(one)) == UNITS
     assert_same_result(launched, one)
+    # Nothing that a user could not act on, and no process repeats what the first one says.
+    (outcome,) = commands["launched"].result()
+    warned = [line for line in outcome.err.splitlines() if "warning" in line.lower()]
+    assert all("images are too few" in line for line in warned), warned
+    assert len(warned) == len(set(warned))
 
 
 def test_processes_hold_equal_weights_after_every_unit(two: Path, lab: Lab) -> None:
