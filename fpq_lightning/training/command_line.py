@@ -218,9 +218,8 @@ def run_command(arguments: list[str]) -> None:
         RunError: if a calibration fails.
         ValueError: if an option is wrong.
     """
-    if getattr(
-        rank_zero_only, "rank", 0
-    ):  # options are checked before the processes know each other: the first one warns for all
+    # Options are checked before the processes know each other: the first one warns for all.
+    if getattr(rank_zero_only, "rank", 0):
         warnings.filterwarnings("ignore", message=".*images are too few.*")
     try:
         command = FPQCommandLine(
