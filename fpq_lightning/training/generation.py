@@ -138,7 +138,8 @@ class ImageGeneration(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Logs the metrics; those that need a reference are left out without one."""
         assert self.evaluator is not None
-        values = self.metrics.compute()
+        with using_tf32(False):
+            values = self.metrics.compute()
         if self.reference is None:
             relative = {column.key for metric in METRICS if metric.needs_reference for column in metric.columns}
             values = {key: None if key in relative else value for key, value in values.items()}

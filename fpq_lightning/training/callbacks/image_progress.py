@@ -5,27 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ProgressBar
 
+from fpq_lightning.training.callbacks.bar import SwitchableBar
 from fpq_lightning.training.generation import SeedDataModule
 from fpq_lightning.utils.progress import progress_bar
 
 
-class ImageProgress(ProgressBar):
+class ImageProgress(SwitchableBar):
     """Shows a bar over the images that this process samples in ``test`` or ``predict``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._bar: Any = None
-        self._enabled = True
-
-    def disable(self) -> None:
-        """Shows nothing, as Lightning asks of all processes but the first."""
-        self._enabled = False
-
-    def enable(self) -> None:
-        """Shows again."""
-        self._enabled = True
 
     def _open(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -44,10 +31,9 @@ class ImageProgress(ProgressBar):
     ) -> None:
         self._bar.update(len(batch["seeds"]))
 
-    def _close(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: Any = None) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    def _close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._bar.close()
 
     on_test_start = on_predict_start = _open
     on_test_batch_end = on_predict_batch_end = _move
-    on_test_end = on_predict_end = on_exception = _close
+    on_test_end = on_predict_end = _close

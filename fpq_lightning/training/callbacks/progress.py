@@ -6,11 +6,11 @@ from collections import Counter
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from fpq_lightning.reconstruction.report import UnitReport
 from fpq_lightning.training.calibration_callback import CalibrationCallback
+from fpq_lightning.training.callbacks.bar import SwitchableBar
 from fpq_lightning.training.module import BlockReconstruction
 from fpq_lightning.utils.progress import progress_bar
 
@@ -32,21 +32,8 @@ def unit_line(index: int, total: int, report: UnitReport) -> str:
     )
 
 
-class CalibrationProgress(ProgressBar, CalibrationCallback):
+class CalibrationProgress(SwitchableBar, CalibrationCallback):
     """Shows one bar over the steps of all units."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._bar: Any = None
-        self._enabled = True
-
-    def disable(self) -> None:
-        """Shows nothing, as Lightning asks of all processes but the first."""
-        self._enabled = False
-
-    def enable(self) -> None:
-        """Shows again."""
-        self._enabled = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the bar."""
@@ -79,11 +66,6 @@ class CalibrationProgress(ProgressBar, CalibrationCallback):
         assert isinstance(pl_module, BlockReconstruction)
         if self._enabled:
             tqdm.write(unit_line(pl_module.plan.unit, len(pl_module.units), report))
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves the line, so that what is said of the error starts a new one."""
-        if self._bar is not None:
-            self._bar.close()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Closes the bar."""
