@@ -98,7 +98,7 @@ def test_the_report_has_the_pinned_schema(report: dict[str, Any]) -> None:
     assert report["variants"]["quantized"]["psnr"] > 5
     keys = {"name", "parameters", "weight_formats", "activation_formats", "error_nearest", "error_quantized", "kept"}
     for block in report["blocks"]:
-        assert block.keys() == keys | {"iterations", "seconds"}
+        assert block.keys() == keys | {"error_closed_form", "iterations", "seconds"}
     calibration = report["calibration"]
     assert calibration.keys() == {"seconds", "peak_memory_bytes", "samples", "seeds"}
     assert calibration["samples"] == 16
@@ -152,7 +152,9 @@ def test_a_run_writes_one_line_a_unit(model: str, tmp_path: Path, capsys: pytest
     assert outcome.code == 0, outcome.err
     lines = [line for line in (outcome.out + outcome.err).replace("\r", "\n").splitlines() if "->" in line]
     assert len(lines) == 12
-    assert all("error" in line and ("(learned)" in line or "(nearest" in line) for line in lines)
+    assert all(
+        "error" in line and any(kept in line for kept in ("(learned)", "(closed form)", "(nearest")) for line in lines
+    )
     assert str(tmp_path / "run" / "quantized") in outcome.out
 
 
@@ -214,7 +216,7 @@ def test_print_config_prints_every_value_as_yaml(command: str, capsys: pytest.Ca
     assert config["sampler"]["steps"] == 7
     if command == "fit":
         assert config["recipe"]["weights"]["formats"] == "fp4"
-        assert config["data"]["n_samples"] == 5120
+        assert config["data"]["n_samples"] == 1024
 
 
 def test_predict_writes_the_images_that_load_quantized_samples(

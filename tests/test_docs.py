@@ -94,9 +94,10 @@ def test_the_notebook_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytes
     assert len(code) == 1
     model = save_tiny(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
-    program = code[0].replace("data/cifar10-ddpm-small", model).replace("n_samples=512", "n_samples=8")
+    program = code[0].replace("data/cifar10-ddpm-small", model).replace("n_samples=256", "n_samples=8")
     program = program.replace(
-        'fpq.WeightRecipe("fp4")', 'fpq.WeightRecipe("fp4"), rounding=fpq.RoundingRecipe(iterations=2)'
+        'fpq.WeightRecipe("fp4")',
+        'fpq.WeightRecipe("fp4"), rounding=fpq.RoundingRecipe(start="nearest", learned=True, iterations=2)',
     )
     program = program.replace('run_dir="runs/notebook"', 'run_dir="runs/notebook", sampler=fpq.SamplerConfig(steps=4)')
     assert program.count("iterations=2") == program.count("steps=4") == program.count("n_samples=8") == 1

@@ -160,7 +160,7 @@ def test_an_installed_fpq_finds_a_shipped_recipe_by_its_name(installed: Path, tm
     assert found.returncode == 0, found.stderr
     config = yaml.safe_load(found.stdout)
     assert config["recipe"]["hardware_types"] is True
-    assert config["recipe"]["rounding"]["iterations"] == 2500
+    assert config["recipe"]["rounding"]["start"] == "closed_form"
     assert config["model"] == "x"
     assert list(tmp_path.iterdir()) == []
 

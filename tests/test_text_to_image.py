@@ -313,7 +313,10 @@ def test_attention_of_a_text_to_image_model_is_quantized_saved_and_opened(
 ) -> None:
     pipeline = load_pipeline(model)
     sampler = SamplerConfig(steps=4, batch_size=4, prompts=PROMPTS, guidance_scale=3)
-    recipe = Recipe(attention=AttentionRecipe("fp8"), rounding=RoundingRecipe(iterations=4, batch_size=4))
+    recipe = Recipe(
+        attention=AttentionRecipe("fp8"),
+        rounding=RoundingRecipe(start="nearest", learned=True, iterations=4, batch_size=4),
+    )
     data = CalibrationDataModule(n_samples=16, n_search=8, micro_batch=8)
     quantize(pipeline, recipe, tmp_path / "run", data, sampler, base_model="tiny", accelerator="cpu")
     again = load_quantized(tmp_path / "run" / "quantized")

@@ -8,6 +8,7 @@ evaluated once for each path and sample.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -145,6 +146,7 @@ class NetworkReplay:
         store: for activations.
         micro_batch: samples a pass.
         quantized_inputs: whether `inputs` of a unit come from the quantized path.
+        keep_reference: whether the inputs of a unit on the full-precision path are kept, too.
     """
 
     def __init__(
@@ -155,6 +157,7 @@ class NetworkReplay:
         store: ActivationStore,
         micro_batch: int = 64,
         quantized_inputs: bool = True,
+        keep_reference: bool = False,
     ) -> None:
         self.model = model
         self.units = units
@@ -162,6 +165,7 @@ class NetworkReplay:
         self.micro_batch = micro_batch
         self.quantized_inputs = quantized_inputs
         self._input_path = "quantized" if quantized_inputs else "full_precision"
+        self._keeps_reference = keep_reference and quantized_inputs  # otherwise they are the inputs
         self.position = 0
         self._calibration = calibration
         self._placeholders_in_memory = False
@@ -256,7 +260,7 @@ class NetworkReplay:
             self._allocate_condition(path)
             for rows in self._batches():
                 self.store.write(_condition(path), rows.start, self._calibration.inputs[path][rows, None])
-        inputs, targets = self._allocate_capture()
+        inputs, targets, *reference = self._allocate_capture()
         # Layers may also run between the units: DiT embeds the timestep once more with its first block's layers. A mode
         # is set once for all batches, as a large network has thousands of modules to look through.
         with running(self.model, _MODES[self._input_path]):
@@ -265,6 +269,8 @@ class NetworkReplay:
         with running(self.model, "full_precision"):
             for rows in self._batches():
                 args, kwargs = self._unit_inputs("full_precision", rows)
+                for tree in reference:
+                    tree.write(self.store, rows.start, (args, kwargs))
                 output = unit.module(*args, **kwargs)
                 self._output_tree("full_precision", index).write(self.store, rows.start, output)
         self._settle_sources()  # the unit's own inputs are all that is needed from here on
@@ -280,11 +286,19 @@ class NetworkReplay:
         value = self._calibration.inputs[path]
         self.store.allocate(_condition(path), (self.n, 1, *value.shape[1:]), value.dtype, self.position)
 
-    def _allocate_capture(self) -> tuple[_Tree, _Tree]:
-        trees = self._input_trees[self.position], self._output_tree("full_precision", self.position)
+    def _allocate_capture(self) -> list[_Tree]:
+        """Makes room for the unit's inputs, its outputs and, if they are kept, its full-precision inputs."""
+        trees = [self._input_trees[self.position], self._output_tree("full_precision", self.position)]
+        if self._keeps_reference:
+            trees.append(self._reference_tree())
         for tree in trees:
             tree.allocate(self.store, self.n, next_use=self.position)
         return trees
+
+    def _reference_tree(self) -> _Tree:
+        tree = copy.copy(self._input_trees[self.position])
+        tree.name = "reference"
+        return tree
 
     def is_on_device(self) -> bool:
         """Whether what an optimisation step reads lies on the compute device."""
@@ -299,6 +313,10 @@ class NetworkReplay:
     def inputs(self, rows: slice | Tensor) -> Any:
         """Captured inputs of the current unit."""
         return self._input_trees[self.position].read(self.store, rows)
+
+    def reference_inputs(self, rows: slice | Tensor) -> Any:
+        """Captured inputs of the current unit on the full-precision path."""
+        return self._reference_tree().read(self.store, rows) if self._keeps_reference else self.inputs(rows)
 
     def gathered_inputs(self, rows: Tensor, placement: list[Tensor]) -> Iterator[Any]:
         """Captured inputs for samples of all processes, `micro_batch` at a time.
@@ -349,7 +367,8 @@ class NetworkReplay:
         return read_later
 
     def _release(self) -> None:
-        for key in self._input_trees[self.position].stored():
+        trees = [self._input_trees[self.position], *([self._reference_tree()] if self._keeps_reference else [])]
+        for key in [key for tree in trees for key in tree.stored()]:
             self.store.free(key)
         for path in PATHS if self.quantized_inputs else PATHS[:1]:
             self._settle(path, self.position)

@@ -83,10 +83,20 @@ class SamplerConfig:
 
 
 def set_sampler(pipeline: DiffusionPipeline, sampler: SamplerConfig) -> None:
-    """Gives the pipeline the sampler's scheduler, with the configuration of its own one."""
+    """Gives the pipeline the sampler's scheduler, with the configuration of its own one.
+
+    Raises:
+        ValueError: if that configuration is of another kind of diffusion, such as flow matching.
+    """
     if sampler.scheduler is not None:
         scheduler_class: type[SchedulerMixin] = getattr(diffusers_schedulers, sampler.scheduler)
-        if type(pipeline.scheduler) is not scheduler_class:
+        own = pipeline.scheduler
+        if type(own) is not scheduler_class:
+            if scheduler_class not in own.compatibles:
+                raise ValueError(
+                    f"sampler.scheduler {sampler.scheduler} does not fit the pipeline's {type(own).__name__}: use "
+                    "--sampler.scheduler null for its own, or one that is compatible with it"
+                )
             pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
 
 

@@ -27,19 +27,20 @@ def _at(x, here):
 
 @triton.jit
 def _descend(
-    q_ptr, gradient_ptr, hessian_ptr, scale_ptr, offset_ptr, out_ptr, n,
+    q_ptr, gradient_ptr, hessian_ptr, scale_ptr, offset_ptr, out_ptr, n, rows,
     LOW: tl.constexpr, HIGH: tl.constexpr, NORMAL: tl.constexpr, RELATIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     inside = column < n
     at = tl.program_id(0).to(tl.int64) * n + column
+    matrix = (tl.program_id(0) // rows).to(tl.int64) * n * n  # of the group of these rows
     q = tl.load(q_ptr + at, mask=inside, other=0.0)
     gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0)
     scale = tl.load(scale_ptr + at, mask=inside, other=1.0)
     offset = tl.load(offset_ptr + at, mask=inside, other=0.0)
     for j in range(n):
         here = column == j
-        row = tl.load(hessian_ptr + j * n + column, mask=inside, other=0.0)
+        row = tl.load(hessian_ptr + matrix + j * n + column, mask=inside, other=0.0)
         old, s, o = _at(q, here), _at(scale, here), _at(offset, here)
         wanted = old + tl.div_rn(_at(gradient, here), _at(row, here))
         new = round_to_grid(tl.div_rn(wanted - o, s), LOW, HIGH, NORMAL, RELATIVE) * s + o
@@ -50,19 +51,20 @@ def _descend(
 
 @triton.jit
 def _compensate(
-    left_ptr, factor_ptr, scale_ptr, offset_ptr, out_ptr, error_ptr, n,
+    left_ptr, factor_ptr, scale_ptr, offset_ptr, out_ptr, error_ptr, n, rows,
     LOW: tl.constexpr, HIGH: tl.constexpr, NORMAL: tl.constexpr, RELATIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     inside = column < n
     at = tl.program_id(0).to(tl.int64) * n + column
+    matrix = (tl.program_id(0) // rows).to(tl.int64) * n * n  # of the group of these rows
     left = tl.load(left_ptr + at, mask=inside, other=0.0)
     scale = tl.load(scale_ptr + at, mask=inside, other=1.0)
     offset = tl.load(offset_ptr + at, mask=inside, other=0.0)
     q, errors = tl.zeros_like(left), tl.zeros_like(left)
     for j in range(n):
         here = column == j
-        row = tl.load(factor_ptr + j * n + column, mask=inside & (column >= j), other=0.0)
+        row = tl.load(factor_ptr + matrix + j * n + column, mask=inside & (column >= j), other=0.0)
         value, s, o = _at(left, here), _at(scale, here), _at(offset, here)
         new = round_to_grid(tl.div_rn(value - o, s), LOW, HIGH, NORMAL, RELATIVE) * s + o
         error = tl.div_rn(value - new, _at(row, here))
@@ -81,9 +83,9 @@ def _launcher(kernel: Any, spacing: Spacing, block: int) -> Launcher:
     )  # fmt: skip
 
 
-def _launch(kernel: Any, spacing: Spacing, rows: int, *tensors: Tensor) -> None:
-    n = tensors[0].shape[1]
-    _launcher(kernel, spacing, max(16, triton.next_power_of_2(n)))((rows, 1, 1), *tensors, n)
+def _launch(kernel: Any, spacing: Spacing, groups: int, *tensors: Tensor) -> None:
+    out, n = tensors[0].shape
+    _launcher(kernel, spacing, max(16, triton.next_power_of_2(n)))((out, 1, 1), *tensors, n, out // groups)
 
 
 def descend_columns(
@@ -92,7 +94,7 @@ def descend_columns(
     """See `fpq_lightning.kernels.ops.descend_columns`; takes the spacing of the format."""
     operands = [x.contiguous() for x in (q, gradient, hessian, scale, offset)]
     out = torch.empty_like(operands[0])
-    _launch(_descend, spacing, len(q), *operands, out)
+    _launch(_descend, spacing, len(hessian), *operands, out)
     return out
 
 
@@ -102,5 +104,5 @@ def compensate_columns(
     """See `fpq_lightning.kernels.ops.compensate_columns`; takes the spacing of the format."""
     operands = [x.contiguous() for x in (left, factor, scale, offset)]
     out, errors = torch.empty_like(operands[0]), torch.empty_like(operands[0])
-    _launch(_compensate, spacing, len(left), *operands, out, errors)
+    _launch(_compensate, spacing, len(factor), *operands, out, errors)
     return out, errors

@@ -237,7 +237,7 @@ def descend_columns(q: Tensor, gradient: Tensor, hessian: Tensor, scale: Tensor,
     Args:
         q: grid values, float32 `[out, n]`, at most `MAX_COLUMNS`.
         gradient: ``(target - q) H``, float32 `[out, n]`.
-        hessian: H of these columns, float32 `[n, n]`.
+        hessian: H of these columns, float32 `[groups, n, n]`; the channels of a group lie next to each other.
         scale: of each weight, float32 `[out, n]`.
         offset: likewise.
         fmt: the number format.
@@ -259,7 +259,7 @@ def compensate_columns(
 
     Args:
         left: weights, float32 `[out, n]`, at most `MAX_COLUMNS`.
-        factor: of these columns, of the upper Cholesky factor of the inverse Hessian, float32 `[n, n]`.
+        factor: of these columns, of the upper Cholesky factor of the inverse Hessian, float32 `[groups, n, n]`.
         scale: of each weight, float32 `[out, n]`.
         offset: likewise.
         fmt: the number format.

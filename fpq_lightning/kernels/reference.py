@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -126,25 +127,41 @@ def rounding_regulariser(h: Tensor, beta: Tensor | float) -> Tensor:
 
 def descend_columns(q: Tensor, gradient: Tensor, hessian: Tensor, scale: Tensor, offset: Tensor, fmt: Format) -> Tensor:
     """Columns rounded in turn, each given all others; arguments as in `fpq_lightning.kernels.ops.descend_columns`."""
-    q, gradient = q.clone(), gradient.clone()
-    for j, row in enumerate(hessian):
-        value = _nearest(q[:, j] + gradient[:, j] / row[j], scale[:, j], offset[:, j], fmt)
-        gradient -= (value - q[:, j])[:, None] * row
-        q[:, j] = value
-    return q
+    columns, left, scale, offset = (_columns(x, hessian) for x in (q, gradient, scale, offset))
+    rows = hessian[..., None]
+    for j in range(hessian.shape[1]):
+        value = _nearest(columns[:, j] + left[:, j] / rows[:, j, j], scale[:, j], offset[:, j], fmt)
+        left -= (value - columns[:, j])[:, None] * rows[:, j]
+        columns[:, j] = value
+    return columns.mT.flatten(0, 1)
 
 
 def compensate_columns(
     left: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, fmt: Format
 ) -> tuple[Tensor, Tensor]:
     """Columns rounded in turn, the later ones making up for errors; as in `kernels.ops.compensate_columns`."""
-    left, q, errors = left.clone(), torch.empty_like(left), torch.empty_like(left)
-    for j, row in enumerate(factor):
+    left, scale, offset = (_columns(x, factor) for x in (left, scale, offset))
+    q, errors, rows = torch.empty_like(left), torch.empty_like(left), factor[..., None]
+    for j in range(factor.shape[1]):
         q[:, j] = _nearest(left[:, j], scale[:, j], offset[:, j], fmt)
-        errors[:, j] = (left[:, j] - q[:, j]) / row[j]
-        left[:, j + 1 :] -= errors[:, j : j + 1] * row[j + 1 :]
-    return q, errors
+        errors[:, j] = (left[:, j] - q[:, j]) / rows[:, j, j]
+        left[:, j + 1 :] -= errors[:, j, None] * rows[:, j, j + 1 :]
+    return q.mT.flatten(0, 1), errors.mT.flatten(0, 1)
+
+
+def _columns(rows: Tensor, matrices: Tensor) -> Tensor:
+    """Rows `[out, n]` as the columns of each group, `[groups, n, out / groups]`, a copy in which a column is dense."""
+    return rows.unflatten(0, (len(matrices), -1)).mT.clone(memory_format=torch.contiguous_format)
 
 
 def _nearest(values: Tensor, scale: Tensor, offset: Tensor, fmt: Format) -> Tensor:
-    return fmt.quantize((values - offset) / scale) * scale + offset
+    """The nearest values of a grid; which of two that are equally near does not matter here, unlike speed."""
+    grid, between = _grid(fmt.name, values.device)
+    return grid[torch.bucketize((values - offset) / scale, between)] * scale + offset
+
+
+@lru_cache(maxsize=64)
+def _grid(fmt: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The values of a format, and what lies halfway between each two of them."""
+    grid = parse_format(fmt).grid.to(device)
+    return grid, (grid[1:] + grid[:-1]) / 2

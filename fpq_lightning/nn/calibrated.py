@@ -18,7 +18,7 @@ from fpq_lightning.nn.swap import SwappedModule
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 from fpq_lightning.quantization.rounding import LearnedRounding
 
-Mode = Literal["full_precision", "nearest", "quantized"]
+Mode = Literal["full_precision", "nearest", "closed_form", "quantized"]
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -39,6 +39,8 @@ class LayerQuantization(nn.Module):
         inputs: one quantizer a part, or an operand; empty leaves the input as it is.
         roundings: the rounding variables of each part while they are learned.
         codes: chosen codes of each part (uint8 rows); None rounds the weight to nearest.
+        unrounded: what `codes` were rounded from, float32 rows of each part, to start learning from; None for the
+            weight.
         bias: replaces the layer's bias (learned or corrected), float32 `[out]`, or None.
     """
 
@@ -53,12 +55,14 @@ class LayerQuantization(nn.Module):
         self.inputs = as_modules(inputs)
         self.roundings = ()
         self.codes: list[Tensor] | None = None
+        self.unrounded: list[Tensor] | None = None
         self.register_parameter("bias", None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerQuantization:
         super()._apply(fn, recurse)
-        if self.codes is not None:
-            self.codes = [fn(codes) for codes in self.codes]
+        for name in ("codes", "unrounded"):
+            if (parts := getattr(self, name)) is not None:
+                setattr(self, name, [fn(part) for part in parts])
         return self
 
     def set_bias(self, bias: Tensor) -> None:
@@ -76,7 +80,7 @@ class LayerQuantization(nn.Module):
             rows: the full-precision weight parts, of `QuantizedLayer.weight_rows`.
             scale_aware: see `LearnedRounding`.
         """
-        pairs = zip(self.weights, rows, strict=True)
+        pairs = zip(self.weights, self.unrounded or rows, strict=True)
         self.roundings = as_modules([LearnedRounding(q, part, scale_aware) for q, part in pairs])
 
     def finish_learning(self) -> None:
@@ -85,6 +89,7 @@ class LayerQuantization(nn.Module):
             self.codes = [rounding.codes() for rounding in self.roundings]
             del self.roundings
             self.roundings = ()
+        self.unrounded = None
         for quantizer in [*self.weights, *self.inputs]:
             quantizer.freeze_scale()
         if self.bias is not None:
@@ -96,6 +101,7 @@ class LayerQuantization(nn.Module):
             "weights": [q.to_state() for q in self.weights],
             "inputs": [q.to_state() for q in self.inputs],
             "codes": self.codes,
+            "unrounded": self.unrounded,
             "bias": None if self.bias is None else self.bias.detach(),
         }
 
@@ -105,8 +111,7 @@ class LayerQuantization(nn.Module):
         quantization = cls(*([Quantizer.from_state(q) for q in state[key]] for key in ("weights", "inputs")))
         if state["bias"] is not None:
             quantization.set_bias(state["bias"])
-        if state["codes"] is not None:
-            quantization.codes = [codes.to(device) for codes in state["codes"]]
+        quantization.codes, quantization.unrounded = state["codes"], state["unrounded"]
         return quantization.to(device)
 
 

@@ -13,61 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fpq_lightning.formats.numbers import Format
+from fpq_lightning.formats.scales import parse_scale_format
 from fpq_lightning.kernels import ops
-from fpq_lightning.quantization.quantizer import Quantizer
+from fpq_lightning.quantization.moments import Moments
+from fpq_lightning.quantization.quantizer import Granularity, Quantizer
+from fpq_lightning.quantization.search import search_output_error
 
-_SWEEPS = 2
+_SWEEPS = 1  # of coordinate descent, before the scales are refined and after
 _DAMPING = 1e-2  # of the mean diagonal of H
-
-
-@dataclass
-class Moments:
-    """Weighted sums over positions of a layer's inputs, float64.
-
-    Attributes:
-        weight: sum of the weights, `[]`.
-        x: sum of the full-precision inputs, `[n]`.
-        y: sum of the quantized network's inputs, `[n]`.
-        yy: sum of ``y y^T``, `[n, n]`.
-        xy: sum of ``x y^T``, `[n, n]`.
-    """
-
-    weight: Tensor
-    x: Tensor
-    y: Tensor
-    yy: Tensor
-    xy: Tensor
-
-    @classmethod
-    def zeros(cls, n: int, device: torch.device) -> Moments:
-        """Moments of no positions."""
-        shapes = ((), (n,), (n,), (n, n), (n, n))
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
-
-    def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
-        """Adds positions.
-
-        Args:
-            x: full-precision inputs, `[m, n]`.
-            y: the quantized network's inputs at the same positions, `[m, n]`.
-            weights: of the positions, `[m]`.
-        """
-        weighted = y.float() * weights[:, None]
-        self.weight += weights.double().sum()
-        self.y += weighted.double().sum(0)
-        self.x += (x.float() * weights[:, None]).double().sum(0)
-        self.yy += weighted.T @ y.float()
-        self.xy += x.float().T @ weighted
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether all sums are finite."""
-        return all(bool(t.isfinite().all()) for t in (self.weight, self.x, self.y, self.yy, self.xy))
 
 
 @dataclass(frozen=True)
@@ -75,42 +34,82 @@ class Problem:
     """``(target - q) H (target - q)^T`` for every output channel.
 
     Attributes:
-        target: float32 `[out, n]`.
-        hessian: H, float32 `[n, n]`, positive definite.
+        target: float32 `[out, n]`, the channels of a group next to each other.
+        hessian: H, float32 `[groups, n, n]`, positive definite.
+        columns: of each part of the weight, which has a quantizer of its own; n in all.
     """
 
     target: Tensor
     hessian: Tensor
+    columns: tuple[int, ...]
 
     def error(self, q: Tensor) -> Tensor:
-        """What is minimised, `[out]`."""
+        """What is minimised, float32 `[out]`."""
         difference = self.target - q
-        return (difference @ self.hessian * difference).sum(1)
+        return (_times(difference, self.hessian) * difference).sum(1)
+
+    def part(self, i: int) -> Problem:
+        """The problem of a part alone."""
+        if len(self.columns) == 1:
+            return self
+        run = slice(sum(self.columns[:i]), sum(self.columns[: i + 1]))
+        return Problem(self.target[:, run], self.hessian[:, run, run], (self.columns[i],))
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The columns as GPTQ takes them: part after part, the largest second moments first, int64 `[n]`."""
+        parts = self.hessian.diagonal(dim1=1, dim2=2).mean(0).split(self.columns)
+        starts = [sum(self.columns[:i]) for i in range(len(self.columns))]
+        return torch.cat([part.argsort(descending=True) + start for part, start in zip(parts, starts, strict=True)])
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """The upper triangular U with ``H^-1 = U^T U``, columns in `order`, float32 `[groups, n, n]`.
+
+        With the columns reversed, ``H = L L^T`` gives ``U = L^-1``, reversed again.
+        """
+        backwards = self.order.flip(0)
+        lower, _ = torch.linalg.cholesky_ex(self.hessian[:, backwards][:, :, backwards])
+        eye = torch.eye(lower.shape[1], device=lower.device).expand_as(lower)
+        return torch.linalg.solve_triangular(lower, eye, upper=False).flip(1, 2)
 
 
-def problem_of(weight: Tensor, moments: Moments, centred: bool, damping: float = _DAMPING) -> Problem:
+def _times(rows: Tensor, matrices: Tensor) -> Tensor:
+    """Products of rows `[out, m]` with the matrix of their group, of `[groups, m, k]`."""
+    return (rows.unflatten(0, (len(matrices), -1)) @ matrices).flatten(0, 1)
+
+
+def problem_of(
+    weight: Tensor, moments: Moments, columns: Sequence[int], centred: bool, damping: float = _DAMPING
+) -> Problem:
     """The least-squares problem of a weight.
 
     The target is damped towards the weight itself, so that inputs that were not seen keep their weights.
 
     Args:
-        weight: full precision `[out, n]`.
+        weight: full precision, float32 `[out, n]`.
         moments: of the inputs.
+        columns: of each part of the weight.
         centred: whether a bias takes the means.
-        damping: added to the diagonal of H, relative to its mean.
+        damping: added to the diagonal of H, relative to its mean; more where rounding errors need it.
     """
-    total = moments.weight.clamp(min=1e-30)
+    total = moments.weight.float()
     hessian, cross = moments.yy / total, moments.xy / total
     if centred:
-        mean_x, mean_y = moments.x / total, moments.y / total
-        hessian = hessian - torch.outer(mean_y, mean_y)
-        cross = cross - torch.outer(mean_x, mean_y)
-    ridge = (damping * hessian.diagonal().mean()).clamp(min=1e-12)
-    hessian.diagonal().add_(ridge)
-    cross.diagonal().add_(ridge)
-    factor = torch.linalg.cholesky(hessian)
-    target = torch.cholesky_solve((weight.double() @ cross).T, factor).T
-    return Problem(target.float(), hessian.float())
+        mean_x, mean_y = (mean.float() for mean in moments.means)
+        hessian.baddbmm_(mean_y[:, :, None], mean_y[:, None], alpha=-1)
+        cross.baddbmm_(mean_x[:, :, None], mean_y[:, None], alpha=-1)
+    mean = hessian.diagonal(dim1=1, dim2=2).mean(1)
+    factor, ridge = None, torch.zeros_like(mean)
+    while factor is None:
+        more = (damping * mean).clamp(min=1e-12) - ridge
+        for matrix in (hessian, cross):
+            matrix.diagonal(dim1=1, dim2=2).add_(more[:, None])
+        ridge, damping = ridge + more, max(10 * damping, _DAMPING)
+        factor, info = torch.linalg.cholesky_ex(hessian)
+        factor = None if info.any() else factor
+    wanted = _times(weight, cross).unflatten(0, (len(hessian), -1))
+    return Problem(torch.cholesky_solve(wanted.mT, factor).mT.flatten(0, 1), hessian, tuple(columns))
 
 
 class Grid:
@@ -158,35 +157,36 @@ def _by_column(parameter: Tensor, out: int, n: int) -> Tensor:
 
 
 def gptq(problem: Problem, grid: Grid) -> Tensor:
-    """Grid values `[out, n]` by GPTQ; of each part the columns with the largest second moments come first."""
-    diagonal, start, orders = problem.hessian.diagonal(), 0, []
-    for n in grid.columns:
-        orders.append(diagonal[start : start + n].argsort(descending=True) + start)
-        start += n
-    order = torch.cat(orders)
-    hessian = problem.hessian[order][:, order].double()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    """Grid values `[out, n]` by GPTQ, in the order of the problem."""
+    order, factor = problem.order, problem.factor
     left, q = problem.target[:, order], torch.empty_like(problem.target)
     for run, columns, fmt in grid.blocks(order):
         scale, offset = grid.scale[:, columns], grid.offset[:, columns]
-        q[:, columns], errors = ops.compensate_columns(left[:, run], factor[run, run], scale, offset, fmt)
-        left[:, run.stop :] -= errors @ factor[run, run.stop :]
+        q[:, columns], errors = ops.compensate_columns(left[:, run], factor[:, run, run], scale, offset, fmt)
+        left[:, run.stop :] -= _times(errors, factor[:, run, run.stop :])
     return q
 
 
 def coordinate_descent(problem: Problem, grid: Grid, q: Tensor, sweeps: int = _SWEEPS) -> Tensor:
     """Grid values `[out, n]` of no larger error than `q`, a column at a time."""
     hessian, q = problem.hessian, q.clone()
-    gradient = (problem.target - q) @ hessian
+    gradient = _times(problem.target - q, hessian)
     for _ in range(sweeps):
         for run, _, fmt in grid.blocks():
             moved = ops.descend_columns(
-                q[:, run], gradient[:, run], hessian[run, run], grid.scale[:, run], grid.offset[:, run], fmt
+                q[:, run], gradient[:, run], hessian[:, run, run], grid.scale[:, run], grid.offset[:, run], fmt
             )
-            gradient -= (moved - q[:, run]) @ hessian[run]
+            gradient -= _times(moved - q[:, run], hessian[:, run])
             q[:, run] = moved
     return q
+
+
+def _unrounded(problem: Problem, grid: Grid, q: Tensor) -> Tensor:
+    """The best value of each weight given all others, or its grid value where that is not the nearest to it."""
+    gradient = _times(problem.target - q, problem.hessian)
+    diagonal = problem.hessian.diagonal(dim1=1, dim2=2).repeat_interleave(len(q) // len(problem.hessian), dim=0)
+    best = q + gradient / diagonal
+    return torch.where((grid.nearest(best) - q).abs() < 1e-3 * grid.scale, best, q)
 
 
 def refined_scales(problem: Problem, grid: Grid, q: Tensor) -> Grid:
@@ -195,7 +195,7 @@ def refined_scales(problem: Problem, grid: Grid, q: Tensor) -> Grid:
     Scales with a format of their own stay, and so do those with offsets, and scales that would not be positive.
     """
     out = len(q)
-    gradient = (problem.target - q) @ problem.hessian
+    gradient = _times(problem.target - q, problem.hessian)
     quantizers, start = [], 0
     for quantizer, n in zip(grid.quantizers, grid.columns, strict=True):
         first, start = start, start + n
@@ -203,20 +203,20 @@ def refined_scales(problem: Problem, grid: Grid, q: Tensor) -> Grid:
             quantizers.append(quantizer)
             continue
         scale = quantizer.current_scale().detach().clone()
-        groups = max(1, scale.numel() // out)
-        table = scale.reshape(-1, groups)  # [out or 1, groups], a view
-        size = n // groups
-        for g in range(groups):
+        blocks = max(1, scale.numel() // out)
+        table = scale.reshape(-1, blocks)  # [out or 1, blocks], a view
+        size = n // blocks
+        for g in range(blocks):
             columns = slice(first + g * size, first + (g + 1) * size)
             unit = q[:, columns] / table[:, g : g + 1]
-            product = unit @ problem.hessian[columns, columns]
+            product = _times(unit, problem.hessian[:, columns, columns])
             down, up = (product * unit).sum(1), (gradient[:, columns] * unit).sum(1)
             if len(table) == 1:
                 down, up = down.sum(0, keepdim=True), up.sum(0, keepdim=True)
             step = up / down.clamp(min=1e-30)
             step = torch.where((table[:, g] + step > 0) & step.isfinite(), step, 0.0)
             table[:, g] += step
-            gradient = gradient - (step[:, None] * unit) @ problem.hessian[columns]
+            gradient = gradient - _times(step[:, None] * unit, problem.hessian[:, columns])
         quantizers.append(Quantizer(quantizer.format, scale))
     return Grid(quantizers, grid.columns, out)
 
@@ -228,41 +228,60 @@ class Solution:
     Attributes:
         quantizers: formats and scales of its parts.
         values: `[out, n]`, on the grid.
+        unrounded: what `values` are the nearest of: the best of each weight given all others, `[out, n]`.
         error: of the problem, summed over output channels.
     """
 
     quantizers: list[Quantizer]
     values: Tensor
+    unrounded: Tensor
     error: float
 
 
-def solve(
-    problem: Problem, weight: Tensor, quantizers: Sequence[Quantizer], columns: Sequence[int], rounds: int = 1
-) -> Solution:
-    """GPTQ, then coordinate descent, and scales and values in turn; never worse than rounding to nearest.
+def search_formats(
+    problem: Problem, weight: Tensor, formats: Sequence[Format], granularity: Granularity
+) -> list[Quantizer]:
+    """Format and scales of each part with the least error after GPTQ, from the clips of least tensor error.
 
     Args:
         problem: of the weight.
-        weight: full precision `[out, n]`.
-        quantizers: format and scales to start from, one for each part of the columns.
-        columns: of each part.
-        rounds: how often scales and values are refined in turn.
+        weight: full precision, float32 `[out, n]`.
+        formats: the candidates.
+        granularity: of the scales.
+    """
+    found = []
+    for i, part in enumerate(weight.split(problem.columns, dim=1)):
+        own, columns = problem.part(i), (part.shape[1],)
+
+        def error(trial: Quantizer, own: Problem = own, columns: tuple[int] = columns) -> Tensor:
+            by_channel = own.error(gptq(own, Grid([trial], columns, len(weight))))
+            return by_channel.sum(0, keepdim=True) if granularity.kind == "tensor" else by_channel
+
+        rows, scale_format = granularity.rows(part.contiguous()), parse_scale_format(granularity.scale_format)
+        found.append(search_output_error(rows, formats, error, factors=(1.0,), scale_format=scale_format))
+    return found
+
+
+def solve(problem: Problem, weight: Tensor, quantizers: Sequence[Quantizer]) -> Solution:
+    """GPTQ, then coordinate descent, and again with refined scales; never worse than rounding to nearest.
+
+    Args:
+        problem: of the weight.
+        weight: full precision, float32 `[out, n]`.
+        quantizers: format and scales to start from, of each part.
     """
     out = len(weight)
-    grid = Grid(quantizers, columns, out)
+    grid = Grid(quantizers, problem.columns, out)
     nearest = grid.nearest(weight)
 
     def improved(grid: Grid, start: Tensor) -> Solution:
         values = coordinate_descent(problem, grid, start)
-        return Solution(grid.quantizers, values, problem.error(values).double().sum().item())
+        error = problem.error(values).double().sum().item()
+        return Solution(grid.quantizers, values, _unrounded(problem, grid, values), error)
 
     found = gptq(problem, grid)
-    better = problem.error(found) < problem.error(nearest)
+    better = problem.error(found) < problem.error(nearest)  # not so where factors are no numbers
     best = improved(grid, torch.where(better[:, None], found, nearest))
-    for _ in range(rounds):
-        grid = refined_scales(problem, Grid(best.quantizers, columns, out), best.values)
-        refined = improved(grid, grid.nearest(best.values))
-        if not refined.error < best.error:
-            break
-        best = refined
-    return best
+    grid = refined_scales(problem, grid, best.values)
+    refined = improved(grid, grid.nearest(best.values))
+    return refined if refined.error < best.error else best

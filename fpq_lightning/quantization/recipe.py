@@ -76,16 +76,18 @@ class AttentionRecipe:
 
 @dataclass
 class RoundingRecipe:
-    """How the rounding of the weights is learned, one unit after the other.
+    """How the weights are rounded, one unit after the other.
 
     Attributes:
-        learned: whether rounding is learned; otherwise it is to nearest.
+        start: rounding to ``nearest``, or in ``closed_form``: the grid values of least output error that GPTQ and
+            coordinate descent find from second moments of the layers' inputs.
+        learned: whether rounding is learned by gradient descent from there.
         iterations: optimisation steps for each unit.
         batch_size: samples in a step.
         learning_rate: learning rate of the rounding variables (Adam).
         scale_learning_rate: learning rate of weight and activation scales, relative to their size (Adam).
         regularisation: weight of the regulariser that drives the variables to 0 or 1, next to an error that is
-            relative to the error of nearest rounding.
+            relative to the error of the start.
         warmup: share of the iterations without regulariser.
         straight_through: share of the iterations after which the forward pass rounds to 0 or 1, while the gradient
             stays that of the rectified sigmoid; 1 is AdaRound as published.
@@ -94,14 +96,15 @@ class RoundingRecipe:
         learn_activation_scales: also learn static activation scales (LSQ).
     """
 
-    learned: bool = True
-    iterations: int = 2500
+    start: Literal["nearest", "closed_form"] = "closed_form"
+    learned: bool = False
+    iterations: int = 500
     batch_size: int = 32
     learning_rate: float = 1e-2
     scale_learning_rate: float = 1e-3
     regularisation: float = 1.0
     warmup: float = 0.2
-    straight_through: float = 0.5
+    straight_through: float = 0.0
     scale_aware: bool = False
     learn_weight_scales: bool = True
     learn_activation_scales: bool = True
@@ -125,7 +128,8 @@ class Recipe:
         split_skips: use a quantizer for each part of a concatenation that a layer reads.
         quantized_inputs: reconstruct a unit from the inputs that the quantized network gives it, instead of those of
             the full-precision network.
-        correct_biases: subtract the mean error of a unit's output from its last layer's bias, where that helps.
+        correct_biases: take the mean error out of the biases: of every layer that is rounded in closed form, or of the
+            last layer of another unit, where that helps.
     """
 
     weights: WeightRecipe = field(default_factory=WeightRecipe)
@@ -165,6 +169,11 @@ class Recipe:
                 "learned rounding needs recipe.rounding.iterations and batch_size of at least 1 and warmup in [0, 1), "
                 f"got {r.iterations}, {r.batch_size} and {r.warmup}"
             )
+
+    @property
+    def solves(self) -> bool:
+        """Whether weights are rounded in closed form."""
+        return self.rounding.start == "closed_form" and bool(self.weight_formats())
 
     def granularity(self) -> Granularity:
         """The granularity of weight scales."""

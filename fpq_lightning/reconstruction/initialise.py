@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from torch.utils._pytree import tree_map_only
 
 from fpq_lightning.formats.numbers import Format
 from fpq_lightning.formats.scales import parse_scale_format
@@ -20,6 +19,7 @@ from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, input
 from fpq_lightning.quantization.quantizer import Quantizer
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.quantization.search import search_output_error, search_tensor_error
+from fpq_lightning.reconstruction.share import share
 from fpq_lightning.utils import distributed
 
 _MAX_VALUES = 2**20  # of an activation that the search looks at
@@ -210,7 +210,7 @@ def search_unit(unit: Unit, layer_inputs: dict[str, Tensor], weights: Tensor, re
                     inputs.append(_search_input(layer, x_part, weight, formats, recipe, passes))
                 _warn_of_lost_bulk(name, inputs[-1], x_part)
         found[name] = LayerQuantization(quantizers, inputs)
-    found = _share(found, weights.device)
+    found = share(found, weights.device)
     for name, module in unit.layers.items():
         cast(QuantizedLayer, module).variants["nearest"] = found[name]
 
@@ -239,18 +239,6 @@ def search_attention(unit: Unit, samples: Mapping[str, Sequence[OperandSample]],
             formats = recipe.softmax_formats() if operand == "softmax" else recipe.attention_formats()
             quantizers.append(_of_tensor(search_tensor_error(values, formats)))
         found[name] = LayerQuantization(inputs=quantizers)
-    found = _share(found, next(unit.module.parameters()).device)
+    found = share(found, next(unit.module.parameters()).device)
     for name, module in unit.attention.items():
         cast(QuantizedAttention, module).variants["nearest"] = found[name]
-
-
-def _share(found: dict[str, LayerQuantization], device: torch.device) -> dict[str, LayerQuantization]:
-    """What all processes found together."""
-    if distributed.world_size() == 1:
-        return found
-    states = {name: tree_map_only(Tensor, Tensor.cpu, quantization.to_state()) for name, quantization in found.items()}
-    return {
-        name: LayerQuantization.from_state(state, device)
-        for part in distributed.all_gather_objects(states)
-        for name, state in part.items()
-    }

@@ -52,13 +52,13 @@ def unit_error(replay: NetworkReplay, mode: Mode, rows: Tensor, targets: Tensor)
 class UnitObjective(nn.Module):
     """The loss of the current unit as a function of sample indices and the state of the schedule.
 
-    ``error / error of nearest rounding + strength * mean(1 - |2h - 1|^beta)``: in units of the error of nearest
-    rounding one strength of the regulariser serves all units.
+    ``error / error of the start + strength * mean(1 - |2h - 1|^beta)``: in units of the error that
+    learning starts from one strength of the regulariser serves all units.
 
     Args:
         replay: at the unit.
         quantizations: of the unit's layers, being learned.
-        nearest_error: relative error of nearest rounding.
+        start_error: relative error of the rounding that learning starts from.
         energies: of the targets, of all samples, `[n_samples, outputs]`.
     """
 
@@ -66,14 +66,14 @@ class UnitObjective(nn.Module):
         self,
         replay: NetworkReplay,
         quantizations: Iterable[LayerQuantization],
-        nearest_error: float,
+        start_error: float,
         energies: Tensor,
     ) -> None:
         super().__init__()
         self.replay = replay
         self.module = replay.unit.module
         self.quantizations = list(quantizations)
-        self.nearest_error = max(nearest_error, 1e-12)
+        self.start_error = max(start_error, 1e-12)
         self.energies = energies
 
     def forward(
@@ -94,7 +94,7 @@ class UnitObjective(nn.Module):
         with GradientsLikeOutputs() if rows.is_cuda else nullcontext():
             errors = error_energies(self.replay, rows)
         error = relative_error(errors.sum(0), self.energies[batch].sum(0))
-        return error / self.nearest_error, strength * rounding_loss(roundings, beta)
+        return error / self.start_error, strength * rounding_loss(roundings, beta)
 
 
 def rounding_loss(roundings: Sequence[LearnedRounding], beta: Tensor) -> Tensor:

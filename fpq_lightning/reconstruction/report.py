@@ -15,8 +15,9 @@ class UnitReport:
         weight_formats: chosen formats by layer (one for each part of the input channels).
         activation_formats: likewise; of a module that computes attention those of query, key, value and softmax.
         error_nearest: with nearest rounding.
+        error_closed_form: with rounding in closed form; None without it.
         error_quantized: with what was kept.
-        kept: ``learned`` or ``nearest`` rounding.
+        kept: ``learned``, ``closed_form`` or ``nearest`` rounding.
         iterations: optimisation steps.
         seconds: spent on the unit in all, over resumed runs.
     """
@@ -26,6 +27,7 @@ class UnitReport:
     weight_formats: dict[str, list[str]] = field(default_factory=dict)
     activation_formats: dict[str, list[str]] = field(default_factory=dict)
     error_nearest: float | None = None
+    error_closed_form: float | None = None
     error_quantized: float | None = None
     kept: str = "nearest"
     iterations: int = 0

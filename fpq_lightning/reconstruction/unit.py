@@ -18,6 +18,7 @@ from fpq_lightning.nn.attention import QuantizedAttention, observing
 from fpq_lightning.nn.calibrated import LayerQuantization, Mode, QuantizedLayer, QuantizedModule, running
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.reconstruction.backward import Backward
+from fpq_lightning.reconstruction.closed_form import solve_unit
 from fpq_lightning.reconstruction.initialise import collect_layer_inputs, search_attention, search_unit
 from fpq_lightning.reconstruction.objective import UnitObjective, unit_error
 from fpq_lightning.reconstruction.optimizer import GraphedAdam
@@ -90,12 +91,32 @@ class UnitTrainer:
             self.energies = distributed.gather_rows(energies, placement)
 
     def initialise(self) -> None:
-        """Searches formats and clips, unless a checkpoint held them, and starts learning from nearest rounding."""
+        """Searches formats and clips and rounds in closed form, unless a checkpoint held them."""
         if self.report.error_nearest is None:
             self._search()
+        if self.recipe.solves and self.report.error_closed_form is None:
+            self._solve()
         for module in self.quantized.values():
-            module.variants["quantized"] = cast(LayerQuantization, module.variants["nearest"]).copy()
+            module.variants["quantized"] = cast(LayerQuantization, module.variants[self.start]).copy()
             module.set_mode("quantized")
+
+    @property
+    def start(self) -> Mode:
+        """The better of nearest and closed-form rounding, on held-out samples."""
+        nearest, solved = cast(float, self.report.error_nearest), self.report.error_closed_form
+        return "nearest" if solved is None or solved > nearest else "closed_form"
+
+    @property
+    def start_error(self) -> float:
+        """Error of `start`."""
+        report = self.report
+        return cast(float, report.error_nearest if self.start == "nearest" else report.error_closed_form)
+
+    def _solve(self) -> None:
+        solve_unit(self.replay, self.layers, self.samples.local(self.samples.train), self.recipe)
+        for module in self.attention.values():
+            module.variants["closed_form"] = cast(LayerQuantization, module.variants["nearest"]).copy()
+        self.report.error_closed_form = self._error("closed_form")
 
     def _search(self) -> None:
         rows, shard = self.samples.search, self.samples.shard
@@ -135,8 +156,7 @@ class UnitTrainer:
             with torch.no_grad():
                 for name, parameter in self.variables():
                     parameter.copy_(state[name])
-        nearest_error = cast(float, self.report.error_nearest)
-        objective = UnitObjective(self.replay, self._variant("quantized"), nearest_error, self.energies)
+        objective = UnitObjective(self.replay, self._variant("quantized"), self.start_error, self.energies)
         shard = self.samples.shard
         local_size = len(range(shard.rank, shard.strata, shard.world_size))
         self.backward = Backward(objective, local_size, self.replay.store.device)
@@ -232,7 +252,7 @@ class UnitTrainer:
         """
         if error is not None:
             self._keep_better(error, learned=iterations > 0)
-            if self.recipe.correct_biases:
+            if self.recipe.correct_biases and self.report.kept != "closed_form":  # which has biases of its own
                 self._within_memory(self.correct_bias)
             self.report.iterations = iterations
         self._within_memory(self.replay.advance, alone=True)
@@ -246,12 +266,17 @@ class UnitTrainer:
 
     def _keep_better(self, error: float, learned: bool) -> None:
         report = self.report
-        if error <= cast(float, report.error_nearest):
-            report.kept, report.error_quantized = "learned" if learned else "nearest", error
-            return
-        report.kept, report.error_quantized = "nearest", report.error_nearest
+        if error <= self.start_error:
+            report.kept, report.error_quantized = "learned" if learned else self.start, error
+        else:
+            report.kept, report.error_quantized = self.start, self.start_error
+            for module in self.quantized.values():
+                module.variants["quantized"] = cast(LayerQuantization, module.variants[self.start]).copy()
         for module in self.quantized.values():
-            module.variants["quantized"] = cast(LayerQuantization, module.variants["nearest"]).copy()
+            if "closed_form" in module.variants:
+                del module.variants["closed_form"]
+        for name, layer in self.layers.items():  # the closed form chooses formats of its own
+            report.weight_formats[name] = [q.format.name for q in layer.variants["quantized"].weights]
 
     def _check_agreement(self) -> None:
         if distributed.world_size() == 1:

@@ -122,7 +122,7 @@ class CalibrationDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        n_samples: int = 5120,
+        n_samples: int = 1024,
         seed: int = 0,
         source: str = "trajectories",
         image_column: str = "image",

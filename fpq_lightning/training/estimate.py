@@ -25,7 +25,8 @@ from fpq_lightning.training.datamodule import CalibrationDataModule
 # Measured on the embedded model and cifar10-ddpm (docs/benchmarks.md), by type of device.
 _STEP_SECONDS = {"cpu": 2e-3, "cuda": 1.2e-3}  # of an optimisation step, whatever its unit
 _SEARCH_SECONDS = {"cpu": 1e-6, "cuda": 1e-7}  # of a weight
-_PASSES = {"capture": 3.0, "learning": 3.0, "quantized": 1.8}  # cost of a sample in forward passes
+_SOLVE_SECONDS = {"cpu": 5e-6, "cuda": 1e-6}  # of a weight in closed form
+_PASSES = {"capture": 3.0, "closed_form": 4.0, "learning": 3.0, "quantized": 1.8}  # cost of a sample in forward passes
 
 
 @dataclass
@@ -128,7 +129,9 @@ def estimate_run(
     forward = _seconds_per_sample(denoiser, probe.batch(rows, device), micro_batch, device)
     plan = discover_units(denoiser, recipe.include, recipe.exclude, recipe.units == "layer")
     units, _ = trace_units(denoiser, plan, probe.batch(slice(0, 1), device))
-    replay = NetworkReplay(denoiser, units, probe, data.make_store(device), micro_batch, recipe.quantized_inputs)
+    replay = NetworkReplay(
+        denoiser, units, probe, data.make_store(device), micro_batch, recipe.quantized_inputs, recipe.solves
+    )
     # Of the first process, which has no fewer samples than any other.
     shard = Shard(min(recipe.rounding.batch_size, data.n_train_of(data.n_samples)), 0, world_size)
     store_bytes = replay.rehearse(len(shard.owned(data.n_samples)))
@@ -139,8 +142,8 @@ def estimate_run(
     optimised = sum(bool(unit.layers) for unit in units)
     images = evaluation.n_images * sampler.steps * (2 + 2 * _PASSES["quantized"])
     calibration = (
-        _SEARCH_SECONDS[device.type] * parameters
-        + _PASSES["capture"] * data.n_samples * forward
+        (_SEARCH_SECONDS[device.type] + recipe.solves * _SOLVE_SECONDS[device.type]) * parameters
+        + (_PASSES["capture"] + recipe.solves * _PASSES["closed_form"]) * data.n_samples * forward
         + iterations * _PASSES["learning"] * rounding.batch_size * forward
     ) / world_size + iterations * optimised * _STEP_SECONDS[device.type]
     per_sample = sum(x[0].numel() * x.element_size() for x in probe.inputs.values())

@@ -182,7 +182,7 @@ class BlockReconstruction(pl.LightningModule):
             store = self.data.make_store(self.device)
             self._replay = NetworkReplay(
                 self.denoiser, self.units, self.data.local_set(), store, self.data.micro_batch,
-                self.recipe.quantized_inputs,
+                self.recipe.quantized_inputs, self.recipe.solves,
             )  # fmt: skip
         while self._replay.position < self.plan.unit:
             self.placement.calibrate(self._replay.unit)

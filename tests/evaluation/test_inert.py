@@ -55,7 +55,7 @@ def test_making_a_configuration_changes_nothing_that_it_is_given() -> None:
     given: dict[str, Any] = {
         "weights": WeightRecipe(["e2m1", "e1m2"]),
         "activations": ActivationRecipe(token_layers="to_out.*"),
-        "rounding": RoundingRecipe(iterations=3),
+        "rounding": RoundingRecipe(start="nearest", learned=True, iterations=3),
         "include": ["down.*"],
         "exclude": "conv_in",
         "components": {"vae": "fp8"},

@@ -114,7 +114,9 @@ def judged(tmp_path_factory: pytest.TempPathFactory, model: str) -> Judged:
     with recorded_flags() as flags:
         quantize(
             tiny_pipeline(),
-            Recipe(WeightRecipe("fp4"), rounding=RoundingRecipe(iterations=20, batch_size=4)),
+            Recipe(
+                WeightRecipe("fp4"), rounding=RoundingRecipe(start="nearest", learned=True, iterations=20, batch_size=4)
+            ),
             directory,
             CalibrationDataModule(n_samples=16, n_search=8),
             SamplerConfig(steps=STEPS, batch_size=2),

@@ -89,14 +89,19 @@ def test_the_table_shows_what_was_measured_and_nothing_else() -> None:
 
 def test_reports_name_the_recipe_and_the_size_of_the_files() -> None:
     weights = fpq.WeightRecipe(["e2m1", "e1m2"], "group", 16)
-    recipe = fpq.Recipe(weights=weights, rounding=fpq.RoundingRecipe(iterations=70)).to_dict()
+    recipe = fpq.Recipe(
+        weights=weights, rounding=fpq.RoundingRecipe(start="nearest", learned=True, iterations=70)
+    ).to_dict()
     report = _report(recipe=recipe, disk_bytes=3 * 2**20)
-    phrase = "e2m1/e1m2 weights with a scale for each group of 16, fp8 activations, rounding learned for 70 iterations"
-    assert f"Recipe: {phrase} a unit." in render_markdown(report)
+    phrase = (
+        "e2m1/e1m2 weights with a scale for each group of 16, fp8 activations, rounding learned for 70 iterations a "
+        "unit from rounding to nearest"
+    )
+    assert f"Recipe: {phrase}." in render_markdown(report)
     assert "files take 3.0 MiB" in render_markdown(report)
     assert f"on cpu: {phrase}" in render_html(report, _samples())
     nearest = fpq.Recipe(
-        weights=fpq.WeightRecipe(None), rounding=fpq.RoundingRecipe(learned=False), correct_biases=False
+        weights=fpq.WeightRecipe(None), rounding=fpq.RoundingRecipe(start="nearest"), correct_biases=False
     )
     assert "full-precision weights, fp8" in render_markdown(_report(recipe=nearest.to_dict()))
     assert "rounding to nearest" in render_markdown(_report(recipe=nearest.to_dict()))

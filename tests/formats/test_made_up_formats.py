@@ -69,7 +69,10 @@ def weights_of(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_a_quantized_pipeline_is_saved_and_opened_to_the_same_bits(tmp_path: Path) -> None:
-    recipe = fpq.Recipe(weights=fpq.WeightRecipe(**WEIGHTS), rounding=fpq.RoundingRecipe(iterations=3, batch_size=4))
+    recipe = fpq.Recipe(
+        weights=fpq.WeightRecipe(**WEIGHTS),
+        rounding=fpq.RoundingRecipe(start="nearest", learned=True, iterations=3, batch_size=4),
+    )
     data = fpq.CalibrationDataModule(n_samples=8, n_search=4, micro_batch=4)
     pipeline = fpq.quantize(
         tiny_pipeline(), recipe, tmp_path / "run", data, fpq.SamplerConfig(steps=4, batch_size=4),
@@ -133,7 +136,10 @@ def test_a_study_has_a_row_of_them(tmp_path: Path) -> None:
         "scratch": str(tmp_path / "scratch"),
         "sampler": {"steps": 2, "batch_size": 2},
         "evaluation": {"n_images": 2},
-        "recipe": {"rounding": {"iterations": 2, "batch_size": 2}, "include": ["conv_in", "mid_block.resnets.0.*"]},
+        "recipe": {
+            "rounding": {"start": "nearest", "learned": True, "iterations": 2, "batch_size": 2},
+            "include": ["conv_in", "mid_block.resnets.0.*"],
+        },
         "data": {"n_samples": 4, "n_search": 2, "micro_batch": 2},
         "rows": {"new": {"recipe": {"weights": WEIGHTS}, "variants": ["nearest"]}},
     }

@@ -368,7 +368,7 @@ def _pipeline(name: str) -> ConditionedPipeline:
 def _quantize(pipeline: ConditionedPipeline, run_dir: Path, **recipe: Any) -> ConditionedPipeline:
     return fpq.quantize(
         pipeline,
-        fpq.Recipe(rounding=fpq.RoundingRecipe(iterations=4, batch_size=4), **recipe),
+        fpq.Recipe(rounding=fpq.RoundingRecipe(start="nearest", learned=True, iterations=4, batch_size=4), **recipe),
         run_dir,
         fpq.CalibrationDataModule(n_samples=16, n_search=8, micro_batch=8),
         SAMPLER,
@@ -415,7 +415,7 @@ def test_a_model_in_bfloat16_is_quantized_and_keeps_its_types(name: str, tmp_pat
     pipeline = ConditionedPipeline(model, DDIMScheduler(clip_sample=False))
     quantized = fpq.quantize(
         pipeline,
-        fpq.Recipe(rounding=fpq.RoundingRecipe(iterations=4, batch_size=4)),
+        fpq.Recipe(rounding=fpq.RoundingRecipe(start="nearest", learned=True, iterations=4, batch_size=4)),
         tmp_path / "run",
         fpq.CalibrationDataModule(n_samples=16, n_search=8, micro_batch=8),
         SAMPLER,
@@ -441,7 +441,7 @@ def test_a_model_with_fused_adapters_is_quantized_once_they_are_unloaded(tmp_pat
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     pipeline = ConditionedPipeline(model, DDIMScheduler(clip_sample=False))
     options: dict[str, Any] = {
-        "recipe": fpq.Recipe(rounding=fpq.RoundingRecipe(iterations=2, batch_size=4)),
+        "recipe": fpq.Recipe(rounding=fpq.RoundingRecipe(start="nearest", learned=True, iterations=2, batch_size=4)),
         "data": fpq.CalibrationDataModule(n_samples=16, n_search=8, micro_batch=8),
         "sampler": SAMPLER,
         "accelerator": "cpu",

@@ -592,7 +592,7 @@ def test_without_formats_nothing_of_attention_is_quantized_and_units_before_it_d
     ids=["integers", "hardware types", "attention alone"],
 )
 def test_every_kind_of_attention_recipe_runs_end_to_end(options: dict, tmp_path: Path) -> None:
-    recipe = Recipe(rounding=RoundingRecipe(iterations=4, batch_size=4), **options)
+    recipe = Recipe(rounding=RoundingRecipe(start="nearest", learned=True, iterations=4, batch_size=4), **options)
     data = CalibrationDataModule(n_samples=16, n_search=8, micro_batch=8)
     pipeline = quantize(tiny_pipeline(), recipe, tmp_path / "run", data, SamplerConfig(steps=4), accelerator="cpu")
     (block,) = [b for b in _blocks(tmp_path / "run") if b["name"] == ATTENTION]

@@ -54,7 +54,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 def calibrate(run: Path, **recipe: Any) -> DiffusionPipeline:
     return fpq.quantize(
         tiny_pipeline(),
-        fpq.Recipe(rounding=fpq.RoundingRecipe(iterations=6, batch_size=4), **recipe),
+        fpq.Recipe(rounding=fpq.RoundingRecipe(start="nearest", learned=True, iterations=6, batch_size=4), **recipe),
         run,
         fpq.CalibrationDataModule(n_samples=16, n_search=8, micro_batch=8),
         fpq.SamplerConfig(steps=4, batch_size=4),

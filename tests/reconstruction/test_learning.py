@@ -65,7 +65,7 @@ def learn(
     recipe = Recipe(
         WeightRecipe("e2m1"),
         ActivationRecipe(activations),
-        rounding=RoundingRecipe(**{"batch_size": TRAIN, **rounding}),
+        rounding=RoundingRecipe(**{"start": "nearest", "learned": True, "batch_size": TRAIN, **rounding}),
         include=[layers],
         correct_biases=False,
     )

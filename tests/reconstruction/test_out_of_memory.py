@@ -117,7 +117,16 @@ def run(directory: Path, n_search: int = MICRO_BATCH, ckpt_path: str | None = No
     pipeline, keep = tiny_pipeline(), _Reports()
     recipe = Recipe(
         include=LAYERS,
-        rounding=RoundingRecipe(**{"iterations": 20, "learning_rate": 0.02, "batch_size": 4, **rounding}),
+        rounding=RoundingRecipe(
+            **{
+                "start": "nearest",
+                "learned": True,
+                "iterations": 20,
+                "learning_rate": 0.02,
+                "batch_size": 4,
+                **rounding,
+            }
+        ),
     )
     data = CalibrationDataModule(n_samples=16, n_search=n_search, micro_batch=MICRO_BATCH, held_out_fraction=0.25)
     sampler = SamplerConfig(steps=4, batch_size=4)
@@ -380,7 +389,7 @@ class _Probe(pl.Callback):
 
 
 def with_unit(directory: Path, use: Callable[[UnitTrainer], None], micro_batch: int = 8) -> None:
-    recipe = Recipe(include=LAYERS, rounding=RoundingRecipe(iterations=10, batch_size=8))
+    recipe = Recipe(include=LAYERS, rounding=RoundingRecipe(start="nearest", learned=True, iterations=10, batch_size=8))
     data = CalibrationDataModule(n_samples=16, n_search=8, micro_batch=micro_batch, held_out_fraction=0.25)
     with pytest.raises(_DoneError):
         quantize(
@@ -538,4 +547,4 @@ def test_steps_planned_together_are_the_steps_planned_one_by_one(tmp_path: Path)
 
 def test_reports_are_complete_after_a_run(undisturbed: Run) -> None:
     for report in undisturbed.reports.values():
-        assert None not in asdict(report).values()
+        assert [key for key, value in asdict(report).items() if value is None] == ["error_closed_form"]

@@ -63,7 +63,7 @@ def recipe(learned: bool, correct_biases: bool, activations: str | None = None) 
     return Recipe(
         WeightRecipe("fp4"),
         ActivationRecipe(activations, objective="output"),
-        rounding=RoundingRecipe(learned=learned, iterations=60, batch_size=6),
+        rounding=RoundingRecipe(start="nearest", learned=learned, iterations=60, batch_size=6),
         include=["conv_in"],
         correct_biases=correct_biases,
     )

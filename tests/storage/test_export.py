@@ -218,7 +218,7 @@ def test_an_empty_directory_behind_a_link_is_filled(
 def test_attention_and_other_components_survive_both_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipeline = load_pipeline(tiny_text_to_image(tmp_path / "tiny"))
     sampler = SamplerConfig(steps=4, batch_size=2, prompts=["a cat", "b"], guidance_scale=3)
-    rounding = RoundingRecipe(iterations=3, batch_size=4)
+    rounding = RoundingRecipe(start="nearest", learned=True, iterations=3, batch_size=4)
     recipe = Recipe(
         attention=AttentionRecipe("fp8"), rounding=rounding, components={"text_encoder": "fp8", "vae": "fp8"}
     )

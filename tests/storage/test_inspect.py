@@ -35,7 +35,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = Recipe(
         weights=WeightRecipe("fp4", objective="tensor"),
         activations=ActivationRecipe("fp8"),
-        rounding=RoundingRecipe(learned=False),
+        rounding=RoundingRecipe(start="nearest"),
         hardware_types=True,
     )
     sampler = SamplerConfig(steps=2, prompts=["a", "b"], guidance_scale=2.0)

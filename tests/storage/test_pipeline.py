@@ -41,7 +41,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> DiffusionPipeline:
         tiny_pipeline(),
         Recipe(
             attention=AttentionRecipe("fp8"),
-            rounding=RoundingRecipe(iterations=10, batch_size=4),
+            rounding=RoundingRecipe(start="nearest", learned=True, iterations=10, batch_size=4),
             exclude=["mid_block.attentions.0.to_q"],
         ),
         tmp_path_factory.mktemp("run") / "run",

@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def grid(model: str, root: Path, **rows: Any) -> dict[str, Any]:
-    rounding = {"iterations": 5, "batch_size": 4}
+    rounding = {"start": "nearest", "learned": True, "iterations": 5, "batch_size": 4}
     return {
         "model": model,
         "output": str(root / "study"),

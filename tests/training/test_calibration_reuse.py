@@ -11,7 +11,7 @@ from models import tiny_pipeline
 import fpq_lightning as fpq
 from fpq_lightning.calibration.disk import load_calibration_set
 
-RECIPE = fpq.Recipe(rounding=fpq.RoundingRecipe(learned=False))
+RECIPE = fpq.Recipe(rounding=fpq.RoundingRecipe(start="nearest"))
 
 
 def quantize(run_dir: Path, data: fpq.CalibrationDataModule, seed: int = 0) -> None:

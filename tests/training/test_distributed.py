@@ -511,6 +511,17 @@ def test_shares_of_different_size_add_up_as_well(uneven: list[Path]) -> None:
     assert_same_result(uneven[1], uneven[0])
 
 
+def test_the_closed_form_is_the_same_on_two_processes_up_to_the_order_of_sums(lab: Lab) -> None:
+    options = ("--recipe.rounding.start=closed_form", "--recipe.rounding.learned=false")
+    one, two = (json.loads((lab.fit(f"solved-{n}", n, *options) / "report.json").read_text()) for n in (1, 2))
+    for found, expected in zip(two["blocks"], one["blocks"], strict=True):
+        assert (found["error_closed_form"] is None) == (expected["error_closed_form"] is None)
+        if expected["error_closed_form"] is not None:
+            assert found["error_closed_form"] == pytest.approx(expected["error_closed_form"], rel=0.3)
+    kept = [block["kept"] for block in two["blocks"]]
+    assert kept.count("closed_form") > len(kept) / 2
+
+
 def assert_same_sets(runs: Sequence[Path], n: int) -> None:
     found, expected = (load_calibration_set(run / "calibration") for run in runs)
     assert len(expected) == n

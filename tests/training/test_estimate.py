@@ -16,7 +16,7 @@ from fpq_lightning.training.estimate import Estimate, estimate_run
 def _estimate(n_samples: int = 64, iterations: int = 50, n_images: int = 8, world_size: int = 1) -> Estimate:
     return estimate_run(
         tiny_pipeline(),
-        Recipe(rounding=RoundingRecipe(iterations=iterations)),
+        Recipe(rounding=RoundingRecipe(start="nearest", learned=True, iterations=iterations)),
         CalibrationDataModule(n_samples=n_samples, micro_batch=8),
         SamplerConfig(steps=4, batch_size=4),
         EvaluationConfig(n_images),
@@ -55,7 +55,10 @@ def test_disk_is_enough_for_the_set_the_checkpoints_and_the_model(tmp_path: Path
     from fpq_lightning import quantize
 
     data = CalibrationDataModule(n_samples=64, n_search=8, micro_batch=8)
-    sampler, recipe = SamplerConfig(steps=4, batch_size=4), Recipe(rounding=RoundingRecipe(iterations=10, batch_size=4))
+    sampler, recipe = (
+        SamplerConfig(steps=4, batch_size=4),
+        Recipe(rounding=RoundingRecipe(start="nearest", learned=True, iterations=10, batch_size=4)),
+    )
     quantize(tiny_pipeline(), recipe, tmp_path / "run", data, sampler, accelerator="cpu", enable_progress_bar=False)
     written = sum(f.stat().st_size for f in (tmp_path / "run").rglob("*") if f.is_file() and "logs" not in f.parts)
     assert written / 4 < _estimate(64).disk_bytes < 4 * written

@@ -73,7 +73,7 @@ def run(directory: Path, recipe: Recipe, pipeline: DDPMPipeline | None = None, *
 
 
 def rounding(**options: Any) -> RoundingRecipe:
-    return RoundingRecipe(**{"iterations": 10, "batch_size": 4, **options})
+    return RoundingRecipe(**{"start": "nearest", "learned": True, "iterations": 10, "batch_size": 4, **options})
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +261,7 @@ def test_gradients_agree_with_finite_differences_in_float64(tmp_path: Path, scal
             error = (nn.functional.conv2d(x, weight, full["bias"], padding=1) - target).square().mean((1, 2, 3))
             ratio = (error * weights).sum() / (target.square().mean((1, 2, 3)) * weights).sum()
             regulariser = (1 - (2 * h - 1).abs() ** beta).mean()
-            return (ratio / objective.nearest_error + strength * regulariser).item()
+            return (ratio / objective.start_error + strength * regulariser).item()
 
         v, gain = rounded.v.detach().double(), quantizer.log_gain.detach().double()
         result["loss"] = loss.item(), by_hand(v, gain)
@@ -443,7 +443,7 @@ def test_a_recipe_that_does_not_fit_the_model_is_refused_before_anything_is_samp
         (lambda: _weights(granularity="group"), "group_size"),
         (lambda: _weights(granularity="group", group_size=0), "group_size"),
         (lambda: Recipe(WeightRecipe(formats=None), ActivationRecipe(formats=None)), "neither"),
-        (lambda: Recipe(rounding=RoundingRecipe(iterations=0)), "iterations"),
+        (lambda: Recipe(rounding=RoundingRecipe(start="nearest", learned=True, iterations=0)), "iterations"),
         (lambda: Recipe(activations=ActivationRecipe("uint8", token_layers="*")), "token_layers needs a signed"),
         (lambda: Recipe(hardware_types=True, activations=ActivationRecipe(unsigned=True)), "unsigned"),
     ],

@@ -63,11 +63,12 @@ class Runs:
     checkpoint: dict[str, Any]
 
 
-def calibrate(directory: Path, watcher: Watcher, ckpt_path: str | None = None) -> None:
+def calibrate(directory: Path, start: str, watcher: Watcher, ckpt_path: str | None = None) -> None:
     quantize(
         tiny_pipeline(),
         Recipe(
-            rounding=RoundingRecipe(iterations=ITERATIONS, batch_size=4), include=["conv_in", "mid_block.resnets.*"]
+            rounding=RoundingRecipe(start=start, learned=True, iterations=ITERATIONS, batch_size=4),
+            include=["conv_in", "mid_block.resnets.*"],
         ),
         directory,
         CalibrationDataModule(n_samples=16, n_search=8, micro_batch=8),
@@ -79,16 +80,16 @@ def calibrate(directory: Path, watcher: Watcher, ckpt_path: str | None = None) -
     )
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+@pytest.fixture(scope="module", params=["nearest", "closed_form"])
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     root = tmp_path_factory.mktemp("resume")
     directories = {name: root / name for name in ("whole", "resumed")}
     file = root / "middle.ckpt"
     whole, resumed = Watcher(), Watcher()
-    calibrate(directories["whole"], whole)
+    calibrate(directories["whole"], request.param, whole)
     with pytest.raises(_StopError):
-        calibrate(directories["resumed"], Watcher(file))
-    calibrate(directories["resumed"], resumed, str(file))
+        calibrate(directories["resumed"], request.param, Watcher(file))
+    calibrate(directories["resumed"], request.param, resumed, str(file))
     return Runs(whole, resumed, directories, torch.load(file, weights_only=True))
 
 

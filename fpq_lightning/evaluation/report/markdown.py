@@ -14,6 +14,10 @@ def _formats(chosen: dict[str, list[str]]) -> str:
     return ", ".join(f"{name} x{n}" for name, n in counts.most_common()) or "full precision"
 
 
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2e}"
+
+
 def variant_label(name: str) -> str:
     """What a variant is called in reports."""
     return "nearest rounding" if name == "nearest" else name.replace("_", " ")
@@ -62,12 +66,13 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         parts += [
             "## Units",
             "Errors are relative to the energy of the unit's full-precision output, on held-out samples.",
-            "| unit | parameters | weights | activations | nearest | quantized | rounding | seconds |\n"
-            "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
+            "| unit | parameters | weights | activations | nearest | closed form | quantized | rounding | seconds |\n"
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
             + "\n".join(
                 f"| {b['name']} | {b['parameters']:,} | {_formats(b['weight_formats'])} | "
-                f"{_formats(b['activation_formats'])} | {b['error_nearest']:.2e} | {b['error_quantized']:.2e} | "
-                f"{b['kept']} | {b['seconds']:.1f} |"
+                f"{_formats(b['activation_formats'])} | {b['error_nearest']:.2e} | "
+                f"{_error(b.get('error_closed_form'))} | {b['error_quantized']:.2e} | "
+                f"{b['kept'].replace('_', ' ')} | {b['seconds']:.1f} |"
                 for b in blocks
             ),
         ]
@@ -83,13 +88,14 @@ def recipe_phrase(recipe: Mapping[str, Any]) -> str:
     def named(formats: str | list[str] | None) -> str:
         return "full-precision" if formats is None else formats if isinstance(formats, str) else "/".join(formats)
 
-    weights, rounding = recipe["weights"], recipe["rounding"]
+    weights, activations, rounding = recipe["weights"], recipe["activations"], recipe["rounding"]
     size = f" of {weights['group_size']}" if weights["group_size"] else ""
     scales = "" if weights["formats"] is None else f" with a scale for each {weights['granularity']}{size}"
-    learned = f"learned for {rounding['iterations']} iterations a unit" if rounding["learned"] else "to nearest"
+    rounded = "in closed form" if rounding["start"] == "closed_form" else "to nearest"
+    if rounding["learned"]:
+        rounded = f"learned for {rounding['iterations']} iterations a unit from rounding {rounded}"
     return (
-        f"{named(weights['formats'])} weights{scales}, "
-        f"{named(recipe['activations']['formats'])} activations, rounding {learned}"
+        f"{named(weights['formats'])} weights{scales}, {named(activations['formats'])} activations, rounding {rounded}"
     )
 
 

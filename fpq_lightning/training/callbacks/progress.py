@@ -24,7 +24,7 @@ def unit_line(index: int, total: int, report: UnitReport) -> str:
     if report.error_nearest is None:
         return f"[{index + 1:>2}/{total}] {report.name}: not quantized"
     corrected = report.kept == "nearest" and cast(float, report.error_quantized) < report.error_nearest
-    kept = f"{report.kept}, bias corrected" if corrected else report.kept
+    kept = f"{report.kept}, bias corrected" if corrected else report.kept.replace("_", " ")
     return (
         f"[{index + 1:>2}/{total}] {report.name:<30} {report.parameters / 1e3:>8.1f}k  "
         f"{formats[0]} / {formats[1]}  error {report.error_nearest:.2e} -> {report.error_quantized:.2e} "

@@ -1,0 +1,262 @@
+"""Closed-form rounding of a unit: its layers in stages, each from what the quantized stages before it give."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fpq_lightning.calibration.replay import NetworkReplay
+from fpq_lightning.nn.calibrated import LayerQuantization, Mode, QuantizedLayer, input_of, running
+from fpq_lightning.nn.patches import patches
+from fpq_lightning.quantization.closed_form import problem_of, search_formats, solve
+from fpq_lightning.quantization.moments import Moments
+from fpq_lightning.quantization.quantizer import Quantizer
+from fpq_lightning.quantization.recipe import Recipe
+from fpq_lightning.reconstruction.share import share
+from fpq_lightning.utils import distributed
+
+_PLACES = 64  # of each sample that the moments see, at most
+_PROBED = 4  # samples that show how the layers depend on each other
+
+
+class _Seen(Exception):  # noqa: N818
+    """Ends a call of the unit once the inputs of a stage are known."""
+
+
+@dataclass
+class _Readers:
+    """Layers that read the same inputs in the same way, and so share their moments.
+
+    Attributes:
+        layers: by name.
+        calls: how often each runs in a call of the unit.
+    """
+
+    layers: dict[str, QuantizedLayer]
+    calls: int
+
+    @property
+    def first(self) -> QuantizedLayer:
+        """One of the layers."""
+        return next(iter(self.layers.values()))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Groups, and inputs of each row of the weight."""
+        layer = self.first
+        return 1 if layer.convolution is None else layer.groups, layer.weight[0].numel()
+
+
+@torch.no_grad()
+def solve_unit(replay: NetworkReplay, layers: dict[str, QuantizedLayer], rows: Tensor, recipe: Recipe) -> None:
+    """Gives the layers of the current unit the variant ``closed_form``.
+
+    Each layer sees what the quantized layers before it give, and so makes up for their errors and for those of its own
+    quantized input. The layers of a stage are spread over the processes of a run. A layer without usable statistics,
+    or whose moments take more than the store's budget, keeps nearest rounding, and a warning says so.
+
+    Args:
+        replay: at the unit; it keeps the reference inputs.
+        layers: of the unit, with the variant ``nearest``.
+        rows: samples of this process to learn from.
+        recipe: candidate formats, and whether biases are corrected.
+    """
+    for layer in layers.values():
+        layer.variants["closed_form"] = layer.variants["nearest"].copy()
+    budget = replay.store.budgets["device"]
+    for stage in _stages(replay, {name: layer for name, layer in layers.items() if layer.variants["nearest"].weights}):
+        for batch in _within_budget(stage, budget):
+            _solve_together(replay, batch, rows, recipe)
+
+
+def _solve_together(replay: NetworkReplay, stage: list[_Readers], rows: Tensor, recipe: Recipe) -> None:
+    moments = _moments(replay, stage, rows)
+    solvable: dict[str, tuple[QuantizedLayer, Moments]] = {}
+    for readers, found in zip(stage, moments, strict=True):
+        if found.are_usable:
+            solvable |= {name: (layer, found) for name, layer in readers.layers.items()}
+        else:
+            _warn_of_nearest(readers, "no finite statistics of their inputs")
+    by_size = sorted(solvable, key=lambda name: -solvable[name][0].weight.numel())
+    solved = {name: _solve(*solvable[name], recipe) for name in by_size[distributed.rank() :: distributed.world_size()]}
+    for name, quantization in share(solved, replay.store.device).items():
+        solvable[name][0].variants["closed_form"] = quantization
+
+
+def _warn_of_nearest(readers: _Readers, reason: str) -> None:
+    warnings.warn(f"{', '.join(readers.layers)}: {reason}, so rounded to nearest", stacklevel=4)
+
+
+# --- the order of the layers ---------------------------------------------------------------------------------------
+
+
+def _stages(replay: NetworkReplay, layers: dict[str, QuantizedLayer]) -> list[list[_Readers]]:
+    """The layers in stages: what a layer reads depends on earlier stages alone.
+
+    A layer that does not run for the first samples, such as an expert, comes last.
+    """
+    inputs = _probe(replay, layers)
+    grouped: dict[str, _Readers] = {}
+    for name, seen in inputs.items():
+        layer = layers[name]
+        quantizers = [q.to_state() for q in layer.variants["nearest"].inputs]
+        reads = (*map(id, seen), layer.convolution, layer.weight.shape[1:], _plain(quantizers))
+        grouped.setdefault(str(reads), _Readers({}, len(seen))).layers[name] = layer
+    readers = list(grouped.values())
+    level = [0] * len(readers)
+    for i, source in enumerate(readers):  # in the order of their first calls
+        changed = _probe(replay, layers, source.layers)
+        for k in range(i + 1, len(readers)):
+            name = next(iter(readers[k].layers))
+            if not _equal(inputs[name], changed.get(name, [])):
+                level[k] = max(level[k], level[i] + 1)
+    last = [_Readers({name: layer}, 1) for name, layer in layers.items() if name not in inputs]
+    stages = [[r for r, own in zip(readers, level, strict=True) if own == n] for n in range(max(level, default=-1) + 1)]
+    names = [[(list(r.layers), r.calls) for r in stage] for stage in [*stages, last] if stage]
+    agreed = distributed.broadcast_from_rank0(names)
+    return [[_Readers({name: layers[name] for name in found}, calls) for found, calls in stage] for stage in agreed]
+
+
+def _probe(
+    replay: NetworkReplay, layers: Mapping[str, QuantizedLayer], changed: Mapping[str, QuantizedLayer] | None = None
+) -> dict[str, list[Tensor]]:
+    """The inputs of layers in a call of the unit, in which some layers may give something else."""
+    seen: dict[str, list[Tensor]] = {}  # the inputs are kept, so that none takes the place of another
+
+    def keep(name: str) -> Any:
+        return lambda _, args, kwargs: seen.setdefault(name, []).append(input_of(args, kwargs))
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(keep(name), with_kwargs=True).remove)
+        for layer in (changed or {}).values():
+            stack.callback(layer.register_forward_hook(lambda _, args, output: 1.5 * output + 1).remove)
+        stack.enter_context(running(replay.unit.module, "full_precision"))
+        replay.call(replay.inputs(slice(0, _PROBED)))
+    return seen
+
+
+def _equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return len(some) == len(others) and all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+def _plain(quantizers: list[dict[str, Any]]) -> list[Any]:
+    return [[x.tolist() if isinstance(x, Tensor) else x for x in state.values()] for state in quantizers]
+
+
+def _within_budget(stage: list[_Readers], budget: int) -> Iterator[list[_Readers]]:
+    """A stage in parts whose moments fit a number of bytes."""
+    part: list[_Readers] = []
+    used = 0
+    for readers in stage:
+        size = Moments.size(*readers.shape)
+        if size > budget:
+            _warn_of_nearest(readers, f"moments of {size / 2**30:.1f} GiB are more than data.store_budget")
+            continue
+        if used + size > budget:
+            yield part
+            part, used = [], 0
+        part.append(readers)
+        used += size
+    if part:
+        yield part
+
+
+# --- moments -------------------------------------------------------------------------------------------------------
+
+
+def _moments(replay: NetworkReplay, stage: list[_Readers], rows: Tensor) -> list[Moments]:
+    """Moments of what each of some layers reads, over the samples of all processes."""
+    found = [Moments.zeros(*readers.shape, replay.store.device) for readers in stage]
+    for chunk in rows.split(replay.micro_batch) if len(rows) else ():
+        reference = _inputs(replay, stage, "full_precision", replay.reference_inputs(chunk))
+        quantized = _inputs(replay, stage, "closed_form", replay.inputs(chunk))
+        weights = replay.weights(chunk)
+        for readers, moments, *calls in zip(stage, found, reference, quantized, strict=True):
+            for full, other in zip(*calls, strict=False):
+                _add(moments, readers.first, full, other, weights, seed=int(chunk[0]))
+    for moments in found:
+        moments.sum_over_ranks()
+    return found
+
+
+def _inputs(replay: NetworkReplay, stage: list[_Readers], mode: Mode, inputs: Any) -> list[list[Tensor]]:
+    """What the layers of a stage read in a call of the unit, which ends with the last of them."""
+    with running(replay.unit.module, mode), _collecting(stage) as seen:
+        replay.call(inputs)
+    return seen
+
+
+@contextmanager
+def _collecting(stage: list[_Readers]) -> Iterator[list[list[Tensor]]]:
+    seen: list[list[Tensor]] = [[] for _ in stage]
+
+    def keep(i: int) -> Any:
+        def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            seen[i].append(input_of(args, kwargs))
+            if all(len(inputs) >= readers.calls for inputs, readers in zip(seen, stage, strict=True)):
+                raise _Seen
+
+        return hook
+
+    with ExitStack() as stack:
+        for i, readers in enumerate(stage):
+            stack.callback(readers.first.register_forward_pre_hook(keep(i), with_kwargs=True).remove)
+        stack.enter_context(suppress(_Seen))
+        yield seen
+
+
+def _add(moments: Moments, layer: QuantizedLayer, full: Tensor, other: Tensor, weights: Tensor, seed: int) -> None:
+    """Adds the inputs of one call on both paths.
+
+    Args:
+        moments: to add to.
+        layer: that read them.
+        full: its full-precision input.
+        other: its input in the quantized network.
+        weights: of the samples.
+        seed: of the places that are drawn.
+    """
+    if full.shape != other.shape:  # an expert that was given other tokens: rounding alone is made up for
+        full = other
+    y, x = (
+        patches(layer, values, _PLACES, torch.Generator().manual_seed(seed))
+        for values in (layer.quantize_input(other, layer.variants["closed_form"].inputs), full)
+    )
+    # Layers that see another leading dimension than the samples weigh them alike if it is no multiple.
+    folded, rest = divmod(len(x), len(weights))
+    each = weights.new_ones(len(x)) if rest else weights.repeat_interleave(folded)
+    share_of_place = len(weights) / (len(x) * x.shape[1])
+    moments.add(x.flatten(0, 1), y.flatten(0, 1), each.repeat_interleave(x.shape[1]) * share_of_place)
+
+
+# --- a layer -------------------------------------------------------------------------------------------------------
+
+
+def _solve(layer: QuantizedLayer, moments: Moments, recipe: Recipe) -> LayerQuantization:
+    """A layer's quantization in closed form: formats, scales, codes and bias."""
+    nearest = layer.variants["nearest"]
+    weight = layer.weight.detach().float().flatten(1)
+    columns = [n * layer.weight[0, 0].numel() for n in layer.splits]
+    corrects = layer.bias is not None and recipe.correct_biases
+    problem = problem_of(weight, moments, columns, centred=corrects)
+    quantizers = list(nearest.weights)
+    if recipe.weights.objective == "output":
+        quantizers = search_formats(problem, weight, recipe.weight_formats(), layer.granularity)
+    solution = solve(problem, weight, quantizers)
+
+    def rows(values: Tensor) -> list[Tensor]:
+        return [layer.granularity.rows(part.contiguous()) for part in values.split(columns, dim=1)]
+
+    found = LayerQuantization(solution.quantizers, nearest.inputs)
+    found.codes = [cast(Quantizer, q).encode(r) for q, r in zip(found.weights, rows(solution.values), strict=True)]
+    found.unrounded = rows(solution.unrounded)
+    if layer.bias is not None and corrects:
+        found.set_bias(layer.bias.detach() + moments.mean_shift(weight, solution.values))
+    return found

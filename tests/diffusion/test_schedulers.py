@@ -1,0 +1,25 @@
+"""Which schedulers a pipeline can be sampled with."""
+
+from __future__ import annotations
+
+import pytest
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from models import tiny_pipeline
+
+from fpq_lightning import SamplerConfig
+from fpq_lightning.diffusion.sampling import set_sampler
+
+
+def test_a_scheduler_of_the_same_kind_takes_the_place_of_the_pipelines_own() -> None:
+    pipeline = tiny_pipeline()
+    set_sampler(pipeline, SamplerConfig(scheduler="DPMSolverMultistepScheduler"))
+    assert type(pipeline.scheduler) is DPMSolverMultistepScheduler
+
+
+def test_a_scheduler_of_another_kind_is_refused_rather_than_making_wrong_images() -> None:
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = own = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match=r"sampler\.scheduler DDIMScheduler does not fit .*--sampler\.scheduler null"):
+        set_sampler(pipeline, SamplerConfig())
+    set_sampler(pipeline, SamplerConfig(scheduler=None))
+    assert pipeline.scheduler is own

@@ -1,0 +1,148 @@
+"""Closed-form rounding of whole units: what reads what, what is measured, and what becomes of it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from models import tiny_pipeline
+from torch import Tensor, nn
+
+from fpq_lightning import ActivationRecipe, CalibrationDataModule, Recipe, RoundingRecipe, SamplerConfig, WeightRecipe
+from fpq_lightning import quantize as calibrate
+from fpq_lightning.calibration.replay import NetworkReplay
+from fpq_lightning.formats.numbers import parse_format
+from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, quantized_layers, running
+from fpq_lightning.nn.convert import make_quantized
+from fpq_lightning.quantization.quantizer import Granularity, Quantizer
+from fpq_lightning.reconstruction.closed_form import _stages, solve_unit
+
+SAMPLES, TOKENS, WIDTH = 24, 10, 12
+CHANNEL = Granularity("channel")
+RECIPE = Recipe(WeightRecipe("fp4"), ActivationRecipe("fp8"))
+
+
+class Attention(nn.Module):
+    """Queries, keys and values of one tensor, a shortcut, and a layer that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("query", "key", "value", "out", "shortcut", "shared", "unused"):
+            setattr(self, name, nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        y = self.out((q @ k.mT / WIDTH**0.5).softmax(-1) @ v) + self.shortcut(x)
+        return cast(Tensor, self.shared(self.shared(y).tanh()))
+
+
+def replay_of(module: nn.Module, x: Tensor, budget: int = 2**30) -> Any:
+    """As much of a replay as is needed, at a unit with these inputs."""
+    for layer in [m for m in module.modules() if isinstance(m, nn.Linear)]:
+        quantized = make_quantized(layer, CHANNEL)
+        quantized.granularity = CHANNEL
+        scale = quantized.weight.detach().float().abs().amax(1, keepdim=True) / 6
+        quantized.variants["nearest"] = LayerQuantization([Quantizer(parse_format("e2m1"), scale)])
+    return SimpleNamespace(
+        unit=SimpleNamespace(module=module),
+        inputs=lambda rows: x[rows],
+        reference_inputs=lambda rows: x[rows],
+        call=module,
+        weights=lambda rows: torch.ones(len(rows)),
+        micro_batch=10,
+        store=SimpleNamespace(device=torch.device("cpu"), budgets={"device": budget}),
+    )
+
+
+@pytest.fixture
+def attention() -> tuple[Any, dict[str, QuantizedLayer], Tensor]:
+    torch.manual_seed(0)
+    module = Attention().eval().requires_grad_(False)
+    x = torch.randn(SAMPLES, TOKENS, WIDTH) @ torch.randn(WIDTH, WIDTH)
+    replay = replay_of(module, x)
+    return replay, quantized_layers(module), x
+
+
+def test_layers_are_taken_in_stages_and_those_of_one_input_together(attention: Any) -> None:
+    replay, layers, _ = attention
+    stages = [[(set(r.layers), r.calls) for r in stage] for stage in _stages(cast(NetworkReplay, replay), layers)]
+    assert stages == [
+        [({"query", "key", "value", "shortcut"}, 1)],
+        [({"out"}, 1)],
+        [({"shared"}, 2)],
+        [({"unused"}, 1)],
+    ]
+
+
+def test_the_unit_is_much_closer_than_with_nearest_rounding_and_the_unused_layer_is_named(attention: Any) -> None:
+    replay, layers, x = attention
+    module = replay.unit.module
+    with pytest.warns(UserWarning, match="unused: no finite statistics of their inputs, so rounded to nearest"):
+        solve_unit(replay, layers, torch.arange(SAMPLES), RECIPE)
+    assert layers["unused"].variants["closed_form"].codes is None
+    outputs = {}
+    for mode in ("full_precision", "nearest", "closed_form"):
+        with running(module, cast(Any, mode)):
+            outputs[mode] = module(x)
+    errors = {mode: (found - outputs["full_precision"]).square().mean() for mode, found in outputs.items()}
+    assert errors["closed_form"] < 0.4 * errors["nearest"]
+
+
+def test_biases_take_the_mean_error_of_a_layer(attention: Any) -> None:
+    replay, layers, x = attention
+    shortcut = layers["shortcut"]
+    with pytest.warns(UserWarning, match="unused"):
+        solve_unit(replay, layers, torch.arange(SAMPLES), RECIPE)
+    means = {}
+    for mode in ("full_precision", "nearest", "closed_form"):
+        with running(shortcut, cast(Any, mode)):
+            means[mode] = shortcut(x).mean((0, 1))
+    shift, before = (means[mode] - means["full_precision"] for mode in ("closed_form", "nearest"))
+    assert shift.abs().max() < 1e-5 < before.abs().max()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_inputs_that_are_not_finite_leave_nearest_rounding_and_a_line(attention: Any, value: float) -> None:
+    replay, layers, x = attention
+    x[3, 2, 1] = value
+    with pytest.warns(UserWarning, match="query, key, value, shortcut: no finite statistics"):
+        solve_unit(replay, layers, torch.arange(SAMPLES), RECIPE)
+    assert all(layer.variants["closed_form"].codes is None for layer in layers.values())
+
+
+def test_moments_beyond_the_budget_leave_nearest_rounding_and_a_line(attention: Any) -> None:
+    replay, layers, _ = attention
+    replay.store.budgets["device"] = 1000
+    with pytest.warns(UserWarning, match=r"are more than data\.store_budget, so rounded to nearest"):
+        solve_unit(replay, layers, torch.arange(SAMPLES), RECIPE)
+    assert all(layer.variants["closed_form"].codes is None for layer in layers.values())
+
+
+def test_one_sample_and_dead_inputs_are_enough_for_a_sound_answer(attention: Any) -> None:
+    replay, layers, x = attention
+    x[:, :, 4:] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        solve_unit(replay, layers, torch.arange(1), RECIPE)
+    with running(replay.unit.module, "closed_form"):
+        assert replay.unit.module(x).isfinite().all()
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_run_keeps_the_closed_form_or_what_was_learned_from_it(tmp_path: Path, learned: bool) -> None:
+    rounding = RoundingRecipe(learned=learned, iterations=10, batch_size=4)
+    recipe = Recipe(rounding=rounding, include=["conv_in", "mid_block.*", "up_blocks.0.*"])
+    data = CalibrationDataModule(n_samples=32, n_search=8, micro_batch=8)
+    calibrate(tiny_pipeline(), recipe, tmp_path / "run", data, SamplerConfig(steps=4, batch_size=8), accelerator="cpu")
+    blocks = [b for b in json.loads((tmp_path / "run" / "report.json").read_text())["blocks"] if b["error_nearest"]]
+    assert len(blocks) > 3
+    assert sum(b["error_closed_form"] / b["error_nearest"] for b in blocks) < 0.95 * len(blocks)
+    assert all(b["error_quantized"] <= min(b["error_nearest"], b["error_closed_form"]) for b in blocks)
+    kept = {b["kept"] for b in blocks}
+    assert kept <= {"closed_form", "nearest", *(["learned"] if learned else [])}
+    assert kept & ({"learned"} if learned else {"closed_form"})
