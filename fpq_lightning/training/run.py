@@ -19,6 +19,7 @@ from fpq_lightning.diffusion.pipelines import denoiser_name
 from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.evaluation.evaluator import Evaluator
+from fpq_lightning.evaluation.report.markdown import recipe_phrase
 from fpq_lightning.nn.calibrated import quantized_layers
 from fpq_lightning.nn.hashing import hash_weights
 from fpq_lightning.nn.packed_layer import packed_layers
@@ -94,10 +95,11 @@ class Run:
         return trainer
 
     def log_estimate(self, trainer: pl.Trainer) -> None:
-        """Says what the run will take, on the first process; a run does not fail for want of an estimate."""
+        """Says what the run does and will take, on the first process; it does not fail for want of an estimate."""
         if not trainer.is_global_zero:
             return
         module, device = self.module, trainer.strategy.root_device
+        logger.info("recipe: %s", recipe_phrase(module.recipe.to_dict()))
         try:
             module.placement.to(device)
             estimate = estimate_run(
