@@ -192,3 +192,29 @@ def test_scales_of_a_format_of_their_own_stay_and_parts_have_grids_of_their_own(
     for quantizer, part, rows in zip(found.quantizers, found.values.split([16, 8], dim=1), (8, 1), strict=True):
         flat = part.reshape(4 * 16 // 8, 8) if rows == 8 else part
         assert torch.allclose(quantizer(flat.contiguous()), flat, rtol=1e-6, atol=0)
+
+
+def test_groups_are_solved_as_layers_of_their_own_are() -> None:
+    generator = torch.Generator().manual_seed(4)
+    mixing = torch.randn(2, 9, 9, generator=generator)
+    x = torch.einsum("mgn,gnk->mgk", torch.randn(300, 2, 9, generator=generator), mixing)
+    y = x + 0.05 * torch.randn(300, 2, 9, generator=generator)
+    weight, weights = torch.randn(8, 9, generator=generator), torch.rand(300, generator=generator)
+    quantizer = searched(weight, "e2m1")
+
+    def solved(groups: slice, rows: slice) -> tuple[Tensor, Tensor]:
+        moments = Moments.zeros(groups.stop - groups.start, 9, CPU)
+        moments.add(x[:, groups], y[:, groups], weights)
+        problem = problem_of(weight[rows], moments, [9], centred=True)
+        own = Quantizer(quantizer.format, quantizer.current_scale()[rows])
+        values = coordinate_descent(problem, Grid([own], [9], len(weight[rows])), own(weight[rows]))
+        return values, moments.mean_shift(weight[rows], values)
+
+    values, shift = solved(slice(0, 2), slice(0, 8))
+    for g, rows in enumerate((slice(0, 4), slice(4, 8))):
+        alone, own_shift = solved(slice(g, g + 1), rows)
+        assert torch.allclose(values[rows], alone, atol=1e-5)
+        assert torch.allclose(shift[rows], own_shift, atol=1e-5)
+        full = (x[:, g] * weights[:, None]).sum(0) @ weight[rows].T
+        expected = (full - (y[:, g] * weights[:, None]).sum(0) @ values[rows].T) / weights.sum()
+        assert torch.allclose(shift[rows], expected, atol=1e-4)
