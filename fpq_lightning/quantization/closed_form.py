@@ -95,11 +95,13 @@ def problem_of(
     """
     total = moments.weight.float()
     hessian, cross = moments.yy / total, moments.xy / total
+    size = hessian.diagonal(dim1=1, dim2=2).mean(1)
     if centred:
         mean_x, mean_y = (mean.float() for mean in moments.means)
         hessian.baddbmm_(mean_y[:, :, None], mean_y[:, None], alpha=-1)
         cross.baddbmm_(mean_x[:, :, None], mean_y[:, None], alpha=-1)
-    mean = hessian.diagonal(dim1=1, dim2=2).mean(1)
+    # Of inputs that hardly vary around a large mean rounding errors alone are left, which may be negative.
+    mean = torch.maximum(hessian.diagonal(dim1=1, dim2=2).mean(1), 1e-6 * size)
     factor, ridge = None, torch.zeros_like(mean)
     while factor is None:
         more = (damping * mean).clamp(min=1e-12) - ridge

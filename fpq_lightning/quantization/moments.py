@@ -76,5 +76,8 @@ class Moments:
 
     @property
     def are_usable(self) -> bool:
-        """Whether there were positions, and all sums are finite."""
-        return bool(self.weight > 0) and all(bool(t.isfinite().all()) for t in (self.x, self.y, self.yy, self.xy))
+        """Whether there were positions, and all sums and the products of means are finite."""
+        if not self.weight > 0:
+            return False
+        products = [mean.float().square() for mean in self.means]
+        return all(bool(t.isfinite().all()) for t in (self.yy, self.xy, *products))

@@ -20,6 +20,7 @@ from fpq_lightning.quantization.quantizer import Quantizer
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.reconstruction.share import share
 from fpq_lightning.utils import distributed
+from fpq_lightning.utils.tf32 import using_tf32
 
 _PLACES = 64  # of each sample that the moments see, at most
 _PROBED = 4  # samples that show how the layers depend on each other
@@ -212,6 +213,7 @@ def _collecting(stage: list[_Readers]) -> Iterator[list[list[Tensor]]]:
         yield seen
 
 
+@using_tf32(False)
 def _add(moments: Moments, layer: QuantizedLayer, full: Tensor, other: Tensor, weights: Tensor, seed: int) -> None:
     """Adds the inputs of one call on both paths.
 
@@ -239,6 +241,7 @@ def _add(moments: Moments, layer: QuantizedLayer, full: Tensor, other: Tensor, w
 # --- a layer -------------------------------------------------------------------------------------------------------
 
 
+@using_tf32(False)
 def _solve(layer: QuantizedLayer, moments: Moments, recipe: Recipe) -> LayerQuantization:
     """A layer's quantization in closed form: formats, scales, codes and bias."""
     nearest = layer.variants["nearest"]

@@ -194,6 +194,19 @@ def test_scales_of_a_format_of_their_own_stay_and_parts_have_grids_of_their_own(
         assert torch.allclose(quantizer(flat.contiguous()), flat, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e3, 1e15])
+def test_inputs_that_never_change_end_in_a_sound_answer(value: float) -> None:
+    """Their covariance is nothing but rounding errors."""
+    x = torch.full((500, 1, 40), value) * torch.linspace(0.5, 1.5, 40)
+    moments = Moments.zeros(1, 40, CPU)
+    for part in x.split(77):
+        moments.add(part, part, torch.ones(len(part)))
+    weight = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    assert moments.are_usable
+    problem = problem_of(weight, moments, [40], centred=True)
+    assert solve(problem, weight, [searched(weight, "e2m1")]).values.isfinite().all()
+
+
 def test_groups_are_solved_as_layers_of_their_own_are() -> None:
     generator = torch.Generator().manual_seed(4)
     mixing = torch.randn(2, 9, 9, generator=generator)

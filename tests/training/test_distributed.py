@@ -511,15 +511,13 @@ def test_shares_of_different_size_add_up_as_well(uneven: list[Path]) -> None:
     assert_same_result(uneven[1], uneven[0])
 
 
-def test_the_closed_form_is_the_same_on_two_processes_up_to_the_order_of_sums(lab: Lab) -> None:
+def test_the_closed_form_is_the_same_on_two_processes_until_a_rounding_error_tips_a_weight(lab: Lab) -> None:
     options = ("--recipe.rounding.start=closed_form", "--recipe.rounding.learned=false")
     one, two = (json.loads((lab.fit(f"solved-{n}", n, *options) / "report.json").read_text()) for n in (1, 2))
-    for found, expected in zip(two["blocks"], one["blocks"], strict=True):
-        assert (found["error_closed_form"] is None) == (expected["error_closed_form"] is None)
-        if expected["error_closed_form"] is not None:
-            assert found["error_closed_form"] == pytest.approx(expected["error_closed_form"], rel=0.3)
-    kept = [block["kept"] for block in two["blocks"]]
-    assert kept.count("closed_form") > len(kept) / 2
+    errors = [[block["error_closed_form"] for block in report["blocks"]] for report in (one, two)]
+    assert errors[1][:2] == pytest.approx(errors[0][:2], rel=1e-5)  # sums in another order, and nothing else
+    assert errors[1] == pytest.approx(errors[0], rel=0.25)
+    assert "closed_form" in {block["kept"] for block in two["blocks"]}
 
 
 def assert_same_sets(runs: Sequence[Path], n: int) -> None:
