@@ -5,15 +5,18 @@
     python benchmarks/full_size.py sd15 --scale tiny  # the same on a CPU, in seconds
 
 Blocks lie in host memory, as with ``--offload true``. Units of one class, weights and inputs are a kind; one unit of
-each kind (of FLUX the first and the last) is captured, searched, learned for some steps and finished by the library's
-own classes. The outputs of earlier units that it reads are drawn at random, at the scale that a forward pass of the
-whole network shows; the quantized path differs from the other by a twentieth of that. Budgets of the store shrink with
-the number of samples, so that activations lie where those of the whole calibration set would, and what the store would
-hold beyond is taken off the memory that there is. Files of the store are read from the page cache here.
+each kind (of FLUX the first and the last) is captured, searched, solved, learned for some steps and finished by the
+library's own classes. The outputs of earlier units that it reads are drawn at random, at the scale that a forward pass
+of the whole network shows; the quantized path differs from the other by a twentieth of that. Budgets of the store
+shrink with the number of samples, so that activations lie where those of the whole calibration set would, and what the
+store would hold beyond is taken off the memory that there is. Files of the store are read from the page cache here.
 
-The estimate adds up, over kinds, count x (loading + search + iterations x step + (capture, finish, advance) x samples),
-and sampling: forward passes of a batch of trajectories, without text encoders and VAE. A kind that was not measured is
-taken as the measured one closest in arithmetic, scaled by it.
+The estimate adds up, over kinds, count x (loading + search + solvers + iterations x step + (capture, moments, finish,
+advance) x samples), and sampling: forward passes of a batch of trajectories, without text encoders and VAE. A kind that
+was not measured is taken as the measured one closest in arithmetic, scaled by it.
+
+Rounding is in closed form: its moments go with the samples, its solvers with the weights. ``--iterations`` adds the
+steps of learned rounding.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ from fpq_lightning.graph.tree import output_leaves
 from fpq_lightning.graph.units import Unit, discover_units
 from fpq_lightning.nn.calibrated import QuantizedModule
 from fpq_lightning.nn.convert import make_quantized
+from fpq_lightning.reconstruction import closed_form
 from fpq_lightning.reconstruction.backward import Backward
 from fpq_lightning.reconstruction.optimizer import GraphedAdam
 from fpq_lightning.reconstruction.out_of_memory import gradients, within_memory
@@ -56,7 +60,7 @@ from fpq_lightning.training.datamodule import STEPS_PER_BATCH, UnitBatches
 
 GIB = 2**30
 WARMUP = 5  # steps: three launched one by one, the capture of their graph, and a replay
-SCALED = ("capture", "finish", "advance")  # phases that go with the number of samples
+SCALED = ("capture", "moments", "finish", "advance")  # phases that go with the number of samples
 
 
 @dataclass(frozen=True)
@@ -350,6 +354,27 @@ def profile_steps(label: str, steps: Callable[[int], None], on_gpu: bool, rows: 
     return table
 
 
+@contextmanager
+def timed_moments(phases: Phases) -> Iterator[list[float]]:
+    """Seconds that the moments of each stage take."""
+    seconds: list[float] = []
+    original = closed_form._moments
+
+    def timed(*args: Any) -> Any:
+        phases.synchronize()
+        start = time.perf_counter()
+        found = original(*args)
+        phases.synchronize()
+        seconds.append(time.perf_counter() - start)
+        return found
+
+    closed_form._moments = timed
+    try:
+        yield seconds
+    finally:
+        closed_form._moments = original
+
+
 @dataclass
 class Bench:
     """What is common to all measurements."""
@@ -398,42 +423,53 @@ class Bench:
         with phases("capture"):
             reconstruction.capture()
         with phases("search"):
+            within_memory(replay, reconstruction._search)
+        budgets = replay.store.budgets
+        reduced, budgets["device"] = budgets["device"], int(self.case.store * GIB)  # moments do not go with samples
+        with timed_moments(phases) as moments, phases("solvers"):
             within_memory(replay, reconstruction.initialise)
-        with phases("learn"), torch.enable_grad():
-            within_memory(replay, lambda: reconstruction.start_learning(None))
-            steps = self._steps(reconstruction, batch_size)
-            seconds: list[float] = []
-            steps(WARMUP if device.type == "cuda" else 1)
-            begin = time.perf_counter()
-            while len(seconds) < 3 or (len(seconds) < 20 and time.perf_counter() - begin < self.step_seconds):
-                phases.synchronize()
-                start = time.perf_counter()
-                steps(1)
-                phases.synchronize()
-                seconds.append(time.perf_counter() - start)
-                if time.perf_counter() > self.deadline:
-                    break
-            kernels = profile_steps(unit.name, steps, device.type == "cuda") if profiled else None
-        row: dict[str, Any] = {
-            "step": statistics.median(seconds),
-            "steps_timed": len(seconds),
-            "at_a_time": cast(Backward, reconstruction.backward).chunk,
-            "samples_a_pass": replay.micro_batch,
-            "inputs": tiers(replay),
-        }
-        del steps  # and the optimizer, with its CUDA graph
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        budgets["device"] = reduced
+        phases.seconds["moments"] = sum(moments)
+        phases.seconds["solvers"] -= sum(moments)
+        row: dict[str, Any] = {"step": 0.0, "steps_timed": 0, "inputs": tiers(replay)}
+        if self.recipe.rounding.learned:
+            with phases("learn"), torch.enable_grad():
+                row |= self._learn(reconstruction, batch_size, phases, profiled)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # the CUDA graph of the optimizer
         with phases("finish"):
             reconstruction.stop_learning()
             reconstruction.harden()
             error = reconstruction.held_out_error("quantized")
         with phases("advance"):
-            reconstruction.end(error, len(seconds))
-        row |= {"seconds": phases.seconds, "gib": phases.gib, "error_nearest": report.error_nearest}
-        row |= {"error_quantized": report.error_quantized, "kernels": kernels}
+            reconstruction.end(error, row["steps_timed"])
+        row |= {"samples_a_pass": replay.micro_batch, "seconds": phases.seconds, "gib": phases.gib}
+        row |= {f"error_{name}": getattr(report, f"error_{name}") for name in ("nearest", "closed_form", "quantized")}
         row |= {"allocated_gib": phases.peak("allocated"), "reserved_gib": phases.peak("reserved")}
         return row
+
+    def _learn(self, reconstruction: UnitTrainer, batch_size: int, phases: Phases, profiled: bool) -> dict[str, Any]:
+        """Times steps of learned rounding."""
+        on_gpu = self.replay.store.device.type == "cuda"
+        within_memory(self.replay, lambda: reconstruction.start_learning(None))
+        steps = self._steps(reconstruction, batch_size)
+        seconds: list[float] = []
+        steps(WARMUP if on_gpu else 1)
+        begin = time.perf_counter()
+        while len(seconds) < 3 or (len(seconds) < 20 and time.perf_counter() - begin < self.step_seconds):
+            phases.synchronize()
+            start = time.perf_counter()
+            steps(1)
+            phases.synchronize()
+            seconds.append(time.perf_counter() - start)
+            if time.perf_counter() > self.deadline:
+                break
+        return {
+            "kernels": profile_steps(self.replay.unit.name, steps, on_gpu) if profiled else None,
+            "step": statistics.median(seconds),
+            "steps_timed": len(seconds),
+            "at_a_time": cast(Backward, reconstruction.backward).chunk,
+        }
 
     def _steps(self, reconstruction: UnitTrainer, batch_size: int) -> Callable[[int], None]:
         """What makes a number of optimisation steps of the unit."""
@@ -476,7 +512,8 @@ def unit_seconds(run: dict[str, Any], n: int, samples: int, iterations: int) -> 
     """Seconds of one unit of a whole calibration, by phase."""
     seconds = run["seconds"]
     scaled = {name: seconds[name] * samples / n for name in SCALED}
-    return {"load": seconds["load"], "search": seconds["search"], "learning": iterations * run["step"], **scaled}
+    fixed = {name: seconds[name] for name in ("load", "search", "solvers")}
+    return {**fixed, "learning": iterations * run["step"], **scaled}
 
 
 def estimate(kinds: list[Kind], n: int, samples: int, iterations: int) -> list[dict[str, Any]]:
@@ -526,22 +563,21 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['iterations']} iterations x batch {result['batch_size']}, {result['samples']} samples, measured with "
         f"{result['measured_samples']}",
         "",
-        "| kind | units | step ms | samples at a time | inputs in | search s | capture + advance s | peak GiB | "
+        "| kind | units | step ms | inputs in | search s | moments s | solvers s | capture + advance s | peak GiB | "
         "minutes, all units |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["kinds"]:
         runs, minutes = list(row["measured"].values()), f"{row.get('seconds', math.nan) / 60:.1f}"
         if not runs:
             source = f" (from {row['taken_from']})" if row.get("taken_from") else ""
-            lines.append(f"| {row['kind']} | {row['units']} | not measured{source} | | | | | | {minutes} |")
+            lines.append(f"| {row['kind']} | {row['units']} | not measured{source} | | | | | | | {minutes} |")
             continue
         phases = {name: value / row["units"] for name, value in row["phases"].items()}
         cells = [
             f"{1e3 * statistics.mean(run['step'] for run in runs):.2f}",
-            "/".join(str(run["at_a_time"]) for run in runs),
             "/".join(dict.fromkeys(run["inputs"] for run in runs)),
-            f"{phases['search']:.2f}",
+            *(f"{phases[name]:.2f}" for name in ("search", "moments", "solvers")),
             f"{phases['capture'] + phases['advance']:.2f}",
             f"{max(run['reserved_gib'] for run in runs) + result['store_not_held_gib']:.1f}",
         ]
@@ -581,7 +617,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     deadline = START + args.seconds
     device = torch.device("cuda", 0) if torch.cuda.is_available() and not args.cpu else torch.device("cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not args.no_tf32
-    recipe = fpq.Recipe(rounding=fpq.RoundingRecipe(iterations=args.iterations, batch_size=args.batch_size))
+    rounding = fpq.RoundingRecipe(learned=args.iterations > 0, batch_size=args.batch_size)
+    rounding.iterations = args.iterations or rounding.iterations
+    recipe = fpq.Recipe(rounding=rounding)
     n = min(case.measured, case.samples)
     limit = case.memory if device.type == "cuda" else None
 
@@ -606,7 +644,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     forwards = -(-trajectories // case.batch) * case.steps
     forward = phases.seconds["forward"]
     say(f"a forward pass of {forward_batch} samples takes {forward:.2f} s; {forwards} of them are needed")
-    replay = NetworkReplay(model, units, calibration, ActivationStore(device, torch.bfloat16), args.micro_batch)
+    store = ActivationStore(device, torch.bfloat16)
+    replay = NetworkReplay(model, units, calibration, store, args.micro_batch, keep_reference=recipe.solves)
     kinds = kinds_of(replay, macs)
     sizes = {samples: lies(replay.rehearse(samples), case) for samples in sorted({case.samples, 512}, reverse=True)}
     absent = sizes[case.samples]["device"] * (1 - n / case.samples) / GIB if device.type == "cuda" else 0.0
@@ -684,8 +723,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         longest = max(longest, time.perf_counter() - start)
         spent = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in run["seconds"].items())
         say(
-            f"{name} ({len(kind.members)} x {kind.label}): step {1e3 * run['step']:.2f} ms, {run['at_a_time']} at a "
-            f"time from {run['inputs']}; s: {spent}; peak GiB {run['allocated_gib']:.1f} ({run['reserved_gib']:.1f})"
+            f"{name} ({len(kind.members)} x {kind.label}): step {1e3 * run['step']:.2f} ms, inputs in "
+            f"{run['inputs']}; s: {spent}; peak GiB {run['allocated_gib']:.1f} ({run['reserved_gib']:.1f})"
         )
         keep()
     result["left_behind_gib"] = torch.cuda.memory_allocated() / GIB if device.type == "cuda" else 0.0
@@ -700,7 +739,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--scale", choices=["full", "tiny"], default="full")
     parser.add_argument("--seconds", type=float, default=280, help="no unit is begun that would end later")
     parser.add_argument("--output", type=Path, help="JSON, written after each unit")
-    parser.add_argument("--iterations", type=int, default=2500)
+    parser.add_argument("--iterations", type=int, default=0, help="of learned rounding after the closed form")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--micro_batch", type=int, default=4)
     parser.add_argument("--samples", type=int, help="of the calibration set that is estimated")

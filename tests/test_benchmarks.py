@@ -42,8 +42,8 @@ def check_sums(result: dict[str, Any]) -> None:
         total = 0.0
         for run in kind["measured"].values():
             spent = run["seconds"]
-            total += spent["load"] + spent["search"] + result["iterations"] * run["step"]
-            total += scale * (spent["capture"] + spent["finish"] + spent["advance"])
+            total += spent["load"] + spent["search"] + spent["solvers"] + result["iterations"] * run["step"]
+            total += scale * (spent["capture"] + spent["moments"] + spent["finish"] + spent["advance"])
         assert kind["seconds"] == pytest.approx(kind["units"] * total / len(kind["measured"]))
 
 

@@ -29,7 +29,9 @@ _FLOAT32_EXPONENT_MASK = 0x7F800000
 
 
 class Spacing(NamedTuple):
-    """What decides the rounding to a format, where ties go to the even multiple of the step.
+    """What decides the rounding to a format.
+
+    Ties go to the even multiple of the step; without a mantissa, where the step is the number itself, to the even code.
 
     Attributes:
         low: smallest value.
@@ -83,8 +85,8 @@ class Format(ABC):
 
     @property
     @abstractmethod
-    def spacing(self) -> Spacing | None:
-        """What kernels need for rounding; None where ties do not go to the even multiple of the step."""
+    def spacing(self) -> Spacing:
+        """What kernels need for rounding."""
 
     @abstractmethod
     def _code_values(self) -> list[float]:
@@ -189,9 +191,8 @@ class FloatFormat(Format):
         return 2.0 ** (self._min_exponent - self.mantissa)
 
     @cached_property
-    def spacing(self) -> Spacing | None:
-        relative_step = 2.0**-self.mantissa
-        return Spacing(self.min, self.max, 2.0**self._min_exponent, relative_step) if self.mantissa else None
+    def spacing(self) -> Spacing:
+        return Spacing(self.min, self.max, 2.0**self._min_exponent, 2.0**-self.mantissa)
 
     def _binade(self, x: Tensor) -> Tensor:
         """2^floor(log2 |x|), at least the smallest normal number; from the bits, since log2 rounds."""

@@ -32,7 +32,15 @@ def round_to_grid(y, LOW: tl.constexpr, HIGH: tl.constexpr, NORMAL: tl.constexpr
     else:
         binade = (bits & 0x7F800000).to(tl.float32, bitcast=True)
         step = tl.maximum(binade, NORMAL, propagate_nan=tl.PropagateNan.ALL) * RELATIVE
-        rounded = (magnitude + 12582912.0 * step) - 12582912.0 * step
+        if RELATIVE == 1.0:  # no mantissa: whether a code is even depends on the binade
+            smallest = tl.full(step.shape, NORMAL, tl.float32).to(tl.int32, bitcast=True)
+            code = ((step.to(tl.int32, bitcast=True) - smallest) >> 23) + 1
+            lower = tl.where(magnitude < NORMAL, 0.0, step)
+            middle = lower + 0.5 * step
+            up = (magnitude > middle) | ((magnitude == middle) & (lower > 0.0) & (code % 2 == 1))
+            rounded = tl.where(magnitude == magnitude, tl.where(up, lower + step, lower), magnitude)
+        else:
+            rounded = (magnitude + 12582912.0 * step) - 12582912.0 * step
     if RELATIVE == 0.0:  # two's complement has no negative zero
         return tl.where(bits < 0, 0.0 - rounded, rounded)
     return (rounded.to(tl.int32, bitcast=True) | (bits & -2147483648)).to(tl.float32, bitcast=True)

@@ -153,11 +153,10 @@ def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, fmt: Format) 
         The shape and dtype of `x`.
     """
     # A compiler fuses the plain operations with what surrounds them.
-    spacing = None if torch.compiler.is_compiling() else fmt.spacing
-    if spacing is not None and scale.numel() == 1 and kernels_run_for(x):
+    if not torch.compiler.is_compiling() and scale.numel() == 1 and kernels_run_for(x):
         from fpq_lightning.kernels import fake_quantize as kernel  # needs Triton
 
-        return kernel.fake_quantize(x, scale, offset, spacing)
+        return kernel.fake_quantize(x, scale, offset, fmt.spacing)
     return reference.fake_quantize(x, scale, offset, fmt)
 
 
@@ -245,7 +244,7 @@ def descend_columns(q: Tensor, gradient: Tensor, hessian: Tensor, scale: Tensor,
     Returns:
         Grid values, float32 `[out, n]`.
     """
-    if fmt.spacing is not None and kernels_run_for(q):
+    if kernels_run_for(q):
         from fpq_lightning.kernels import column_rounding as kernel  # needs Triton
 
         return kernel.descend_columns(q, gradient, hessian, scale, offset, fmt.spacing)
@@ -267,7 +266,7 @@ def compensate_columns(
     Returns:
         Grid values, and errors relative to the diagonal of the factor, both float32 `[out, n]`.
     """
-    if fmt.spacing is not None and kernels_run_for(left):
+    if kernels_run_for(left):
         from fpq_lightning.kernels import column_rounding as kernel  # needs Triton
 
         return kernel.compensate_columns(left, factor, scale, offset, fmt.spacing)

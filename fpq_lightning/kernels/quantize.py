@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fpq_lightning.formats.numbers import Spacing, parse_format
+from fpq_lightning.formats.numbers import parse_format
 from fpq_lightning.kernels.fake_quantize import round_to_grid
 from fpq_lightning.kernels.launch import Launcher
 
@@ -46,7 +44,7 @@ def _quantize_pixels(
     tl.store(out_ptr + at, y.T, mask=inside.T)
 
 
-_SPACING = cast(Spacing, parse_format("float8_e4m3fn").spacing)
+_SPACING = parse_format("float8_e4m3fn").spacing
 _GRID = {
     "LOW": _SPACING.low, "HIGH": _SPACING.high, "NORMAL": _SPACING.smallest_normal, "RELATIVE": _SPACING.relative_step,
 }  # fmt: skip

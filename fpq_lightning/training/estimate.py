@@ -25,7 +25,7 @@ from fpq_lightning.training.datamodule import CalibrationDataModule
 # Measured on the embedded model and cifar10-ddpm (docs/benchmarks.md), by type of device.
 _STEP_SECONDS = {"cpu": 2e-3, "cuda": 1.2e-3}  # of an optimisation step, whatever its unit
 _SEARCH_SECONDS = {"cpu": 1e-6, "cuda": 1e-7}  # of a weight
-_SOLVE_SECONDS = {"cpu": 5e-6, "cuda": 1e-6}  # of a weight in closed form; on a GPU a guess
+_SOLVE_SECONDS = {"cpu": 5e-6, "cuda": 1e-7}  # of a weight in closed form
 _PASSES = {"capture": 3.0, "closed_form": 4.0, "learning": 3.0, "quantized": 1.8}  # cost of a sample in forward passes
 
 

@@ -23,7 +23,7 @@ def operands(n: int, groups: int, offsets: bool) -> tuple[Tensor, Tensor, Tensor
 
 
 @pytest.mark.parametrize(("n", "groups"), [(3, 1), (16, 1), (50, 1), (9, 2), (5, 6)])
-@pytest.mark.parametrize("fmt", ["e2m1", "e1m2", "int4", "uint4", "float8_e4m3fn"])
+@pytest.mark.parametrize("fmt", ["e2m1", "e1m2", "e3m0", "int4", "uint4", "float8_e4m3fn"])
 def test_columns_are_rounded_as_in_plain_torch(fmt: str, n: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian, scale, offset = operands(n, groups, fmt.startswith("u"))
     form = parse_format(fmt)

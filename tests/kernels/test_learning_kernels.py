@@ -18,7 +18,7 @@ from fpq_lightning.quantization.rounding import LearnedRounding
 
 T = TypeVar("T")
 FORMATS = ["e5m2", "e4m3", "e3m4", "e2m5", "float8_e4m3fn", "float8_e5m2", "ue4m4", "ue2m6", "e2m1", "e1m2", "int8"]
-FORMATS += ["uint8", "int4", "float4_e2m1fn"]
+FORMATS += ["uint8", "int4", "float4_e2m1fn", "e3m0", "e5m0", "ue4m0"]
 SCALE = 0.37
 
 
