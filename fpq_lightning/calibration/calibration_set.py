@@ -2,40 +2,122 @@
 
 from __future__ import annotations
 
+
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
 
-from fpq_lightning.graph.tree import nest
+from fpq_lightning.calibration.axes import LEADING, Axis, joined
 
 
 @dataclass
 class CalibrationSet:
-    """The arguments of many calls of the denoiser.
+    """The arguments of many calls of the denoiser, an image of a guidance pass each.
 
     Attributes:
-        inputs: keyword arguments that differ from sample to sample, `[n, ...]`; nested ones by path, such as
-            ``added_cond_kwargs/time_ids``.
+        inputs: keyword arguments that differ from sample to sample, by path, such as ``added_cond_kwargs/time_ids``:
+            `[n, ...]`, or a list of n values where tensors differ in shape or are none.
         weights: how much an error on each sample matters, float32 `[n]`, with mean 1.
         constants: the other keyword arguments, by path.
+        axes: where the samples of a batch lie in an argument, if not along its leading dimension.
+        structure: the keyword arguments with the path of each leaf in its place; None if they are not nested.
+        group_of: which samples can be in one batch, those with one number, int64 `[n]`: their tensors have the same
+            shapes, they share what all images of a call share, and their masks are equal, for a mask may decide how
+            many tokens a network sees. None finds out.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     weights: Tensor
     constants: dict[str, Any] = field(default_factory=dict)
+    axes: dict[str, Axis] = field(default_factory=dict)
+    structure: dict[str, Any] | None = None
+    group_of: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.structure is None:
+            self.structure = _nested([*self.inputs, *self.constants])
+        if self.group_of is None:
+            self.group_of = self._find_groups()
 
     def __len__(self) -> int:
         return len(self.weights)
 
+    def axis(self, path: str) -> Axis:
+        """Where the samples of a batch lie in an argument."""
+        return self.axes.get(path, LEADING)
+
     def batch(self, rows: slice | Tensor, device: torch.device) -> dict[str, Any]:
-        """Keyword arguments of the denoiser for some of the samples."""
-        inputs = {name: value[rows].to(device) for name, value in self.inputs.items()}
-        constants = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.constants.items()}
-        return nest({**inputs, **constants})
+        """Keyword arguments of the denoiser for some of the samples, all of one group."""
+        leaves = {path: joined(_rows(value, rows), self.axis(path)) for path, value in self.inputs.items()}
+        placed = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, {**leaves, **self.constants})
+        return tree_map(lambda path: placed[path], self.structure)
 
     def select(self, rows: Tensor) -> CalibrationSet:
         """A set of some of the samples."""
-        inputs = {name: value[rows] for name, value in self.inputs.items()}
-        return CalibrationSet(inputs, self.weights[rows], self.constants)
+        inputs = {path: _chosen(value, rows) for path, value in self.inputs.items()}
+        groups = cast(Tensor, self.group_of)[rows]
+        return CalibrationSet(inputs, self.weights[rows], self.constants, self.axes, self.structure, groups)
+
+    def _find_groups(self) -> Tensor:
+        numbers: dict[Any, int] = {}
+        varying = {path: value for path, value in self.inputs.items() if self._may_divide(path, value)}
+        keys = (tuple(_signature(v[i], self.axis(path)) for path, v in varying.items()) for i in range(len(self)))
+        return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys], dtype=torch.int64)
+
+    def _may_divide(self, path: str, value: Any) -> bool:
+        return not isinstance(value, Tensor) or self.axis(path).kind == "shared" or _is_mask(value[0])
+
+
+def _nested(paths: list[str]) -> dict[str, Any]:
+    """Nested dictionaries with a path at each leaf; those whose keys are numbers are lists."""
+    tree: dict[str, Any] = {}
+    for path in paths:
+        *parents, last = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = path
+    return {key: _lists(child) for key, child in tree.items()}
+
+
+def _lists(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    children = {key: _lists(child) for key, child in node.items()}
+    if children and all(key.isdecimal() for key in children):
+        return [children[key] for key in sorted(children, key=int)]
+    return children
+
+
+def _chosen(value: Any, rows: Tensor) -> Any:
+    return value[rows] if isinstance(value, Tensor) else [value[i] for i in rows.tolist()]
+
+
+def _rows(value: Any, rows: slice | Tensor) -> Any:
+    """Some rows of an input; those of tensors of one shape in one tensor."""
+    if isinstance(value, Tensor):
+        return value[rows]
+    found = value[rows] if isinstance(rows, slice) else _chosen(value, rows)
+    return torch.stack(found) if all(isinstance(x, Tensor) for x in found) else found
+
+
+def _signature(value: Any, axis: Axis) -> Any:
+    """What samples of one batch have in common."""
+    leaves, spec = tree_flatten(value)
+    return str(spec), tuple(_leaf_signature(leaf, axis) for leaf in leaves)
+
+
+def _leaf_signature(leaf: Any, axis: Axis) -> Any:
+    if not isinstance(leaf, Tensor):
+        return repr(leaf)
+    if axis.kind == "shared" or _is_mask(leaf):
+        return leaf.shape, leaf.float().numpy().tobytes()
+    return leaf.shape
+
+
+def _is_mask(value: Tensor) -> bool:
+    """Whether it may say which tokens there are: zeros and ones along one dimension."""
+    return 1 < value.numel() == max(value.shape) and bool(((value == 0) | (value == 1)).all())

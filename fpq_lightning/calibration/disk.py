@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,24 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
+from fpq_lightning.calibration.axes import Axis
 from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.utils.files import atomic_directory, write_json
 
 _WEIGHT = "sample_weight"  # the column of the weights
-_CONSTANTS = "constants.safetensors"
-_BFLOAT16 = "_bfloat16"  # the entry of the constants that names the bfloat16 columns
+_TENSORS = "tensors.safetensors"
+_TENSOR = "tensor:"  # begins what stands for a tensor in JSON
 MADE_FROM = "made_from.json"  # what decides a set, beside it
 
 
 def save_calibration_set(
     calibration: CalibrationSet, directory: str | Path, made_from: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes a calibration set as a `datasets` dataset (Arrow) with a column for each input.
+    """Writes a calibration set as a `datasets` dataset (Arrow) with a column for each input of one shape.
 
-    Constants go into its description as JSON, tensors among them into a safetensors file beside it.
+    The rest goes into its description as JSON, tensors among it into a safetensors file beside it.
 
     Args:
         calibration: the set.
@@ -35,19 +38,53 @@ def save_calibration_set(
     """
     import datasets  # takes a second, and opening a packed model does not need it
 
-    tensors = {k: v.contiguous() for k, v in calibration.constants.items() if isinstance(v, Tensor)}
-    constants = {k: v for k, v in calibration.constants.items() if k not in tensors}
-    columns = {**calibration.inputs, _WEIGHT: calibration.weights}
-    constants[_BFLOAT16] = [name for name, value in columns.items() if value.dtype == torch.bfloat16]
-    columns |= {name: columns[name].view(torch.int16) for name in constants[_BFLOAT16]}  # which numpy lacks
+    columns = {k: v for k, v in calibration.inputs.items() if isinstance(v, Tensor)} | {_WEIGHT: calibration.weights}
+    halves = [name for name, value in columns.items() if value.dtype == torch.bfloat16]
+    columns |= {name: columns[name].view(torch.int16) for name in halves}  # bfloat16 is not known to numpy
+    paths, spec = tree_flatten(calibration.structure)
+    tensors: dict[str, Tensor] = {}
+    description = {
+        "bfloat16": halves,
+        "constants": _without_tensors(calibration.constants, tensors),
+        "lists": _without_tensors({k: v for k, v in calibration.inputs.items() if k not in columns}, tensors),
+        "axes": {path: asdict(axis) for path, axis in calibration.axes.items()},
+        "structure": [paths, treespec_dumps(spec)],
+    }
     features = datasets.Features({name: _feature(value) for name, value in columns.items()})
-    info = datasets.DatasetInfo(description=json.dumps(constants), features=features)
+    info = datasets.DatasetInfo(description=json.dumps(description), features=features)
     dataset = datasets.Dataset.from_dict({k: v.numpy() for k, v in columns.items()}, features=features, info=info)
     with atomic_directory(Path(directory)) as temporary:
         dataset.save_to_disk(str(temporary))
-        save_file(tensors, temporary / _CONSTANTS)
+        save_file(tensors, temporary / _TENSORS)
         if made_from is not None:
             write_json(temporary / MADE_FROM, made_from)
+
+
+def _without_tensors(values: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Values with a name for each tensor, which goes into `tensors`; containers by their structure."""
+    found = {}
+    for path, value in values.items():
+        leaves, spec = tree_flatten(value)
+        named = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                tensors[f"{len(tensors)}"] = leaf.contiguous()
+                leaf = f"{_TENSOR}{len(tensors) - 1}"
+            named.append(leaf)
+        found[path] = [named, treespec_dumps(spec)]
+    return found
+
+
+def _with_tensors(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The inverse of `_without_tensors`."""
+    found = {}
+    for path, (named, spec) in values.items():
+        leaves = [
+            tensors[leaf.removeprefix(_TENSOR)] if isinstance(leaf, str) and leaf.startswith(_TENSOR) else leaf
+            for leaf in named
+        ]
+        found[path] = tree_unflatten(leaves, treespec_loads(spec))
+    return found
 
 
 def _feature(value: Tensor) -> Any:
@@ -78,12 +115,16 @@ def load_calibration_set(directory: str | Path) -> CalibrationSet:
         dataset = datasets.load_from_disk(str(directory))
         table = dataset.with_format("numpy")
         columns = {name: torch.from_numpy(np.array(table[name][:])) for name in dataset.column_names}
-        constants = json.loads(dataset.info.description or "{}")
-        columns |= {name: columns[name].short().view(torch.bfloat16) for name in constants.pop(_BFLOAT16, ())}
-        constants |= load_file(Path(directory) / _CONSTANTS)
         weights = columns.pop(_WEIGHT)
+        description = json.loads(dataset.info.description)
+        columns |= {name: columns[name].short().view(torch.bfloat16) for name in description["bfloat16"]}
+        tensors = load_file(Path(directory) / _TENSORS)
+        lists, constants = (_with_tensors(description[name], tensors) for name in ("lists", "constants"))
+        axes = {path: Axis(**axis) for path, axis in description["axes"].items()}
+        paths, spec = description["structure"]
+        structure = tree_unflatten(paths, treespec_loads(spec))
     except Exception as error:  # a damaged Arrow file may raise anything
         raise ValueError(f"the calibration set at {directory} cannot be read ({error}): delete it") from error
     if not len(weights):
         raise ValueError(f"the calibration set at {directory} is empty: delete it to sample a new one")
-    return CalibrationSet(columns, weights, constants)
+    return CalibrationSet({**columns, **lists}, weights, constants, axes, structure)

@@ -11,16 +11,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fpq_lightning.calibration.axes import LEADING
 from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.store import ActivationStore
 from fpq_lightning.graph.chain import Chain, parts_of
-from fpq_lightning.graph.tree import flatten, output_leaves
+from fpq_lightning.graph.tree import named_leaves
 from fpq_lightning.graph.units import Unit
 from fpq_lightning.nn.calibrated import Mode, running
 from fpq_lightning.utils.distributed import gather_rows
@@ -49,22 +51,25 @@ def _stubs(units: list[Unit], stub: Any) -> Iterator[None]:
 
 
 class _Tree:
-    """A structure of tensors whose batch-major leaves lie in the store.
+    """A structure of tensors whose batched leaves lie in the store, samples first.
 
-    Which leaves are batch-major is told by two passes with batches of different size. Their leading dimension may
-    hold other dimensions folded into it (frames, windows), sample by sample. Leaves that are the network's own inputs,
+    Which leaves are batched, and along which dimension, is told by two passes with batches of different size. That
+    dimension may hold others folded into it (frames, windows), sample by sample. Leaves that are the network's own inputs,
     such as embeddings of the prompt, lie in the store once for all units.
     """
 
-    def __init__(self, name: str, unit: str, small: Any, large: Any, given: Mapping[int, str] | None = None) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, unit: str, small: Any, large: Any, given: Mapping[int, str] | None = None, group: int = 0
+    ) -> None:
+        self.name, self.group = name, group
         leaves, self.spec = tree_flatten(small)
         other = tree_flatten(large)[0]
-        self.batched = [_is_batch_major(unit, a, b) for a, b in zip(leaves, other, strict=True)]
-        # Of batch-major leaves shape and type are all that is needed.
+        self.dims = [_batch_dim(unit, a, b) for a, b in zip(leaves, other, strict=True)]
+        self.batched = [dim is not None for dim in self.dims]
+        # Of batched leaves shape and type are all that is needed.
         self.constants: list[Any] = [
-            leaf.new_zeros(()).expand(leaf.shape) if batched else leaf
-            for leaf, batched in zip(leaves, self.batched, strict=True)
+            leaf if dim is None else leaf.new_zeros(()).expand(leaf.shape).movedim(dim, 0)
+            for leaf, dim in zip(leaves, self.dims, strict=True)
         ]
         self.given = [(given or {}).get(id(leaf)) for leaf in leaves]  # paths of the network's inputs
 
@@ -75,19 +80,24 @@ class _Tree:
     def stored(self) -> list[str]:
         """Keys of what is stored for this tree alone."""
         own = [batched and path is None for path, batched in zip(self.given, self.batched, strict=True)]
-        return [f"{self.name}.{i}" for i, mine in enumerate(own) if mine]
+        return [self._key(i) for i, mine in enumerate(own) if mine]
+
+    def _key(self, leaf: int) -> str:
+        return f"{self.name}.{leaf}@{self.group}"
 
     def all_keys(self) -> list[str]:
-        """Keys of all batch-major leaves."""
+        """Keys of all batched leaves."""
         leaves = enumerate(zip(self.given, self.batched, strict=True))
-        return [f"{self.name}.{i}" if path is None else _condition(path) for i, (path, batched) in leaves if batched]
+        return [
+            self._key(i) if path is None else _condition(path, self.group) for i, (path, batched) in leaves if batched
+        ]
 
     def allocate(self, store: ActivationStore, n: int, next_use: int) -> None:
         for key, leaf, folded in self._own(self.constants):
             store.allocate(key, (n, folded, *leaf.shape[1:]), leaf.dtype, next_use)
 
     def _own(self, leaves: list[Any]) -> Iterator[tuple[str, Tensor, int]]:
-        """Key, value and fold of what is stored for this tree alone."""
+        """Key, value with samples first and fold of what is stored for this tree alone."""
         own = set(self.stored())
         found = zip(self.all_keys(), self._batched_of(leaves), self._folds(), strict=True)
         return (entry for entry in found if entry[0] in own)
@@ -96,17 +106,27 @@ class _Tree:
         return [leaf for leaf, batched in zip(leaves, self.batched, strict=True) if batched]
 
     def _folds(self) -> list[int]:
-        """Rows of the leading dimension that belong to one sample, for each batch-major leaf."""
+        """Rows that belong to one sample, for each batched leaf."""
         return [len(leaf) // 2 for leaf in self._batched_of(self.constants)]
 
     def write(self, store: ActivationStore, start: int, tree: Any) -> None:
-        for key, leaf, folded in self._own(tree_flatten(tree)[0]):
+        leaves = tree_flatten(tree)[0]
+        moved = [leaf if dim is None else leaf.movedim(dim, 0) for leaf, dim in zip(leaves, self.dims, strict=True)]
+        for key, leaf, folded in self._own(moved):
             store.write(key, start, leaf.unflatten(0, (-1, folded)))
 
     def fill(self, batched: list[Tensor]) -> Any:
         values = iter(batched)
-        leaves = [next(values) if b else c for b, c in zip(self.batched, self.constants, strict=True)]
+        leaves = [
+            constant if dim is None else next(values).movedim(0, dim)
+            for dim, constant in zip(self.dims, self.constants, strict=True)
+        ]
         return tree_unflatten(leaves, self.spec)
+
+    def by_sample(self, tree: Any) -> list[Tensor]:
+        """The batched floating-point leaves of a value, samples first."""
+        leaves = zip(tree_flatten(tree)[0], self.dims, strict=True)
+        return [x.movedim(dim, 0) for x, dim in leaves if dim is not None and x.is_floating_point()]
 
     def read(self, store: ActivationStore, rows: slice | Tensor) -> Any:
         return self.fill([store.read(key, rows).flatten(0, 1) for key in self.all_keys()])
@@ -120,24 +140,54 @@ class _Tree:
         return self.fill([z.clone() for z in zeros] if in_memory else zeros)
 
 
-def _condition(path: str) -> str:
-    return f"condition.{path}"
+def _condition(path: str, group: int) -> str:
+    return f"condition.{path}@{group}"
 
 
-def _is_batch_major(unit: str, small: Any, large: Any) -> bool:
-    """Whether a leaf grows with the batch, given its values for batches of two and three."""
-    if not isinstance(small, Tensor) or small.shape == large.shape:
-        return False
-    if small.shape[1:] == large.shape[1:] and len(small) * 3 == len(large) * 2:
-        return True
+def _batch_dim(unit: str, small: Any, large: Any) -> int | None:
+    """The dimension of a leaf that grows with the batch, given its values for batches of two and three; None if none.
+
+    Raises:
+        ValueError: if the leaf changes with the batch in another way.
+    """
+    if isinstance(small, Tensor) and isinstance(large, Tensor):
+        if small.shape == large.shape:
+            if torch.allclose(small.float(), large.float(), rtol=1e-3, atol=1e-4, equal_nan=True):
+                return None
+            change = f"whose values, of shape {tuple(small.shape)}, depend on who else is in the batch"
+        else:
+            grown = [d for d in range(small.ndim) if small.ndim == large.ndim and small.shape[d] != large.shape[d]]
+            if len(grown) == 1 and small.shape[grown[0]] * 3 == large.shape[grown[0]] * 2:
+                return grown[0]
+            change = (
+                f"whose shape {tuple(small.shape)} for two samples and {tuple(large.shape)} for three does not grow "
+                "with them"
+            )
+    elif isinstance(small, Tensor) or isinstance(large, Tensor) or type(small) is not type(large):
+        change = "that is one for some batches only"
+    else:
+        return None
     raise ValueError(
-        f"{unit} takes or gives a tensor whose shape {tuple(small.shape)} for two samples and {tuple(large.shape)} for "
-        "three does not grow with its leading dimension: it cannot be captured; exclude the layers of this unit"
+        f"{unit} takes or gives a tensor {change}: it cannot be captured; exclude the layers of this unit"
     )
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Samples of one group: where they lie in the set, and in the store's arrays of the group."""
+
+    group: int
+    rows: slice | Tensor
+    places: slice
+
+    def __len__(self) -> int:
+        return self.places.stop - self.places.start
 
 
 class NetworkReplay:
     """A network at one of its units, with what that unit sees and should give.
+
+    Samples of one group (`CalibrationSet.group_of`) can be in one batch; the store has arrays for each group.
 
     Args:
         model: the network, its units' layers quantized classes.
@@ -172,7 +222,14 @@ class NetworkReplay:
         self._weights = calibration.weights.to(store.device)
         self.n = len(calibration)
         self._last_use = [max((k for k, u in enumerate(units) if i in u.sources), default=i) for i in range(len(units))]
-        self._input_trees, self._output_trees = self._templates()
+        self._group_of = cast(Tensor, calibration.group_of).clone()
+        self._groups = [(self._group_of == g).nonzero().flatten() for g in self._group_of.unique().tolist()]
+        self._places = torch.empty(self.n, dtype=torch.int64)  # of each sample in the arrays of its group
+        for g, rows in enumerate(self._groups):
+            self._group_of[rows], self._places[rows] = g, torch.arange(len(rows))
+        templates = [self._templates(g, rows) for g, rows in enumerate(self._groups)]
+        self._input_trees = [[inputs[i] for inputs, _ in templates] for i in range(len(units))]
+        self._output_trees = [[outputs[i] for _, outputs in templates] for i in range(len(units))]
 
     @property
     def unit(self) -> Unit:
@@ -180,8 +237,8 @@ class NetworkReplay:
         return self.units[self.position]
 
     @torch.no_grad()
-    def _templates(self) -> tuple[list[_Tree], list[_Tree]]:
-        """Structures of the inputs and outputs of every unit."""
+    def _templates(self, group: int, rows: Tensor) -> tuple[list[_Tree], list[_Tree]]:
+        """Structures of the inputs and outputs of every unit for samples of a group."""
         seen: dict[int, list[tuple[Any, Any]]] = {2: [], 3: []}
         batches: list[dict[str, Any]] = []
         for size, found in seen.items():
@@ -194,7 +251,7 @@ class NetworkReplay:
                 )
                 for part in parts
             ]
-            batches.append(self._calibration.batch(torch.arange(size) % self.n, self.store.device))
+            batches.append(self._calibration.batch(rows[torch.arange(size) % len(rows)], self.store.device))
             try:
                 self.model(**batches[-1])
             finally:
@@ -203,24 +260,70 @@ class NetworkReplay:
             for unit in self.units:
                 inputs, outputs = zip(*(calls[part] for part in parts_of(unit.module)), strict=True)
                 found.append((inputs[0], outputs if len(outputs) > 1 else outputs[0]))
-        leaves = (leaf for name, value in batches[0].items() for leaf in flatten(name, value))
         # An input that the network changes in place is no longer what it was.
-        given = {id(x): path for path, x in leaves if path in self._calibration.inputs and not x._version}
+        given = {
+            id(x): path for path, x in named_leaves(batches[0]) if self._is_leading(path) and not x._version
+        }
         pairs = list(zip(seen[2], seen[3], strict=True))
         names = [unit.name for unit in self.units]
-        input_trees = [_Tree("inputs", name, a[0], b[0], given) for name, (a, b) in zip(names, pairs, strict=True)]
-        output_trees = [_Tree("outputs", name, a[1], b[1]) for name, (a, b) in zip(names, pairs, strict=True)]
+        input_trees = [
+            _Tree("inputs", name, a[0], b[0], given, group) for name, (a, b) in zip(names, pairs, strict=True)
+        ]
+        output_trees = [
+            _Tree("outputs", name, a[1], b[1], group=group) for name, (a, b) in zip(names, pairs, strict=True)
+        ]
         return input_trees, output_trees
 
-    def _output_tree(self, path: Path, index: int) -> _Tree:
-        tree = self._output_trees[index]
-        tree.name = f"{path}.{index}"
-        return tree
+    def _is_leading(self, path: str) -> bool:
+        """Whether an input of the network is one tensor whose leading dimension holds the samples."""
+        calibration = self._calibration
+        return isinstance(calibration.inputs.get(path), Tensor) and calibration.axis(path) == LEADING
 
-    def _batches(self) -> Iterator[slice]:
-        return (slice(i, min(i + self.micro_batch, self.n)) for i in range(0, self.n, self.micro_batch))
+    def _named(self, trees: list[_Tree], name: str) -> list[_Tree]:
+        for tree in trees:
+            tree.name = name
+        return trees
 
-    def _unit_inputs(self, path: Path, rows: slice) -> Any:
+    def _outputs(self, path: Path, index: int) -> list[_Tree]:
+        """The outputs of a unit on one path, for each group."""
+        return self._named(self._output_trees[index], f"{path}.{index}")
+
+    def _references(self) -> list[_Tree]:
+        """The full-precision inputs of the current unit, for each group."""
+        return self._named([copy.copy(tree) for tree in self._input_trees[self.position]], "reference")
+
+    def _batches(self) -> Iterator[_Chunk]:
+        """All samples, `micro_batch` at a time."""
+        for g, rows in enumerate(self._groups):
+            for start in range(0, len(rows), self.micro_batch):
+                places = slice(start, min(start + self.micro_batch, len(rows)))
+                yield _Chunk(g, places if len(self._groups) == 1 else rows[places], places)
+
+    def chunks(self, rows: Tensor, size: int | None = None) -> Iterator[Tensor]:
+        """Samples in parts that can be in one batch each.
+
+        Args:
+            rows: indices of samples, int64.
+            size: the most in a part; None is `micro_batch`.
+        """
+        if len(self._groups) == 1:
+            yield from rows.split(size or self.micro_batch) if len(rows) else ()
+            return
+        groups = self._group_of[rows.cpu()]
+        for g in groups.unique().tolist():
+            yield from rows[(groups == g).to(rows.device)].split(size or self.micro_batch)
+
+    def _locate(self, rows: slice | Tensor) -> tuple[int, slice | Tensor]:
+        """The group of some samples, and where they lie in it."""
+        if len(self._groups) == 1:
+            return 0, rows
+        indices = torch.arange(self.n)[rows] if isinstance(rows, slice) else rows.cpu()
+        groups = self._group_of[indices]
+        if (groups != groups[0]).any():
+            raise ValueError("samples of several groups cannot be in one batch: take them from NetworkReplay.chunks")
+        return int(groups[0]), self._places[indices]
+
+    def _unit_inputs(self, path: Path, chunk: _Chunk) -> Any:
         """What the current unit is called with, on one path, whose mode the network is in."""
         captured = None
         outputs: dict[int, Any] = {}  # of units of several parts, the first of which has run
@@ -232,11 +335,11 @@ class NetworkReplay:
                 raise _Stop
             if part:
                 return outputs.pop(index)[part]
-            tree = self._output_tree(path, index)
+            tree = self._outputs(path, index)[chunk.group]
             if index in self.unit.sources:
-                output = tree.read(self.store, rows)
+                output = tree.read(self.store, chunk.places)
             else:
-                output = tree.placeholder(rows.stop - rows.start, self._placeholders_in_memory)
+                output = tree.placeholder(len(chunk), self._placeholders_in_memory)
             if not isinstance(self.units[index].module, Chain):
                 return output
             outputs[index] = output
@@ -244,12 +347,12 @@ class NetworkReplay:
 
         try:
             with _stubs(self.units, stub), suppress(_Stop):
-                self.model(**self._calibration.batch(rows, self.store.device))
+                self.model(**self._calibration.batch(chunk.rows, self.store.device))
         except RuntimeError as error:
             if self._placeholders_in_memory or "single memory location" not in str(error):
                 raise
             self._placeholders_in_memory = True  # the network changes outputs of units in place
-            return self._unit_inputs(path, rows)
+            return self._unit_inputs(path, chunk)
         return captured
 
     @torch.no_grad()
@@ -258,52 +361,57 @@ class NetworkReplay:
         index, unit = self.position, self.unit
         for path in self._missing_conditions():
             self._allocate_condition(path)
-            for rows in self._batches():
-                self.store.write(_condition(path), rows.start, self._calibration.inputs[path][rows, None])
+            for chunk in self._batches():
+                values = self._calibration.inputs[path][chunk.rows, None]
+                self.store.write(_condition(path, chunk.group), chunk.places.start, values)
         inputs, targets, *reference = self._allocate_capture()
         # Layers may also run between the units: DiT embeds the timestep once more with its first block's layers. A mode
         # is set once for all batches, as a large network has thousands of modules to look through.
         with running(self.model, _MODES[self._input_path]):
-            for rows in self._batches():
-                inputs.write(self.store, rows.start, self._unit_inputs(self._input_path, rows))
+            for chunk in self._batches():
+                captured = self._unit_inputs(self._input_path, chunk)
+                inputs[chunk.group].write(self.store, chunk.places.start, captured)
         with running(self.model, "full_precision"):
-            for rows in self._batches():
-                args, kwargs = self._unit_inputs("full_precision", rows)
-                for tree in reference:
-                    tree.write(self.store, rows.start, (args, kwargs))
+            for chunk in self._batches():
+                args, kwargs = self._unit_inputs("full_precision", chunk)
+                for trees in reference:
+                    trees[chunk.group].write(self.store, chunk.places.start, (args, kwargs))
                 output = unit.module(*args, **kwargs)
-                self._output_tree("full_precision", index).write(self.store, rows.start, output)
+                tree = self._outputs("full_precision", index)[chunk.group]
+                tree.write(self.store, chunk.places.start, output)
         self._settle_sources()  # the unit's own inputs are all that is needed from here on
-        for key in [*inputs.all_keys(), *targets.all_keys()]:
-            self.store.promote(key)
+        for tree in [*inputs, *targets]:
+            for key in tree.all_keys():
+                self.store.promote(key)
 
     def _missing_conditions(self) -> list[str]:
         """Inputs of the network that the current unit reads and that are not in the store yet."""
-        found = dict.fromkeys(self._input_trees[self.position].conditions())
-        return [path for path in found if not self.store.holds(_condition(path))]
+        found = dict.fromkeys(path for tree in self._input_trees[self.position] for path in tree.conditions())
+        return [path for path in found if not self.store.holds(_condition(path, 0))]
 
     def _allocate_condition(self, path: str) -> None:
         value = self._calibration.inputs[path]
-        self.store.allocate(_condition(path), (self.n, 1, *value.shape[1:]), value.dtype, self.position)
+        for g, size in enumerate(self._sizes()):
+            self.store.allocate(_condition(path, g), (size, 1, *value.shape[1:]), value.dtype, self.position)
 
-    def _allocate_capture(self) -> list[_Tree]:
+    def _sizes(self) -> list[int]:
+        """Samples of each group; `rehearse` asks for other numbers than there are."""
+        return [-(-len(rows) * self.n // len(self._weights)) for rows in self._groups]
+
+    def _allocate_capture(self) -> list[list[_Tree]]:
         """Makes room for the unit's inputs, its outputs and, if they are kept, its full-precision inputs."""
-        trees = [self._input_trees[self.position], self._output_tree("full_precision", self.position)]
+        trees = [self._input_trees[self.position], self._outputs("full_precision", self.position)]
         if self._keeps_reference:
-            trees.append(self._reference_tree())
-        for tree in trees:
-            tree.allocate(self.store, self.n, next_use=self.position)
+            trees.append(self._references())
+        for of_groups in trees:
+            for tree, size in zip(of_groups, self._sizes(), strict=True):
+                tree.allocate(self.store, size, next_use=self.position)
         return trees
 
-    def _reference_tree(self) -> _Tree:
-        tree = copy.copy(self._input_trees[self.position])
-        tree.name = "reference"
-        return tree
-
     def is_on_device(self) -> bool:
-        """Whether what an optimisation step reads lies on the compute device."""
-        trees = (self._input_trees[self.position], self._output_tree("full_precision", self.position))
-        return all(self.store.on_device(key) for tree in trees for key in tree.all_keys())
+        """Whether what an optimisation step reads lies on the compute device, in one array for all samples."""
+        trees = (*self._input_trees[self.position], *self._outputs("full_precision", self.position))
+        return len(self._groups) == 1 and all(self.store.on_device(key) for tree in trees for key in tree.all_keys())
 
     def call(self, inputs: Any) -> Any:
         """Runs the current unit."""
@@ -311,35 +419,57 @@ class NetworkReplay:
         return self.unit.module(*args, **kwargs)
 
     def inputs(self, rows: slice | Tensor) -> Any:
-        """Captured inputs of the current unit."""
-        return self._input_trees[self.position].read(self.store, rows)
+        """Captured inputs of the current unit, for samples of one group."""
+        group, places = self._locate(rows)
+        return self._input_trees[self.position][group].read(self.store, places)
 
     def reference_inputs(self, rows: slice | Tensor) -> Any:
-        """Captured inputs of the current unit on the full-precision path."""
-        return self._reference_tree().read(self.store, rows) if self._keeps_reference else self.inputs(rows)
+        """Captured inputs of the current unit on the full-precision path, for samples of one group."""
+        if not self._keeps_reference:
+            return self.inputs(rows)
+        group, places = self._locate(rows)
+        return self._references()[group].read(self.store, places)
 
-    def gathered_inputs(self, rows: Tensor, placement: list[Tensor]) -> Iterator[Any]:
-        """Captured inputs for samples of all processes, `micro_batch` at a time.
+    def gathered_inputs(self, rows: Tensor, placement: list[Tensor]) -> Iterator[tuple[Tensor, Any]]:
+        """Captured inputs for samples of all processes, `micro_batch` at a time, and their positions.
 
         Args:
             rows: those of this process.
             placement: for each rank, where its rows go.
         """
-        tree = self._input_trees[self.position]
+        if len(self._groups) > 1:  # then there is one process
+            positions = placement[0]
+            for chunk in self.chunks(torch.arange(len(rows))):
+                yield positions[chunk], self.inputs(rows[chunk])
+            return
+        tree = self._input_trees[self.position][0]
         leaves = [gather_rows(self.store.read(key, rows), placement) for key in tree.all_keys()]
-        for start in range(0, sum(len(part) for part in placement), self.micro_batch):
-            yield tree.fill([leaf[start : start + self.micro_batch].flatten(0, 1) for leaf in leaves])
+        every = torch.arange(sum(len(part) for part in placement))
+        for positions in every.split(self.micro_batch):
+            some = slice(int(positions[0]), int(positions[-1]) + 1)
+            yield positions, tree.fill([leaf[some].flatten(0, 1) for leaf in leaves])
 
     @torch.no_grad()
     def target_energies(self) -> Tensor:
         """`sample_energies` of the current unit in full precision, `[n, outputs]`."""
-        parts = [sample_energies(self.targets(rows), self.weights(rows)) for rows in self._batches()]
-        return torch.cat(parts)
+        parts = [sample_energies(self.targets(chunk.rows), self.weights(chunk.rows)) for chunk in self._batches()]
+        found = torch.cat(parts)
+        return found if len(self._groups) == 1 else found[torch.cat(self._groups).argsort().to(found.device)]
 
     def targets(self, rows: slice | Tensor) -> list[Tensor]:
-        """Full-precision outputs of the current unit, floating-point leaves only."""
-        tree = self._output_tree("full_precision", self.position)
-        return output_leaves(tree.read(self.store, rows))
+        """Full-precision outputs of the current unit as `by_sample` gives them, for samples of one group."""
+        group, places = self._locate(rows)
+        tree = self._outputs("full_precision", self.position)[group]
+        return tree.by_sample(tree.read(self.store, places))
+
+    def by_sample(self, output: Any, rows: slice | Tensor) -> list[Tensor]:
+        """The floating-point leaves of an output of the current unit that differ from sample to sample, samples first.
+
+        Args:
+            output: of the unit.
+            rows: the samples that it is of, of one group.
+        """
+        return self._output_trees[self.position][self._locate(rows)[0]].by_sample(output)
 
     def weights(self, rows: slice | Tensor) -> Tensor:
         """How much errors on samples matter, `[n]`."""
@@ -351,10 +481,10 @@ class NetworkReplay:
         index, unit = self.position, self.unit
         if self._allocate_advance():
             with running(unit.module, "quantized"):
-                for rows in self._batches():
-                    args, kwargs = self.inputs(rows)
+                for chunk in self._batches():
+                    args, kwargs = self.inputs(chunk.rows)
                     output = unit.module(*args, **kwargs)
-                    self._output_tree("quantized", index).write(self.store, rows.start, output)
+                    self._outputs("quantized", index)[chunk.group].write(self.store, chunk.places.start, output)
         self._release()
         self.position += 1
 
@@ -363,21 +493,28 @@ class NetworkReplay:
         index = self.position
         read_later = self.quantized_inputs and self._last_use[index] > index
         if read_later:
-            self._output_tree("quantized", index).allocate(self.store, self.n, self._next_use(index))
+            for tree, size in zip(self._outputs("quantized", index), self._sizes(), strict=True):
+                tree.allocate(self.store, size, self._next_use(index))
         return read_later
 
     def _release(self) -> None:
-        trees = [self._input_trees[self.position], *([self._reference_tree()] if self._keeps_reference else [])]
-        for key in [key for tree in trees for key in tree.stored()]:
-            self.store.free(key)
+        own = self._input_trees[self.position]
+        for tree in [*own, *(self._references() if self._keeps_reference else [])]:
+            for key in tree.stored():
+                self.store.free(key)
         for path in PATHS if self.quantized_inputs else PATHS[:1]:
             self._settle(path, self.position)
-        for name in self._input_trees[self.position].conditions():
-            later = [k for k, tree in enumerate(self._input_trees) if k > self.position and name in tree.conditions()]
-            if later:
-                self.store.schedule(_condition(name), later[0])
-            else:
-                self.store.free(_condition(name))
+        for tree in own:
+            for name in tree.conditions():
+                later = [
+                    k
+                    for k, trees in enumerate(self._input_trees)
+                    if k > self.position and name in trees[tree.group].conditions()
+                ]
+                if later:
+                    self.store.schedule(_condition(name, tree.group), later[0])
+                else:
+                    self.store.free(_condition(name, tree.group))
 
     def rehearse(self, n: int) -> int:
         """The most bytes that the store would hold at once if this process had n samples."""
@@ -406,12 +543,12 @@ class NetworkReplay:
 
     def _settle(self, path: Path, source: int) -> None:
         """Frees an output after its last use, or says when it is needed next."""
-        if self._last_use[source] <= self.position:
-            for key in self._output_tree(path, source).stored():
-                self.store.free(key)
-        else:
-            for key in self._output_tree(path, source).stored():
-                self.store.schedule(key, self._next_use(source))
+        for tree in self._outputs(path, source):
+            for key in tree.stored():
+                if self._last_use[source] <= self.position:
+                    self.store.free(key)
+                else:
+                    self.store.schedule(key, self._next_use(source))
 
 
 def sample_energies(leaves: Sequence[Tensor], weights: Tensor) -> Tensor:

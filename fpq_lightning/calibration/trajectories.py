@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Callable, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,38 +12,33 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
 
+from fpq_lightning.calibration.axes import LEADING, SHARED, Axis, find_axes, images_of
 from fpq_lightning.calibration.calibration_set import CalibrationSet
+from fpq_lightning.calibration.recorder import Call, Enough, Recorder
 from fpq_lightning.diffusion.pipelines import denoiser_name
 from fpq_lightning.diffusion.sampling import SamplerConfig, batches_of, sample, using_sampler
-from fpq_lightning.graph.tree import flatten, output_leaves
+from fpq_lightning.graph.tree import output_leaves
 from fpq_lightning.utils import distributed
 
-_WEIGHT = "sample_weight"  # among what is recorded
-
-
-def _per_sample(name: str, value: Any, batch: int) -> Any:
-    """Expands the timestep, which pipelines pass as one number, to a value for each sample."""
-    if name == "timestep":
-        value = torch.as_tensor(value)
-        return value.expand(batch) if value.ndim == 0 else value
-    return value
+logger = logging.getLogger(__name__)
 
 
 def timestep_weights(weighting: Literal["uniform", "late", "early"], steps: int) -> Tensor:
-    """How often each step of a trajectory is kept, `[steps]`, summing to 1; step 0 is pure noise."""
+    """How often each call of a trajectory is kept, `[steps]`, summing to 1; the first sees pure noise."""
     position = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
     weights = {"uniform": torch.ones(steps), "late": 0.5 + position, "early": 1.5 - position}[weighting]
     return weights / weights.sum()
 
 
 def steps_to_keep(n: int, steps: int, weighting: Literal["uniform", "late", "early"], seed: int) -> list[list[int]]:
-    """Chooses the steps of each trajectory that make a calibration set of `n` samples.
+    """Chooses the calls of each trajectory that make a calibration set of `n` samples.
 
-    Every trajectory gives as many samples as it has steps, so that a uniform set holds every step equally often.
+    Every trajectory gives as many samples as it has calls, so that a uniform set holds every call equally often.
 
     Returns:
-        The steps to keep of each trajectory; with weights a step may be kept more than once.
+        The calls to keep of each trajectory; with weights a call may be kept more than once.
     """
     trajectories = -(-n // steps)
     if weighting == "uniform":
@@ -61,28 +56,6 @@ def steps_to_keep(n: int, steps: int, weighting: Literal["uniform", "late", "ear
     return kept
 
 
-def output_sensitivity(scheduler: Any, arguments: tuple, options: dict[str, Any]) -> Tensor:
-    """How strongly one scheduler step passes an error of the denoiser's output on to the sample, `[batch]`.
-
-    It is a finite difference on a copy of the scheduler, so it works for any scheduler. Near the end of a trajectory
-    there is little noise, so even a large relative error of its prediction changes the image little.
-    """
-    output, timestep, sample = arguments
-    output, sample = output.float(), sample.float()  # half precision loses the difference
-    options = dict(options)
-    takes_generator = "generator" in inspect.signature(type(scheduler).step).parameters
-    probe = output.std() * 1e-2
-    stepped = []
-    for shift in (0.0, probe):
-        clone = copy.copy(scheduler)
-        clone.__dict__ = copy.deepcopy({k: v for k, v in vars(scheduler).items() if k != "step"})
-        if takes_generator:  # the same noise in both steps, should the scheduler draw any
-            options["generator"] = torch.Generator("cpu").manual_seed(0)
-        stepped.append(clone.step(output + shift, timestep, sample, **options))
-    before, after = (s[0] if isinstance(s, tuple) else s.prev_sample for s in stepped)
-    return ((after - before).flatten(1).square().mean(1).sqrt() / probe).cpu()
-
-
 @torch.no_grad()
 def sample_trajectories(
     pipeline: DiffusionPipeline,
@@ -95,14 +68,15 @@ def sample_trajectories(
 ) -> CalibrationSet:
     """Samples images and records the arguments of the denoiser's calls.
 
-    Each process of a distributed run samples a part of the trajectories; all of them return the whole set.
+    A call gives one sample for each image, from its guidance passes in turn. Each process of a distributed run samples
+    a part of the trajectories; all of them return the whole set.
 
     Args:
         pipeline: in full precision.
         sampler: how images are sampled.
         n: number of samples to keep.
         seed: seed of the first trajectory's noise; the next ones are seed + 1, seed + 2, ...
-        timesteps: how often each timestep is kept.
+        timesteps: how often each call of a trajectory is kept.
         weighting: equal weights, or the square of `output_sensitivity`.
         on_batch: called with the number of finished trajectories and of all trajectories.
 
@@ -110,156 +84,306 @@ def sample_trajectories(
         The set, on the CPU.
 
     Raises:
-        ValueError: if `n` is not positive or the trajectories hold NaN or Inf.
+        ValueError: if `n` is not positive, the trajectories hold NaN or Inf, or the calls cannot be recorded.
     """
     if n < 1:
         raise ValueError(f"the calibration set would be empty: ask for at least 1 sample, got {n}")
-    keep = steps_to_keep(n, sampler.steps, timesteps, seed)
-    batches = list(batches_of(range(len(keep)), sampler.batch_size, distributed.world_size()))
-    mine = range(distributed.rank(), len(batches), distributed.world_size())
-    with using_sampler(pipeline, sampler), _Recorder(pipeline, keep, weighting) as recorder:
-        for i in mine:
-            recorder.begin(batches[i])
-            sample(pipeline, sampler, [seed + trajectory for trajectory in batches[i]])
-            on_batch(batches[i].stop, len(keep))
-    parts = sorted(
-        (part for parts in distributed.all_gather_objects(recorder.parts) for part in parts), key=lambda part: part[0]
-    )
-    inputs = {name: torch.cat([part[name] for _, part in parts]) for name in parts[0][1]}
-    weight = inputs.pop(_WEIGHT, None)
-    if not inputs:
+    with using_sampler(pipeline, sampler):
+        plan = _look_ahead(pipeline, sampler, seed, n)
+        collector = _Collector(plan, n, timesteps, seed)
+        with Recorder(pipeline, collector.take, measures=weighting == "sensitivity") as recorder:
+            for batch in collector.batches(plan.batch_size):
+                recorder.images = len(batch)
+                sample(pipeline, sampler, [seed + trajectory for trajectory in batch])
+                recorder.finish()
+                collector.end_batch()
+                on_batch(min(batch.stop, collector.trajectories), collector.trajectories)
+        return collector.calibration_set(getattr(pipeline, denoiser_name(pipeline)))
+
+
+# --- what a trajectory is ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is known before sampling.
+
+    Attributes:
+        network: name of the denoiser's class.
+        axes: where images lie in its arguments.
+        structure: of the first call's arguments, with the path of each leaf in its place.
+        calls: of a trajectory, as the scheduler says.
+        batch_size: images that are sampled at once.
+    """
+
+    network: str
+    axes: dict[str, Axis]
+    structure: Any
+    calls: int
+    batch_size: int
+
+
+def _look_ahead(pipeline: DiffusionPipeline, sampler: SamplerConfig, seed: int, n: int) -> _Plan:
+    """Calls the pipeline for the first step of some images, and says what will be calibrated."""
+    images = min(2, sampler.batch_size)
+    prompts = sampler.prompts_of([seed])
+    small, large = (_first_step(pipeline, sampler, seed, k, prompts) for k in (images, images + 1))
+    network = type(getattr(pipeline, denoiser_name(pipeline))).__name__
+    if not small or len(small) != len(large):
         raise ValueError(
-            f"{type(pipeline).__name__} does not call its denoiser before the steps of its scheduler: such pipelines "
-            "cannot be calibrated"
+            f"{type(pipeline).__name__} calls its denoiser {len(small)} times in the first step of {images} images and "
+            f"{len(large)} times in that of {images + 1}: such pipelines cannot be calibrated"
         )
-    if weight is None:
-        weight = torch.ones(n)
-    for name, value in {**inputs, "sensitivity": weight}.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(
-                f"the full-precision model gives NaN or Inf along its trajectories ({name}): it cannot be calibrated"
+    axes: dict[str, Axis] = {}
+    for a, b in zip(small, large, strict=True):
+        axes = find_axes(network, a.arguments, b.arguments, images) | axes
+    if not axes:
+        raise ValueError(
+            f"{network} is called with nothing that grows with the number of images: such pipelines cannot be calibrated"
+        )
+    structure, _ = collapsed(small[0].arguments, axes)
+    timesteps = getattr(pipeline.scheduler, "timesteps", None)
+    steps = len(timesteps) if timesteps is not None else sampler.steps or 1
+    if distributed.rank() == 0 and timesteps is not None and len(timesteps):
+        guidance = "the pipeline's own guidance" if sampler.guidance_scale is None else f"guidance {sampler.guidance_scale:g}"
+        logger.info(
+            "calibrating %d samples of %s along %s: %d calls a trajectory, timesteps %.4g to %.4g, %s",
+            n, network, type(pipeline.scheduler).__name__, steps * len(small), timesteps[0], timesteps[-1], guidance,
+        )  # fmt: skip
+    alone = _lengths_differ(pipeline, sampler, seed, n, steps * len(small), axes)
+    return _Plan(network, axes, structure, steps * len(small), 1 if alone else sampler.batch_size)
+
+
+def _first_step(
+    pipeline: DiffusionPipeline, sampler: SamplerConfig, seed: int, images: int, prompts: list[str] | None
+) -> list[Call]:
+    """The calls of the denoiser before the first step of the scheduler; all images have one prompt."""
+    calls: list[Call] = []
+    with Recorder(pipeline, calls.append, one_step=True):
+        try:
+            sample(
+                pipeline, sampler, [seed + i for i in range(images)], None if prompts is None else prompts[:1] * images
             )
-    # Shuffled, so that any part of the set is representative of all trajectories and steps.
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(weight)))
-    inputs = {name: value[order] for name, value in inputs.items()}
-    constants = distributed.broadcast_from_rank0(recorder.constants)
-    return CalibrationSet(inputs, (weight / weight.mean())[order], constants)
+        except Enough:
+            pass
+    return calls
 
 
-@dataclass
-class _Call:
-    """One call of the denoiser: its arguments by path, the number of guidance passes in its batch, and its output."""
+def _lengths_differ(
+    pipeline: DiffusionPipeline, sampler: SamplerConfig, seed: int, n: int, calls: int, axes: Mapping[str, Axis]
+) -> bool:
+    """Whether the length of a prompt shows in the shape of an argument: a batch would pad it to its longest."""
+    prompts = sampler.prompts_of(range(seed, seed + -(-n // calls))) or []
+    if sampler.batch_size == 1 or len(set(prompts)) < 2:
+        return False
+    ends = min(prompts, key=len), max(prompts, key=len)
+    short, long = (_first_step(pipeline, sampler, seed, 1, [prompt])[0].arguments for prompt in ends)
+    shapes = [
+        {path: [x.shape for x in tree_flatten(leaf)[0] if isinstance(x, Tensor)] for path, leaf in leaves.items()}
+        for _, leaves in (collapsed(arguments, axes) for arguments in (short, long))
+    ]
+    return shapes[0] != shapes[1]
 
-    arguments: dict[str, Any]
-    passes: int
-    output: Tensor
+
+def collapsed(arguments: Any, axes: Mapping[str, Axis]) -> tuple[Any, dict[str, Any]]:
+    """A tree of arguments with paths for leaves, and the leaves; a list with an item for each image is one leaf."""
+    leaves: dict[str, Any] = {}
+
+    def walk(path: str, node: Any) -> Any:
+        if not (path in axes and axes[path].kind == "list"):
+            if isinstance(node, Mapping):
+                return {key: walk(f"{path}/{key}" if path else str(key), child) for key, child in node.items()}
+            if isinstance(node, (list, tuple)):
+                children = [walk(f"{path}/{i}", child) for i, child in enumerate(node)]
+                return tuple(children) if isinstance(node, tuple) else children
+        leaves[path] = node
+        return path
+
+    return walk("", arguments), leaves
 
 
-class _Recorder:
-    """Records the arguments of the denoiser's calls while a pipeline samples.
+# --- collecting ----------------------------------------------------------------------------------------------------
 
-    With guidance a step has several passes, either in one batch or in separate calls. Each step of a trajectory gives
-    one sample, from its passes in turn.
+
+class _Collector:
+    """Keeps the samples of a calibration set from the calls of all batches.
+
+    How many calls a trajectory has is known once the first batch is done, so all of its calls are kept till then.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, keep: list[list[int]], weighting: str) -> None:
-        self.scheduler = pipeline.scheduler
-        self.denoiser = getattr(pipeline, denoiser_name(pipeline))
-        self.signature = inspect.signature(type(self.denoiser).forward)
-        self.keep = keep
-        self.weighting = weighting
-        self.parts: list[tuple[int, dict[str, Tensor]]] = []  # by the first trajectory of each batch
-        self.constants: dict[str, Any] = {}
+    def __init__(self, plan: _Plan, n: int, timesteps: Literal["uniform", "late", "early"], seed: int) -> None:
+        self.plan, self.n, self.timesteps, self.seed = plan, n, timesteps, seed
+        self.keep: list[list[int]] = []
+        self.last: tuple[Call, int] | None = None  # a call of the first batch, and its images
+        self._calls: int | None = None
+        self._taken: list[tuple[int, dict[str, Any], float]] = []  # trajectory, leaves, weight
+        self._first: list[Call] = []  # all calls of the first batch
         self._batch = range(0)
-        self._collected: dict[str, list[Tensor]] = {}
-        self._calls: list[_Call] = []  # of this step
-        self._step = 0
+        self._seen = 0  # calls of this batch
+        self._other: set[str] = set()
+        self._of_first: dict[str, Any] = {}  # what all images of the first call have in common
+        self._varied: set[str] = set()  # what differs between calls
 
-    def begin(self, batch: range) -> None:
-        """Starts the next batch of trajectories."""
-        self._finish()
-        self._batch, self._step, self._collected, self._calls = batch, 0, {}, []
+    def batches(self, size: int) -> Any:
+        """The batches of trajectories of this process, all processes together making what is needed."""
+        rank, world = distributed.rank(), distributed.world_size()
+        guessed = -(-self.n // self.plan.calls)
+        first = list(batches_of(range(guessed), size, world))[:world]
+        if rank < len(first):
+            self._batch = first[rank]
+            yield self._batch
+        self._calls = distributed.broadcast_from_rank0(self._calls)
+        self.keep = steps_to_keep(self.n, self._calls, self.timesteps, self.seed)
+        for index, call in enumerate(self._first):
+            self._collect(call, index)
+        self._first = []
+        rest = range(first[-1].stop, len(self.keep))
+        for batch in list(batches_of(rest, size, world))[rank::world]:
+            self._batch = batch
+            yield batch
 
-    def _finish(self) -> None:
-        if len(self._batch):
-            part = {name: torch.cat(values) for name, values in self._collected.items()}
-            self.parts.append((self._batch.start, part))
+    @property
+    def trajectories(self) -> int:
+        """How many there are; a guess before the first batch is done."""
+        return len(self.keep) or -(-self.n // (self._calls or self.plan.calls))
 
-    def __enter__(self) -> _Recorder:
-        self._handle = self.denoiser.register_forward_hook(self._record, with_kwargs=True)
-        self._scheduler_step = self.scheduler.step
-        self.scheduler.step = self._measured_step
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._handle.remove()
-        vars(self.scheduler).pop("step", None)
-        self._finish()
-
-    def _record(self, module: Any, args: tuple, kwargs: dict, output: Any) -> None:
-        bound = dict(self.signature.bind(module, *args, **kwargs).arguments)
-        bound.pop("self")
-        first = next((value for value in bound.values() if isinstance(value, Tensor) and value.ndim > 1), None)
-        n = len(self._batch)
-        if first is None or len(first) % n:
-            size = 0 if first is None else len(first)
-            raise ValueError(
-                f"{type(module).__name__} is called with a batch of {size} for {n} images: such pipelines cannot be "
-                "calibrated"
-            )
-        arguments = {
-            path: _per_sample(path, value, len(first))
-            for name, value in bound.items()
-            for path, value in flatten(name, value)
-        }
-        self._calls.append(_Call(arguments, len(first) // n, output_leaves(output)[0].detach()))
-
-    def _measured_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._collect(args, kwargs)
-        self._calls = []
-        self._step += 1
-        return self._scheduler_step(*args, **kwargs)
-
-    def _collect(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        n = len(self._batch)
-        outputs = [output for call in self._calls for output in call.output.chunk(call.passes)]
-        kept = [row for row, t in enumerate(self._batch) for _ in range(self.keep[t].count(self._step))]
-        if not outputs or not kept:
+    def take(self, call: Call) -> None:
+        """A call of the batch that is sampled."""
+        structure, leaves = collapsed(call.arguments, self.plan.axes)
+        if structure != self.plan.structure:
+            self._leave_out(leaves)
             return
-        chosen = [(self._batch[row] + self._step) % len(outputs) for row in kept]
-        # The passes of a step lie one after the other, whether in one call or in several.
-        rows = torch.tensor([p * n + row for row, p in zip(kept, chosen, strict=True)])
-        for path, value in self._calls[0].arguments.items():
-            values = [call.arguments[path] for call in self._calls]
-            if all(_is_batched(v, call.passes * n) for v, call in zip(values, self._calls, strict=True)):
-                every = values[0] if len(values) == 1 else torch.cat(values)
-                self._collected.setdefault(path, []).append(every[rows.to(every.device)].cpu())
-            else:
-                self.constants[path] = value.cpu() if isinstance(value, Tensor) else value
-        if self.weighting == "sensitivity":
-            shares = guidance_shares(outputs, args[0])
-            sensitivity = output_sensitivity(self.scheduler, args, kwargs)
-            self._collected.setdefault(_WEIGHT, []).append((sensitivity[kept] * shares[chosen]).square())
+        shared = {path: leaf for path, leaf in leaves.items() if path not in self.plan.axes}
+        self._of_first = self._of_first or shared
+        self._varied |= {path for path, leaf in shared.items() if not _equal(leaf, self._of_first[path])}
+        if self._calls is None:
+            self._first.append(call)
+            self.last = call, len(self._batch)
+        else:
+            self._collect(call, self._seen)
+        self._seen += 1
+
+    def _leave_out(self, leaves: Mapping[str, Any]) -> None:
+        known = set(tree_flatten(self.plan.structure)[0])
+        other = ", ".join(sorted(set(leaves) ^ known)) or "other containers"
+        if other not in self._other:
+            self._other.add(other)
+            warnings.warn(
+                f"some calls of {self.plan.network} have other arguments than the first ({other}): they are left out of "
+                "the calibration set",
+                stacklevel=2,
+            )
+
+    def end_batch(self) -> None:
+        """The batch is done."""
+        if self._calls is None:
+            self._calls = self._seen
+        if self._seen != self._calls:
+            raise ValueError(
+                f"{self.plan.network} is called {self._calls} times along one trajectory and {self._seen} times along "
+                "another: such pipelines cannot be calibrated"
+            )
+        self._seen = 0
+
+    def _collect(self, call: Call, index: int) -> None:
+        batch = self._batch
+        kept = [(i, t) for i, t in enumerate(batch) if t < len(self.keep) for _ in range(self.keep[t].count(index))]
+        if not kept:
+            return
+        _, leaves = collapsed(call.arguments, self.plan.axes)
+        split = {path: images_of(leaf, self.plan.axes[path], len(batch)) for path, leaf in leaves.items() if path in self.plan.axes}
+        passes = max(map(len, split.values()))
+        for image, trajectory in kept:
+            chosen = (trajectory + index) % passes
+            values = {path: split[path][chosen % len(split[path])][image] if path in split else leaf for path, leaf in leaves.items()}
+            weight = 1.0
+            if call.sensitivity is not None:
+                weight = call.sensitivity[chosen % len(call.sensitivity), image].item() ** 2
+            self._taken.append((trajectory, tree_map(_kept, values), weight))
+
+    def calibration_set(self, denoiser: Any) -> CalibrationSet:
+        """All samples, in an order that makes every part of the set representative."""
+        everything = [sample for part in distributed.all_gather_objects(self._taken) for sample in part]
+        everything.sort(key=lambda sample: sample[0])
+        if len(everything) != self.n:
+            raise ValueError(f"{len(everything)} samples were recorded where {self.n} were asked for: please report this")
+        weight = torch.tensor([sample[2] for sample in everything])
+        order = np.random.default_rng(self.seed).permutation(self.n).tolist()
+        axes = dict(self.plan.axes)
+        inputs: dict[str, Any] = {}
+        constants: dict[str, Any] = {}
+        varied = set().union(*distributed.all_gather_objects(self._varied))
+        for path, value in everything[0][1].items():
+            if path not in axes and path not in varied:
+                constants[path] = value
+                continue
+            values = [everything[i][1][path] for i in order]
+            if path not in axes:
+                axes[path] = distributed.broadcast_from_rank0(self._varying_axis(denoiser, path))
+                if axes[path].kind == "dim":
+                    values = [torch.as_tensor(value).reshape(()) for value in values]
+            inputs[path] = _stacked(values)
+        _check_finite({**inputs, "sensitivity": weight})
+        nested = {path: axis for path, axis in axes.items() if axis != LEADING}
+        return CalibrationSet(inputs, (weight / weight.mean())[order], constants, nested, self.plan.structure)
+
+    def _varying_axis(self, denoiser: Any, path: str) -> Axis:
+        """Whether an argument that changes from call to call can be given for each image.
+
+        A network that takes one timestep for all images of a batch mostly takes one for each, too. That is tried.
+        """
+        if self.last is None:
+            return SHARED
+        call, images = self.last
+        _, leaves = collapsed(call.arguments, self.plan.axes)
+        value = leaves[path]
+        if isinstance(value, (str, bool)) or (isinstance(value, Tensor) and value.numel() != 1) or value is None:
+            return SHARED
+        sizes = {p: len(images_of(leaves[p], axis, images)) for p, axis in self.plan.axes.items() if p in leaves}
+        rows = images * max(sizes.values())
+        device = call.output[0].device
+        for folded in sorted({axis.folded for axis in self.plan.axes.values()}):
+            trial = {**leaves, path: torch.as_tensor(value, device=device).reshape(1).expand(rows * folded)}
+            arguments = tree_map(lambda name, trial=trial: trial[name], self.plan.structure)
+            try:
+                found = output_leaves(denoiser(**arguments))
+            except Exception:  # noqa: S112  # whatever a network may do with what it does not expect
+                continue
+            if len(found) == len(call.output) and all(map(_close, found, call.output)):
+                return Axis("dim", 0, folded)
+        return SHARED
 
 
-def _is_batched(value: Any, n: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == n
+def _kept(leaf: Any) -> Any:
+    """A leaf that does not hold on to the batch that it is of."""
+    return leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf
 
 
-def guidance_shares(outputs: Sequence[Tensor], combined: Tensor) -> Tensor:
-    """The absolute weights with which the guidance passes are combined, `[passes]`.
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-4)
 
-    Classifier-free guidance adds the passes up with weights 1 - g and g. Least squares finds the weights, so any
-    guidance scheme works.
 
-    Args:
-        outputs: the denoiser's output for each pass, `[n, channels, ...]`.
-        combined: the combination that the scheduler is given; it lacks the last channels if these predict a variance.
-    """
-    if len(outputs) == 1:
-        return torch.ones(1)
-    columns = torch.stack([x[:, : combined.shape[1]].flatten().double().cpu() for x in outputs], dim=1)
-    if columns.shape[0] != combined.numel():
-        return torch.ones(len(outputs))
-    gram = columns.T @ columns
-    return (torch.linalg.pinv(gram) @ columns.T @ combined.flatten().double().cpu()).abs().float()
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+    return type(a) is type(b) and bool(a == b)
+
+
+def _stacked(values: list[Any]) -> Any:
+    """One tensor where values are tensors of one shape and type."""
+    alike = all(isinstance(v, Tensor) and v.shape == values[0].shape and v.dtype == values[0].dtype for v in values)
+    return torch.stack(values) if alike else values
+
+
+def _check_finite(inputs: Mapping[str, Any]) -> None:
+    for path, value in inputs.items():
+        for leaf in tree_flatten(value)[0]:
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not (leaf.isfinite().all() or _is_bias(leaf)):
+                raise ValueError(
+                    f"the full-precision model gives NaN or Inf along its trajectories ({path}): it cannot be calibrated"
+                )
+
+
+def _is_bias(leaf: Tensor) -> bool:
+    """Whether it masks attention: zero, or minus infinity."""
+    return bool(((leaf == 0) | (leaf == -torch.inf)).all())

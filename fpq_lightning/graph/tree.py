@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten, tree_flatten_with_path
 
 
 def output_leaves(output: Any) -> list[Tensor]:
@@ -14,35 +13,12 @@ def output_leaves(output: Any) -> list[Tensor]:
     return [x for x in tree_flatten(output)[0] if isinstance(x, Tensor) and x.is_floating_point()]
 
 
-def flatten(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The leaves of a nested argument, by path."""
-    if isinstance(value, Mapping):
-        items: Any = value.items()
-    elif isinstance(value, (list, tuple)):
-        items = enumerate(value)
-    else:
-        yield name, value
-        return
-    for key, child in items:
-        yield from flatten(f"{name}/{key}", child)
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a tree with their paths, such as ``added_cond_kwargs/time_ids`` or ``images/0``."""
+    return [("/".join(map(_key, path)), leaf) for path, leaf in tree_flatten_with_path(tree)[0]]
 
 
-def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`; lists and tuples become lists."""
-    tree: dict[str, Any] = {}
-    for path, value in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return {key: _lists(child) for key, child in tree.items()}
-
-
-def _lists(node: Any) -> Any:
-    if not isinstance(node, dict):
-        return node
-    children = {key: _lists(child) for key, child in node.items()}
-    if children and all(key.isdecimal() for key in children):
-        return [children[key] for key in sorted(children, key=int)]
-    return children
+def _key(entry: Any) -> str:
+    if isinstance(entry, MappingKey):
+        return str(entry.key)
+    return str(entry.idx if isinstance(entry, SequenceKey) else entry.name)

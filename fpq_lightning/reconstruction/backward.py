@@ -73,7 +73,7 @@ class Backward:
 
     def _run(self, rows: Tensor, batch: Tensor, schedule: Tensor) -> None:
         self._sums.zero_()
-        chunks = rows.split(self.chunk)
+        chunks = list(self.objective.replay.chunks(rows, self.chunk))
         beta, strength, hardness = schedule
         for chunk in chunks:
             # The rounding loss is the same for all; each pass adds its share.

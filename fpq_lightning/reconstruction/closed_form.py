@@ -139,7 +139,7 @@ def _probe(
         for layer in (changed or {}).values():
             stack.callback(layer.register_forward_hook(lambda _, args, output: 1.5 * output + 1).remove)
         stack.enter_context(running(replay.unit.module, "full_precision"))
-        replay.call(replay.inputs(slice(0, _PROBED)))
+        replay.call(replay.inputs(next(replay.chunks(torch.arange(replay.n)))[:_PROBED]))
     return seen
 
 
@@ -175,7 +175,7 @@ def _within_budget(stage: list[_Readers], budget: int) -> Iterator[list[_Readers
 def _moments(replay: NetworkReplay, stage: list[_Readers], rows: Tensor) -> list[Moments]:
     """Moments of what each of some layers reads, over the samples of all processes."""
     found = [Moments.zeros(*readers.shape, replay.store.device) for readers in stage]
-    for chunk in rows.split(replay.micro_batch) if len(rows) else ():
+    for chunk in replay.chunks(rows):
         reference = _inputs(replay, stage, "full_precision", replay.reference_inputs(chunk))
         quantized = _inputs(replay, stage, "closed_form", replay.inputs(chunk))
         weights = replay.weights(chunk)

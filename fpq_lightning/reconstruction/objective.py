@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from fpq_lightning.calibration.replay import NetworkReplay, sample_energies
-from fpq_lightning.graph.tree import output_leaves
 from fpq_lightning.nn.calibrated import LayerQuantization, Mode, running
 from fpq_lightning.quantization.rounding import LearnedRounding
 from fpq_lightning.reconstruction.attention_gradients import GradientsLikeOutputs
@@ -22,7 +21,7 @@ from fpq_lightning.utils.distributed import sum_over_ranks
 
 def error_energies(replay: NetworkReplay, rows: Tensor) -> Tensor:
     """Weighted mean square of the current unit's error on samples of this process, `[n, outputs]`."""
-    outputs = output_leaves(replay.call(replay.inputs(rows)))
+    outputs = replay.by_sample(replay.call(replay.inputs(rows)), rows)
     differences = [o.float() - t.float() for o, t in zip(outputs, replay.targets(rows), strict=True)]
     return sample_energies(differences, replay.weights(rows))
 
@@ -44,7 +43,7 @@ def unit_error(replay: NetworkReplay, mode: Mode, rows: Tensor, targets: Tensor)
     """
     total = torch.zeros_like(targets, dtype=torch.float64)
     with running(replay.unit.module, mode):
-        for chunk in rows.split(replay.micro_batch) if len(rows) else ():
+        for chunk in replay.chunks(rows):
             total += error_energies(replay, chunk).double().sum(0)
     return relative_error(sum_over_ranks(total), targets.double()).item()
 

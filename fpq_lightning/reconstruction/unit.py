@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.shards import Samples
 from fpq_lightning.graph.chain import parts_of
-from fpq_lightning.graph.tree import output_leaves
 from fpq_lightning.nn.attention import QuantizedAttention, observing
 from fpq_lightning.nn.calibrated import LayerQuantization, Mode, QuantizedLayer, QuantizedModule, running
 from fpq_lightning.quantization.recipe import Recipe
@@ -120,11 +119,18 @@ class UnitTrainer:
 
     def _search(self) -> None:
         rows, shard = self.samples.search, self.samples.shard
-        inputs = self.replay.gathered_inputs(self.samples.local(rows), shard.placement(rows))
+        order: list[Tensor] = []
+
+        def calls() -> Iterator[Any]:
+            for positions, inputs in self.replay.gathered_inputs(self.samples.local(rows), shard.placement(rows)):
+                order.append(positions)
+                yield self.replay.call(inputs)
+
         with observing(self.attention) as operands:
-            layer_inputs = collect_layer_inputs(self.unit, map(self.replay.call, inputs))
+            layer_inputs = collect_layer_inputs(self.unit, calls())
         local_weights = self.replay.weights(self.samples.local(rows))
         weights = distributed.gather_rows(local_weights, shard.placement(rows))
+        weights = weights[torch.cat(order).to(weights.device)]
         search_unit(self.unit, layer_inputs, weights, self.recipe, -(-len(rows) // self.replay.micro_batch))
         if operands:
             search_attention(self.unit, operands, self.recipe)
@@ -303,8 +309,8 @@ class UnitTrainer:
         total = torch.zeros(len(layer.weight) + 1, dtype=torch.float64, device=layer.weight.device)
         fits, n_outputs = True, len(parts_of(self.unit.module))
         with torch.no_grad(), running(self.unit.module, "quantized"):
-            for r in self.samples.local(self.samples.train).split(replay.micro_batch):
-                outputs, targets = output_leaves(replay.call(replay.inputs(r))), replay.targets(r)
+            for r in replay.chunks(self.samples.local(self.samples.train)):
+                outputs, targets = replay.by_sample(replay.call(replay.inputs(r)), r), replay.targets(r)
                 if len(outputs) != n_outputs or outputs[-1].shape[layer.channel_dim] != len(layer.weight):
                     fits = False
                     break

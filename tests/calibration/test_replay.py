@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fpq_lightning.calibration.calibration_set import CalibrationSet
-from fpq_lightning.calibration.replay import NetworkReplay, output_leaves
+from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.store import ActivationStore
 from fpq_lightning.formats.numbers import parse_format
 from fpq_lightning.graph.chain import Chain
+from fpq_lightning.graph.tree import output_leaves
 from fpq_lightning.graph.trace import trace_units
 from fpq_lightning.graph.units import Unit, discover_units
 from fpq_lightning.nn.calibrated import LayerQuantization, Mode, QuantizedLayer, running
@@ -495,19 +496,78 @@ def test_dimensions_folded_into_the_samples_stay_with_their_sample() -> None:
             assert_same(found, [by_sample[index].reshape(fold)], TIPPING)
 
 
-def test_samples_that_are_not_in_the_leading_dimension_are_refused_by_the_name_of_the_unit() -> None:
-    class Transposing(Folding):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.u2(self.u1(self.u0(x).transpose(0, 1)).transpose(0, 1))
+class Transposing(Folding):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.u2(self.u1(self.u0(x).transpose(0, 1)).transpose(0, 1))
 
+
+def test_samples_may_lie_along_any_dimension_of_what_a_unit_sees() -> None:
+    torch.manual_seed(0)
+    model, inputs = Transposing(), {"x": torch.randn(5, 3, 4)}
+    replay = make_replay(model, prepare(model, inputs, 5), inputs, 5, micro_batch=2)
+    index = torch.tensor([3, 0, 3])
+    for unit in walk(replay):
+        full = look_into(model, unit.module, inputs, 5, 5, "full_precision")[1][0]
+        quantized = look_into(model, unit.module, inputs, 5, 5, "quantized")[0][0]
+        (seen,) = tree_leaves(replay.inputs(index))
+        dim = int(unit.name == "u1")
+        assert_same([seen], [quantized.index_select(dim, index)], TIPPING)
+        assert_same(replay.targets(index), [full.movedim(dim, 0)[index]], TIPPING)
+        error = replay.by_sample(replay.call(replay.inputs(index)), index)[0] - replay.targets(index)[0]
+        assert error.shape == (3, 3, 4)
+
+
+def test_what_a_unit_sees_of_all_samples_together_is_refused_by_the_name_of_the_unit() -> None:
     class OneMore(Folding):
         def forward(self, x: Tensor) -> Tensor:
             return self.u2(self.u1(torch.cat([self.u0(x), torch.zeros(1, 3, 4)]))[:-1])
 
-    for network in (Transposing, OneMore):
+    class Average(Folding):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.u2(x + self.u1(self.u0(x).mean(0, keepdim=True)))
+
+    for network in (OneMore, Average):
         model, inputs = network(), {"x": torch.randn(5, 3, 4)}
         with pytest.raises(ValueError, match="u1"):
             make_replay(model, prepare(model, inputs, 5), inputs, 5)
+
+
+class Masked(Folding):
+    """Sees as many tokens as the longest mask of a batch has."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        length = int(mask.sum(1).max())
+        return self.u2(self.u1(self.u0(x[:, :length])))
+
+
+def test_samples_of_several_shapes_are_each_what_the_network_sees_alone() -> None:
+    torch.manual_seed(0)
+    model = Masked()
+    lengths = [3, 1, 3, 2, 1, 3, 3]
+    mask = torch.tensor([[i < n for i in range(3)] for n in lengths])
+    inputs = {"x": torch.randn(7, 3, 4), "mask": mask}
+    calibration = CalibrationSet(inputs, torch.arange(7) + 0.5)
+    assert calibration.group_of.tolist() == [0, 1, 0, 2, 1, 0, 0]
+    units = prepare(model, inputs, 1)
+    replay = NetworkReplay(model, units, calibration, ActivationStore(torch.device("cpu")), 2)
+    for unit in walk(replay):
+        alone = [
+            look_into(model, unit.module, {k: v[i : i + 1] for k, v in inputs.items()}, 1, 1, "full_precision")[1][0]
+            for i in range(7)
+        ]
+        energies = replay.target_energies()
+        seen = []
+        for rows in replay.chunks(torch.tensor([6, 4, 3, 2, 1, 0])):
+            assert len(rows) <= 2
+            for row, target in zip(rows.tolist(), replay.targets(rows)[0], strict=True):
+                assert_same([target[None]], [alone[row]], TIPPING)
+                assert energies[row].item() == pytest.approx((alone[row].square().mean() * (row + 0.5)).item(), rel=1e-3)
+                seen.append(row)
+            assert len(tree_leaves(replay.inputs(rows))[0]) == len(rows)
+        assert sorted(seen) == [0, 1, 2, 3, 4, 6]
+        with pytest.raises(ValueError, match="chunks"):
+            replay.inputs(torch.tensor([0, 1]))
+    replay.store.close()
 
 
 def test_fewer_samples_than_the_structure_is_told_from(make_network: MakeNetwork) -> None:
@@ -527,7 +587,7 @@ def test_only_floating_point_outputs_are_targets() -> None:
 def test_a_replay_keeps_shapes_and_not_the_activations_they_were_read_from(make_network: MakeNetwork) -> None:
     model, inputs = make_network("flux", n=6)
     replay = make_replay(model, prepare(model, inputs, 6), inputs, 6)
-    for tree in [*replay._input_trees, *replay._output_trees]:
+    for (tree,) in [*replay._input_trees, *replay._output_trees]:
         for leaf in tree._batched_of(tree.constants):
             assert leaf.untyped_storage().nbytes() == leaf.element_size()
 
