@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
-import tempfile
 from typing import Any
 
 import datasets
@@ -21,9 +21,9 @@ from torch import Tensor
 from fpq_lightning import AttentionRecipe, CalibrationDataModule, Recipe, RoundingRecipe, load_quantized, quantize
 from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.disk import load_calibration_set, save_calibration_set
+from fpq_lightning.calibration.recorder import guidance_shares
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.store import ActivationStore
-from fpq_lightning.calibration.recorder import guidance_shares
 from fpq_lightning.calibration.trajectories import collapsed, sample_trajectories
 from fpq_lightning.diffusion.pipelines import load_pipeline
 from fpq_lightning.diffusion.prompts import load_prompts

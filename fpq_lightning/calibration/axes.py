@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+
 @dataclass(frozen=True)
 class Axis:
     """Where the images lie in an argument.
@@ -69,7 +70,7 @@ def find_axes(network: str, small: Any, large: Any, images: int) -> dict[str, Ax
     if undecided is not None:
         raise ValueError(
             f"{network} is called with {undecided}, and how it belongs to the images of a batch cannot be told: "
-            f"{images} and {images + 1} images give values that no axis explains, and such pipelines cannot be calibrated"
+            f"{images} and {images + 1} images give values that no axis explains; such pipelines cannot be calibrated"
         )
     known = {path: entry for path, entry in found.items() if entry is not None}
     passes = next((p for entry in known.values() if (p := entry.passes()) is not None), None)

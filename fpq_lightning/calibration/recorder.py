@@ -93,8 +93,8 @@ class Recorder:
         for path, leaf in named_leaves(arguments):
             if not isinstance(leaf, (Tensor, *PLAIN)):
                 raise ValueError(
-                    f"{type(module).__name__} is called with {path}, of type {type(leaf).__name__}, which a calibration "
-                    "set cannot keep: it takes tensors, numbers and strings; call the pipeline without it"
+                    f"{type(module).__name__} is called with {path}, of type {type(leaf).__name__}, which a "
+                    "calibration set cannot keep: it takes tensors, numbers and strings; call the pipeline without it"
                 )
         # What the network changes in place is kept as it came in.
         copied = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, arguments)
@@ -195,5 +195,3 @@ def guidance_shares(outputs: Sequence[Tensor], combined: Tensor) -> Tensor:
         return torch.ones(len(outputs))
     gram = columns.T @ columns
     return (torch.linalg.pinv(gram) @ columns.T @ combined.flatten().double().cpu()).abs().float()
-
-

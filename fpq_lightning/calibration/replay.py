@@ -54,8 +54,8 @@ class _Tree:
     """A structure of tensors whose batched leaves lie in the store, samples first.
 
     Which leaves are batched, and along which dimension, is told by two passes with batches of different size. That
-    dimension may hold others folded into it (frames, windows), sample by sample. Leaves that are the network's own inputs,
-    such as embeddings of the prompt, lie in the store once for all units.
+    dimension may hold others folded into it (frames, windows), sample by sample. Leaves that are the network's own
+    inputs, such as embeddings of the prompt, lie in the store once for all units.
     """
 
     def __init__(
@@ -167,9 +167,7 @@ def _batch_dim(unit: str, small: Any, large: Any) -> int | None:
         change = "that is one for some batches only"
     else:
         return None
-    raise ValueError(
-        f"{unit} takes or gives a tensor {change}: it cannot be captured; exclude the layers of this unit"
-    )
+    raise ValueError(f"{unit} takes or gives a tensor {change}: it cannot be captured; exclude the layers of this unit")
 
 
 @dataclass(frozen=True)
@@ -261,9 +259,7 @@ class NetworkReplay:
                 inputs, outputs = zip(*(calls[part] for part in parts_of(unit.module)), strict=True)
                 found.append((inputs[0], outputs if len(outputs) > 1 else outputs[0]))
         # An input that the network changes in place is no longer what it was.
-        given = {
-            id(x): path for path, x in named_leaves(batches[0]) if self._is_leading(path) and not x._version
-        }
+        given = {id(x): path for path, x in named_leaves(batches[0]) if self._is_leading(path) and not x._version}
         pairs = list(zip(seen[2], seen[3], strict=True))
         names = [unit.name for unit in self.units]
         input_trees = [

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from fpq_lightning.calibration.axes import LEADING, SHARED, Axis, find_axes, ima
 from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.recorder import Call, Enough, Recorder
 from fpq_lightning.diffusion.pipelines import denoiser_name
-from fpq_lightning.diffusion.sampling import SamplerConfig, batches_of, sample, using_sampler
+from fpq_lightning.diffusion.sampling import SamplerConfig, batches_of, sample, using_sampler, warn_of_long_prompts
 from fpq_lightning.graph.tree import output_leaves
 from fpq_lightning.utils import distributed
 
@@ -139,19 +140,37 @@ def _look_ahead(pipeline: DiffusionPipeline, sampler: SamplerConfig, seed: int, 
         axes = find_axes(network, a.arguments, b.arguments, images) | axes
     if not axes:
         raise ValueError(
-            f"{network} is called with nothing that grows with the number of images: such pipelines cannot be calibrated"
+            f"{network} is called with nothing that grows with the images: such pipelines cannot be calibrated"
         )
     structure, _ = collapsed(small[0].arguments, axes)
+    calls = _steps_of(pipeline, sampler) * len(small)
+    prompts = sampler.prompts_of(range(seed, seed + -(-n // calls))) or []
+    if distributed.rank() == 0:
+        logger.info("calibrating %s with %d samples along %s", network, n, _described(pipeline, sampler, calls))
+        warn_of_long_prompts(pipeline, prompts)
+    alone = sampler.batch_size > 1 and _lengths_differ(pipeline, sampler, seed, prompts, axes)
+    return _Plan(network, axes, structure, calls, 1 if alone else sampler.batch_size)
+
+
+def count_calls(pipeline: DiffusionPipeline, sampler: SamplerConfig) -> int:
+    """How often the denoiser is called for an image, by what the scheduler says; takes the first step of one image."""
+    with torch.no_grad(), using_sampler(pipeline, sampler):
+        calls = _first_step(pipeline, sampler, 0, 1, sampler.prompts_of([0]))
+        return _steps_of(pipeline, sampler) * max(1, len(calls))
+
+
+def _steps_of(pipeline: DiffusionPipeline, sampler: SamplerConfig) -> int:
+    """Steps of a trajectory that has begun."""
     timesteps = getattr(pipeline.scheduler, "timesteps", None)
-    steps = len(timesteps) if timesteps is not None else sampler.steps or 1
-    if distributed.rank() == 0 and timesteps is not None and len(timesteps):
-        guidance = "the pipeline's own guidance" if sampler.guidance_scale is None else f"guidance {sampler.guidance_scale:g}"
-        logger.info(
-            "calibrating %d samples of %s along %s: %d calls a trajectory, timesteps %.4g to %.4g, %s",
-            n, network, type(pipeline.scheduler).__name__, steps * len(small), timesteps[0], timesteps[-1], guidance,
-        )  # fmt: skip
-    alone = _lengths_differ(pipeline, sampler, seed, n, steps * len(small), axes)
-    return _Plan(network, axes, structure, steps * len(small), 1 if alone else sampler.batch_size)
+    return sampler.steps or 1 if timesteps is None or not len(timesteps) else len(timesteps)
+
+
+def _described(pipeline: DiffusionPipeline, sampler: SamplerConfig, calls: int) -> str:
+    """What is sampled, in words."""
+    timesteps = getattr(pipeline.scheduler, "timesteps", None)
+    span = "" if timesteps is None or not len(timesteps) else f", timesteps {timesteps[0]:.4g} to {timesteps[-1]:.4g}"
+    guidance = "guidance of the pipeline" if sampler.guidance_scale is None else f"guidance {sampler.guidance_scale:g}"
+    return f"{type(pipeline.scheduler).__name__}: {calls} calls a trajectory{span}, {guidance}"
 
 
 def _first_step(
@@ -159,22 +178,17 @@ def _first_step(
 ) -> list[Call]:
     """The calls of the denoiser before the first step of the scheduler; all images have one prompt."""
     calls: list[Call] = []
-    with Recorder(pipeline, calls.append, one_step=True):
-        try:
-            sample(
-                pipeline, sampler, [seed + i for i in range(images)], None if prompts is None else prompts[:1] * images
-            )
-        except Enough:
-            pass
+    alike = None if prompts is None else prompts[:1] * images
+    with Recorder(pipeline, calls.append, one_step=True), suppress(Enough):
+        sample(pipeline, sampler, range(seed, seed + images), alike)
     return calls
 
 
 def _lengths_differ(
-    pipeline: DiffusionPipeline, sampler: SamplerConfig, seed: int, n: int, calls: int, axes: Mapping[str, Axis]
+    pipeline: DiffusionPipeline, sampler: SamplerConfig, seed: int, prompts: list[str], axes: Mapping[str, Axis]
 ) -> bool:
     """Whether the length of a prompt shows in the shape of an argument: a batch would pad it to its longest."""
-    prompts = sampler.prompts_of(range(seed, seed + -(-n // calls))) or []
-    if sampler.batch_size == 1 or len(set(prompts)) < 2:
+    if len(set(prompts)) < 2:
         return False
     ends = min(prompts, key=len), max(prompts, key=len)
     short, long = (_first_step(pipeline, sampler, seed, 1, [prompt])[0].arguments for prompt in ends)
@@ -233,7 +247,7 @@ class _Collector:
             self._batch = first[rank]
             yield self._batch
         self._calls = distributed.broadcast_from_rank0(self._calls)
-        self.keep = steps_to_keep(self.n, self._calls, self.timesteps, self.seed)
+        self.keep = steps_to_keep(self.n, cast(int, self._calls), self.timesteps, self.seed)
         for index, call in enumerate(self._first):
             self._collect(call, index)
         self._first = []
@@ -269,8 +283,8 @@ class _Collector:
         if other not in self._other:
             self._other.add(other)
             warnings.warn(
-                f"some calls of {self.plan.network} have other arguments than the first ({other}): they are left out of "
-                "the calibration set",
+                f"some calls of {self.plan.network} have other arguments than the first ({other}): they are left out "
+                "of the calibration set",
                 stacklevel=2,
             )
 
@@ -291,22 +305,29 @@ class _Collector:
         if not kept:
             return
         _, leaves = collapsed(call.arguments, self.plan.axes)
-        split = {path: images_of(leaf, self.plan.axes[path], len(batch)) for path, leaf in leaves.items() if path in self.plan.axes}
+        split = {
+            path: images_of(leaf, self.plan.axes[path], len(batch))
+            for path, leaf in leaves.items()
+            if path in self.plan.axes
+        }
+        shared = {path: _kept(leaf) for path, leaf in leaves.items() if path not in split}
         passes = max(map(len, split.values()))
         for image, trajectory in kept:
             chosen = (trajectory + index) % passes
-            values = {path: split[path][chosen % len(split[path])][image] if path in split else leaf for path, leaf in leaves.items()}
+            own = {path: _kept(values[chosen % len(values)][image]) for path, values in split.items()}
             weight = 1.0
             if call.sensitivity is not None:
                 weight = call.sensitivity[chosen % len(call.sensitivity), image].item() ** 2
-            self._taken.append((trajectory, tree_map(_kept, values), weight))
+            self._taken.append((trajectory, own | shared, weight))
 
     def calibration_set(self, denoiser: Any) -> CalibrationSet:
         """All samples, in an order that makes every part of the set representative."""
         everything = [sample for part in distributed.all_gather_objects(self._taken) for sample in part]
         everything.sort(key=lambda sample: sample[0])
         if len(everything) != self.n:
-            raise ValueError(f"{len(everything)} samples were recorded where {self.n} were asked for: please report this")
+            raise ValueError(
+                f"{len(everything)} samples were recorded where {self.n} were asked for: please report this"
+            )
         weight = torch.tensor([sample[2] for sample in everything])
         order = np.random.default_rng(self.seed).permutation(self.n).tolist()
         axes = dict(self.plan.axes)
@@ -347,16 +368,16 @@ class _Collector:
             arguments = tree_map(lambda name, trial=trial: trial[name], self.plan.structure)
             try:
                 found = output_leaves(denoiser(**arguments))
-            except Exception:  # noqa: S112  # whatever a network may do with what it does not expect
+            except Exception:  # whatever a network may do with what it does not expect
                 continue
             if len(found) == len(call.output) and all(map(_close, found, call.output)):
                 return Axis("dim", 0, folded)
         return SHARED
 
 
-def _kept(leaf: Any) -> Any:
-    """A leaf that does not hold on to the batch that it is of."""
-    return leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf
+def _kept(value: Any) -> Any:
+    """A value that does not hold on to the batch that it is of."""
+    return tree_map(lambda leaf: leaf.cpu().clone() if isinstance(leaf, Tensor) else leaf, value)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -380,7 +401,8 @@ def _check_finite(inputs: Mapping[str, Any]) -> None:
         for leaf in tree_flatten(value)[0]:
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and not (leaf.isfinite().all() or _is_bias(leaf)):
                 raise ValueError(
-                    f"the full-precision model gives NaN or Inf along its trajectories ({path}): it cannot be calibrated"
+                    f"the full-precision model gives NaN or Inf along its trajectories ({path}): it cannot be "
+                    "calibrated"
                 )
 
 

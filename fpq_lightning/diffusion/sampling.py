@@ -7,9 +7,12 @@ import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers import schedulers as diffusers_schedulers
@@ -29,7 +32,7 @@ class SamplerConfig:
     Attributes:
         scheduler: class name of a diffusers scheduler, which takes over the configuration of the pipeline's own one;
             null keeps the pipeline's scheduler.
-        steps: number of inference steps.
+        steps: number of inference steps; null is the pipeline's default.
         guidance_scale: scale of classifier-free guidance; null is the pipeline's default.
         prompts: prompts for a text-to-image pipeline: a list, a file (.txt, .csv, .tsv, .parquet) or a `datasets`
             dataset. Seed i takes prompt i, starting over after the last prompt.
@@ -37,22 +40,30 @@ class SamplerConfig:
         negative_prompt: negative prompt for all images.
         height: image height; null is the pipeline's default.
         width: image width; null is the pipeline's default.
+        arguments: further arguments of the pipeline, the same for all images.
+        inputs: a `datasets` dataset (name or directory), or a .parquet or .jsonl file, whose columns are further
+            arguments of the pipeline, such as ``image`` or ``class_labels``. Seed i takes row i, starting over after
+            the last row.
         batch_size: images that are sampled at once.
     """
 
-    scheduler: str | None = "DDIMScheduler"
-    steps: int = 25
+    scheduler: str | None = None
+    steps: int | None = None
     guidance_scale: float | None = None
     prompts: str | list[str] | None = None
     prompt_column: str | None = None
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    inputs: str | None = None
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1:
-            raise ValueError(f"sampling needs steps and batch_size of at least 1, got {self}")
+        if (self.steps is not None and self.steps < 1) or self.batch_size < 1:
+            raise ValueError(
+                f"sampling needs steps and batch_size of at least 1, got {self.steps} and {self.batch_size}"
+            )
         if self.scheduler is not None and not hasattr(diffusers_schedulers, self.scheduler):
             raise ValueError(f"diffusers has no scheduler {self.scheduler!r}: use for example DDIMScheduler")
 
@@ -65,6 +76,8 @@ class SamplerConfig:
         """
         if self.prompts is not None:
             load_prompts(self.prompts, self.prompt_column)
+        if self.inputs is not None:
+            load_inputs(self.inputs)
 
     def prompts_of(self, seeds: Sequence[int]) -> list[str] | None:
         """The prompt of each seed; None if there are no prompts."""
@@ -73,13 +86,48 @@ class SamplerConfig:
         prompts = load_prompts(self.prompts, self.prompt_column)
         return [prompts[seed % len(prompts)] for seed in seeds]
 
+    def inputs_of(self, seeds: Sequence[int]) -> dict[str, list[Any]]:
+        """The further arguments of each seed."""
+        if self.inputs is None:
+            return {}
+        rows = load_inputs(self.inputs)
+        chosen = rows[[seed % len(rows) for seed in seeds]]
+        return {name: list(chosen[name]) for name in rows.column_names}
+
     def identity(self) -> dict[str, Any]:
         """What decides the image of a seed: all options but the batch size, and a hash of the prompts' text."""
         values = {k: v for k, v in asdict(self).items() if k not in ("batch_size", "prompt_column")}
+        values = {k: v for k, v in values.items() if k not in ("arguments", "inputs") or v}
         if self.prompts is not None:
             text = "\0".join(load_prompts(self.prompts, self.prompt_column))
             values["prompts"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         return values
+
+
+@lru_cache(maxsize=4)
+def load_inputs(source: str) -> Any:
+    """Reads a dataset whose columns are arguments of a pipeline.
+
+    Raises:
+        FileNotFoundError: if there is no such file or dataset.
+        ValueError: if it is empty.
+    """
+    import datasets  # takes a second, and most runs read no dataset
+
+    path = Path(source)
+    kind = {".parquet": "parquet", ".jsonl": "json"}.get(path.suffix.lower())
+    try:
+        if kind is not None:
+            dataset = datasets.load_dataset(kind, data_files=source, split="train")
+        elif (path / "dataset_info.json").is_file():
+            dataset = datasets.load_from_disk(source)
+        else:
+            dataset = datasets.load_dataset(source, split="train")
+    except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise FileNotFoundError(f"there is no dataset sampler.inputs {source}: {str(error).splitlines()[0]}") from error
+    if not len(dataset):
+        raise ValueError(f"sampler.inputs {source} has no rows")
+    return dataset
 
 
 def set_sampler(pipeline: DiffusionPipeline, sampler: SamplerConfig) -> None:
@@ -88,16 +136,23 @@ def set_sampler(pipeline: DiffusionPipeline, sampler: SamplerConfig) -> None:
     Raises:
         ValueError: if that configuration is of another kind of diffusion, such as flow matching.
     """
-    if sampler.scheduler is not None:
-        scheduler_class: type[SchedulerMixin] = getattr(diffusers_schedulers, sampler.scheduler)
-        own = pipeline.scheduler
-        if type(own) is not scheduler_class:
-            if scheduler_class not in own.compatibles:
-                raise ValueError(
-                    f"sampler.scheduler {sampler.scheduler} does not fit the pipeline's {type(own).__name__}: use "
-                    "--sampler.scheduler null for its own, or one that is compatible with it"
-                )
-            pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
+    if sampler.scheduler is None:
+        return
+    scheduler_class: type[SchedulerMixin] = getattr(diffusers_schedulers, sampler.scheduler)
+    own = pipeline.scheduler
+    if type(own) is scheduler_class:
+        return
+    # Some classes can do flow matching, too, if their configuration says so.
+    is_flow = own.config.get("use_flow_sigmas") or own.config.get("prediction_type") == "flow_prediction"
+    fits = scheduler_class in own.compatibles
+    if is_flow:
+        fits = fits and "use_flow_sigmas" in inspect.signature(scheduler_class.__init__).parameters
+    if not fits:
+        raise ValueError(
+            f"sampler.scheduler {sampler.scheduler} does not fit the pipeline's {type(own).__name__}: leave it out, or "
+            "use one that is compatible with it"
+        )
+    pipeline.scheduler = scheduler_class.from_config(own.config)
 
 
 def warn_of_long_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> None:
@@ -158,7 +213,7 @@ def sample(
 
     Args:
         pipeline: with the sampler's scheduler, see `using_sampler`.
-        sampler: steps, guidance, size and prompts.
+        sampler: steps, guidance, size, prompts and further arguments.
         seeds: a seed for each image.
         prompts: a prompt for each image; None takes those of the sampler.
 
@@ -166,34 +221,75 @@ def sample(
         `[n, channels, height, width]`, float32 in [-1, 1], on the CPU.
 
     Raises:
-        ValueError: if an option does not fit the pipeline, or prompts are missing.
+        ValueError: if an option does not fit the pipeline, or prompts or other arguments are missing.
     """
-    accepted = inspect.signature(pipeline.__call__).parameters
-    arguments: dict[str, Any] = {
-        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        "num_inference_steps": sampler.steps,
-        "output_type": "np",
-    }
-    chosen = ("guidance_scale", "negative_prompt", "height", "width")
-    for name in (name for name in chosen if getattr(sampler, name) is not None):
-        if name not in accepted:
-            raise ValueError(f"{type(pipeline).__name__} has no {name}: leave sampler.{name} out")
-        value = getattr(sampler, name)
-        arguments[name] = [value] * len(seeds) if name == "negative_prompt" else value
-    prompts = sampler.prompts_of(seeds) if prompts is None else prompts
-    if "prompt" in accepted:
-        if prompts is None:
-            raise ValueError(f"{type(pipeline).__name__} is conditioned on text: give prompts with --sampler.prompts")
-        arguments["prompt"] = list(prompts)
-    else:
-        if prompts is not None:
-            raise ValueError(f"{type(pipeline).__name__} is not conditioned on text: leave the prompts out")
-        arguments["batch_size"] = len(seeds)
+    arguments = _arguments(pipeline, sampler, seeds, prompts)
     try:
-        images = pipeline(**arguments).images
+        output = pipeline(**arguments)
     except TypeError as error:
         if "BFloat16" not in str(error):
             raise
         kind = type(pipeline).__name__
         raise ValueError(f"{kind} cannot make images of a bfloat16 model: load it in float32") from error
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().mul_(2).sub_(1)
+    return images_of(output)
+
+
+def _arguments(
+    pipeline: DiffusionPipeline, sampler: SamplerConfig, seeds: Sequence[int], prompts: Sequence[str] | None
+) -> dict[str, Any]:
+    """What a pipeline is called with."""
+    kind, accepted = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
+    n = len(seeds)
+    defaults = {"generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds], "output_type": "np"}
+    arguments: dict[str, Any] = {name: value for name, value in defaults.items() if name in accepted}
+    chosen: dict[str, Any] = {
+        "num_inference_steps": ("steps", sampler.steps),
+        "guidance_scale": ("guidance_scale", sampler.guidance_scale),
+        "negative_prompt": ("negative_prompt", sampler.negative_prompt and [sampler.negative_prompt] * n),
+        "height": ("height", sampler.height),
+        "width": ("width", sampler.width),
+    }
+    given = {name: value for name, (_, value) in chosen.items() if value is not None}
+    given |= sampler.arguments | sampler.inputs_of(seeds)
+    for name in given:
+        if name not in accepted:
+            option = chosen[name][0] if name in chosen else "inputs" if name not in sampler.arguments else "arguments"
+            raise ValueError(f"{kind} has no {name}: leave it out of sampler.{option}")
+    arguments |= given
+    prompts = sampler.prompts_of(seeds) if prompts is None else prompts
+    if "prompt" in accepted:
+        if prompts is not None:
+            arguments["prompt"] = list(prompts)
+        elif not any(name.startswith("prompt") for name in given) and "image" not in given:
+            raise ValueError(f"{kind} is conditioned on text: give prompts with --sampler.prompts")
+    elif prompts is not None:
+        raise ValueError(f"{kind} is not conditioned on text: leave the prompts out")
+    elif "batch_size" in accepted:
+        arguments["batch_size"] = n
+    required = [
+        name
+        for name, p in accepted.items()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in arguments
+    ]
+    if required:
+        raise ValueError(
+            f"{kind} needs {', '.join(required)}: give a dataset with such columns as --sampler.inputs, or values for "
+            "all images in --sampler.arguments"
+        )
+    return arguments
+
+
+def images_of(output: Any) -> Tensor:
+    """The images of what a pipeline gives, `[n, channels, height, width]`, float32 in [-1, 1], on the CPU.
+
+    Raises:
+        ValueError: if it gives something else.
+    """
+    images = getattr(output, "images", None)
+    if isinstance(images, list) and images and hasattr(images[0], "convert"):
+        images = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in images])
+    if isinstance(images, np.ndarray) and images.ndim == 4:
+        return torch.from_numpy(images).permute(0, 3, 1, 2).float().mul_(2).sub_(1)
+    if isinstance(images, Tensor) and images.ndim == 4:
+        return images.float().cpu()
+    raise ValueError(f"{type(output).__name__} holds no images: only pipelines of images can be calibrated and judged")

@@ -20,7 +20,7 @@ from fpq_lightning.calibration.noised_images import noise_real_images
 from fpq_lightning.calibration.shards import Samples, Shard
 from fpq_lightning.calibration.store import ActivationStore, parse_bytes
 from fpq_lightning.calibration.trajectories import sample_trajectories
-from fpq_lightning.diffusion.sampling import SamplerConfig, warn_of_long_prompts
+from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.training.placement import Placement
 from fpq_lightning.training.plan import Plan
 from fpq_lightning.utils import distributed
@@ -238,10 +238,6 @@ class CalibrationDataModule(pl.LightningDataModule):
         if self.source != "trajectories":
             return noise_real_images(pipeline, self.source, self.image_column, self.n_samples, self.seed)
         hidden = distributed.rank() > 0
-        if not hidden:
-            trajectories = -(-self.n_samples // self.sampler.steps)
-            prompts = self.sampler.prompts_of(range(self.seed, self.seed + trajectories))
-            warn_of_long_prompts(pipeline, prompts or ())
         with progress_bar("sampling calibration set", unit="trajectory", disable=hidden) as bar:
 
             def show(done: int, total: int) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.shards import Shard
-from fpq_lightning.calibration.trajectories import sample_trajectories
+from fpq_lightning.calibration.trajectories import count_calls, sample_trajectories
 from fpq_lightning.diffusion.pipelines import denoiser_name
 from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.config import EvaluationConfig
@@ -140,7 +140,7 @@ def estimate_run(
     rounding = recipe.rounding
     iterations = rounding.iterations if rounding.learned and recipe.weight_formats() else 0
     optimised = sum(bool(unit.layers) for unit in units)
-    images = evaluation.n_images * sampler.steps * (2 + 2 * _PASSES["quantized"])
+    images = evaluation.n_images * count_calls(pipeline, sampler) * (2 + 2 * _PASSES["quantized"])
     calibration = (
         (_SEARCH_SECONDS[device.type] + recipe.solves * _SOLVE_SECONDS[device.type]) * parameters
         + (_PASSES["capture"] + recipe.solves * _PASSES["closed_form"]) * data.n_samples * forward

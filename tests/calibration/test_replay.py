@@ -16,8 +16,8 @@ from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.store import ActivationStore
 from fpq_lightning.formats.numbers import parse_format
 from fpq_lightning.graph.chain import Chain
-from fpq_lightning.graph.tree import output_leaves
 from fpq_lightning.graph.trace import trace_units
+from fpq_lightning.graph.tree import output_leaves
 from fpq_lightning.graph.units import Unit, discover_units
 from fpq_lightning.nn.calibrated import LayerQuantization, Mode, QuantizedLayer, running
 from fpq_lightning.nn.convert import make_quantized
@@ -561,7 +561,9 @@ def test_samples_of_several_shapes_are_each_what_the_network_sees_alone() -> Non
             assert len(rows) <= 2
             for row, target in zip(rows.tolist(), replay.targets(rows)[0], strict=True):
                 assert_same([target[None]], [alone[row]], TIPPING)
-                assert energies[row].item() == pytest.approx((alone[row].square().mean() * (row + 0.5)).item(), rel=1e-3)
+                assert energies[row].item() == pytest.approx(
+                    (alone[row].square().mean() * (row + 0.5)).item(), rel=1e-3
+                )
                 seen.append(row)
             assert len(tree_leaves(replay.inputs(rows))[0]) == len(rows)
         assert sorted(seen) == [0, 1, 2, 3, 4, 6]

@@ -24,7 +24,7 @@ from fpq_lightning.calibration.trajectories import sample_trajectories, steps_to
 from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.training.datamodule import CalibrationDataModule, UnitBatches
 
-SAMPLER = SamplerConfig(steps=4, batch_size=3)
+SAMPLER = SamplerConfig("DDIMScheduler", steps=4, batch_size=3)
 
 
 @pytest.fixture(scope="module")

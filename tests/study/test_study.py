@@ -260,9 +260,11 @@ def test_every_row_of_a_shipped_study_can_be_built(file: Path, monkeypatch: pyte
     assert len(rows) >= 3
     recipes = [json.dumps([built[n][0].to_dict(), built[n][1].identity()], sort_keys=True) for n in rows]
     assert len(set(recipes)) == len(recipes)  # no row twice
-    for recipe, data in built.values():
+    for name, (recipe, data) in built.items():
         assert recipe.rounding.iterations == values["recipe"]["rounding"]["iterations"]
-        assert data.n_samples == values["data"]["n_samples"]
+        own = values["rows"][name].get("data", {})
+        assert data.n_samples == own.get("n_samples", values["data"]["n_samples"])
+        assert recipe.rounding.learned == (name == "fp32" or "closed_form" not in name)
 
 
 def test_changes_reach_only_what_they_name() -> None:
@@ -306,7 +308,7 @@ def test_an_unknown_row_is_named(model: str, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_errors_along_the_trajectory_are_those_of_the_denoiser_and_of_the_states() -> None:
-    pipeline, sampler, seeds = tiny_pipeline(), SamplerConfig(steps=4, batch_size=3), range(3)
+    pipeline, sampler, seeds = tiny_pipeline(), SamplerConfig("DDIMScheduler", steps=4, batch_size=3), range(3)
     pipeline.unet.requires_grad_(False)
     layer = make_quantized(pipeline.unet.conv_in, Granularity("tensor"))
     rows = layer.weight_rows()[0]

@@ -1,0 +1,297 @@
+"""The calibration set is what the network was really called with, whatever a pipeline passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import ConfigMixin, DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fpq_lightning.calibration.axes import Axis, find_axes, images_of, joined
+from fpq_lightning.calibration.calibration_set import CalibrationSet
+from fpq_lightning.calibration.disk import load_calibration_set, save_calibration_set
+from fpq_lightning.calibration.trajectories import sample_trajectories
+from fpq_lightning.diffusion.sampling import SamplerConfig
+
+SAMPLER = SamplerConfig(steps=4, batch_size=3)
+
+
+class Network(ModelMixin, ConfigMixin):
+    """Notes down what it is called with."""
+
+    @register_to_config
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(2, 2, 1)
+        self.calls: list[dict[str, Any]] = []
+
+    def forward(self, x: Tensor, timestep: Any, **other: Any) -> tuple[Tensor]:
+        self.calls.append({"x": x, "timestep": timestep, **other})
+        return (self.layer(x) + torch.as_tensor(timestep).float().reshape(-1, 1, 1, 1) / 1000,)
+
+
+class Pipeline(DiffusionPipeline):
+    """Samples with DDIM; subclasses say how they call the network."""
+
+    def __init__(self, transformer: nn.Module, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+
+    def predict(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.transformer(x, timestep=t)[0]
+
+    @torch.no_grad()
+    def __call__(
+        self, batch_size: int, generator: list[torch.Generator], num_inference_steps: int = 5, output_type: str = "np"
+    ) -> ImagePipelineOutput:
+        x = torch.stack([torch.randn(2, 4, 4, generator=g) for g in generator])
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(self.predict(x, t), t, x).prev_sample
+        return ImagePipelineOutput(images=x[:, :1].permute(0, 2, 3, 1).sigmoid().numpy())
+
+
+def make(kind: type[Pipeline] = Pipeline, network: nn.Module | None = None) -> Pipeline:
+    torch.manual_seed(0)
+    pipeline = kind((network or Network()).eval(), DDIMScheduler(clip_sample=False))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def recorded(kind: type[Pipeline], n: int = 12, sampler: SamplerConfig = SAMPLER) -> CalibrationSet:
+    return sample_trajectories(make(kind), sampler, n, seed=5)
+
+
+def batch(found: CalibrationSet, rows: list[int]) -> dict[str, Any]:
+    return found.batch(torch.tensor(rows), torch.device("cpu"))
+
+
+# --- where images lie ----------------------------------------------------------------------------------------------
+
+
+@given(
+    passes=st.integers(1, 3),
+    folded=st.integers(1, 3),
+    dim=st.integers(0, 2),
+    images=st.integers(1, 3),
+    seed=st.integers(0, 100),
+)
+def test_the_axis_of_images_is_found_and_taken_apart(
+    passes: int, folded: int, dim: int, images: int, seed: int
+) -> None:
+    values = torch.randn(passes, images + 1, folded, 5, 6, generator=torch.Generator().manual_seed(seed))
+
+    def call(n: int) -> dict[str, Any]:
+        return {"x": values[:, :n].flatten(0, 2).movedim(0, dim), "flag": True, "scale": torch.ones(3)}
+
+    axes = find_axes("Network", call(images), call(images + 1), images)
+    # One image cannot tell its rows from those of another pass if there is but one of either.
+    assert axes == {"x": Axis("dim", dim, folded)}
+    taken = images_of(call(images)["x"], axes["x"], images)
+    for p in range(passes):
+        for i in range(images):
+            expected = values[p, i] if folded > 1 else values[p, i, 0]
+            assert torch.equal(taken[p][i], expected)
+        assert torch.equal(joined(torch.stack(taken[p]), axes["x"]), values[p, :images].flatten(0, 1).movedim(0, dim))
+
+
+def test_lists_with_an_item_for_each_image_are_taken_apart() -> None:
+    def call(n: int) -> dict[str, Any]:
+        return {"x": [torch.full((2,), float(i)) for i in range(n)] * 2, "shapes": [(1, i) for i in range(n)] * 2}
+
+    axes = find_axes("Network", call(2), call(3), 2)
+    assert axes == {"x": Axis("list"), "shapes": Axis("list")}
+    assert images_of(call(2)["shapes"], axes["shapes"], 2) == [[(1, 0), (1, 1)]] * 2
+
+
+@pytest.mark.parametrize(
+    "value", [lambda n: torch.zeros(n + 1), lambda n: torch.zeros(n, n), lambda n: n, lambda n: [0] * (n + 1)]
+)
+def test_what_grows_in_another_way_is_refused_by_its_name(value: Any) -> None:
+    with pytest.raises(ValueError, match="Network is called with odd/one") as error:
+        find_axes("Network", {"odd": {"one": value(2)}}, {"odd": {"one": value(3)}}, 2)
+    assert "\n" not in str(error.value)
+
+
+# --- what a call holds ---------------------------------------------------------------------------------------------
+
+
+def test_containers_come_back_as_they_were() -> None:
+    class Nested(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            more = {0: x[:, :1], "none": None, "size": (4, 4), "empty": [], "two": [x, (x, 1.5)]}
+            return self.transformer(x, timestep=t, more=more, images=[])[0]
+
+    found = batch(recorded(Nested), [2, 0])
+    assert found["images"] == []
+    more = found["more"]
+    assert more["size"] == (4, 4)
+    assert more["none"] is None
+    assert more["empty"] == []
+    assert torch.equal(more[0], found["x"][:, :1])
+    assert torch.equal(more["two"][0], found["x"])
+    assert isinstance(more["two"], list)
+    assert isinstance(more["two"][1], tuple)
+    assert more["two"][1][1] == 1.5
+
+
+def test_what_the_network_takes_out_or_overwrites_is_kept_as_it_came_in() -> None:
+    class Greedy(Network):
+        def forward(self, x: Tensor, timestep: Any, residuals: list[Tensor]) -> tuple[Tensor]:
+            output = super().forward(x + residuals.pop(), timestep)
+            x.zero_()
+            return output
+
+    class Adapter(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.transformer(x.clone(), timestep=t, residuals=[torch.full_like(x, 7.0)])[0]
+
+    found = sample_trajectories(make(Adapter, Greedy()), SAMPLER, 8)
+    assert found.inputs["x"].flatten(1).norm(dim=1).min() > 0
+    assert (batch(found, [0, 3])["residuals"][0] == 7).all()
+
+
+def test_what_cannot_be_kept_is_named() -> None:
+    class Cached(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.transformer(x, timestep=t, cache=object())[0]
+
+    with pytest.raises(ValueError, match="Network is called with cache, of type object") as error:
+        recorded(Cached)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), "number"])
+def test_a_timestep_that_all_images_share_is_given_for_each_of_them(shape: Any) -> None:
+    class Shared(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.transformer(x, timestep=float(t) if shape == "number" else t.reshape(shape))[0]
+
+    found = recorded(Shared)
+    times = found.inputs["timestep"].tolist()
+    assert sorted(times) == sorted([750, 500, 250, 0] * 3)
+    assert "timestep" not in found.constants
+    mixed = [times.index(750), times.index(0)]
+    assert batch(found, mixed)["timestep"].tolist() == [750, 0]
+
+
+def test_what_varies_between_calls_and_cannot_be_given_for_each_image_keeps_calls_apart() -> None:
+    class Stepped(Network):
+        def forward(self, x: Tensor, timestep: Any, step: Any, name: str) -> tuple[Tensor]:
+            assert isinstance(step, int)
+            return (self.layer(x) * (1 + step),)
+
+    class Counting(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.transformer(x, timestep=t.expand(len(x)), step=int(t) // 250, name=f"at {int(t)}")[0]
+
+    found = sample_trajectories(make(Counting, Stepped()), SAMPLER, 12)
+    groups = found.group_of
+    assert groups is not None
+    assert len(groups.unique()) == 4
+    for group in groups.unique():
+        rows = (groups == group).nonzero().flatten()
+        one = found.batch(rows, torch.device("cpu"))
+        assert set(one["timestep"].tolist()) == {one["step"] * 250}
+        assert one["name"] == f"at {one['step'] * 250}"
+
+
+def test_prompts_of_several_lengths_are_sampled_one_by_one(tmp_path: Any) -> None:
+    class Prompted(Pipeline):
+        @torch.no_grad()
+        def __call__(
+            self, prompt: list[str], generator: list[torch.Generator], num_inference_steps: int, output_type: str = "np"
+        ) -> ImagePipelineOutput:
+            x = torch.stack([torch.randn(2, 4, 4, generator=g) for g in generator])
+            length = max(map(len, prompt))
+            text = torch.stack([torch.tensor([ord(c) for c in p.ljust(length, "~")]).float() for p in prompt])
+            self.scheduler.set_timesteps(num_inference_steps)
+            for t in self.scheduler.timesteps:
+                x = self.scheduler.step(self.transformer(x, timestep=t, text=text)[0], t, x).prev_sample
+            return ImagePipelineOutput(images=x[:, :1].permute(0, 2, 3, 1).sigmoid().numpy())
+
+    sampler = SamplerConfig(steps=4, batch_size=2, prompts=["ab", "abcdef", "xyz"])
+    found = recorded(Prompted, 12, sampler)
+    words = ["".join(chr(int(c)) for c in text) for text in found.inputs["text"]]
+    assert sorted(words) == sorted(["ab", "abcdef", "xyz"] * 4)
+    save_calibration_set(found, tmp_path / "set")
+    again = load_calibration_set(tmp_path / "set")
+    assert all(map(torch.equal, again.inputs["text"], found.inputs["text"]))
+    assert torch.equal(again.group_of, found.group_of)
+    assert len(found.group_of.unique()) == 3
+
+
+# --- one sample a call ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "calls"),
+    [("HeunDiscreteScheduler", 7), ("KDPM2DiscreteScheduler", 7), ("PNDMScheduler", 13), ("DDIMScheduler", 4)],
+)
+def test_the_set_covers_a_trajectory_from_its_first_to_its_last_call(scheduler: str, calls: int) -> None:
+    found = sample_trajectories(make(), SamplerConfig(scheduler, steps=4, batch_size=2), 3 * calls, seed=5)
+    spy, generators = make(), [torch.Generator().manual_seed(5)]
+    spy.scheduler = getattr(diffusers, scheduler).from_config(spy.scheduler.config)
+    spy(batch_size=1, generator=generators, num_inference_steps=4)
+    expected = [float(call["timestep"]) for call in spy.transformer.calls]
+    assert len(expected) == calls
+    assert sorted(found.inputs["timestep"].float().tolist()) == sorted(expected * 3)
+    states = [call["x"][0] for call in spy.transformer.calls]
+    for state in states:
+        assert min((x - state).abs().max().item() for x in found.inputs["x"]) < 1e-5
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 13])
+def test_guidance_in_separate_calls_gives_as_many_samples_as_asked_for(n: int) -> None:
+    class Guided(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            with_, without = (self.transformer(x, timestep=t, text=torch.full((len(x), 2), k))[0] for k in (1.0, 0.0))
+            return without + 3 * (with_ - without)
+
+    found = recorded(Guided, n)
+    assert len(found) == len(found.inputs["x"]) == n
+    if n > 8:
+        assert set(found.inputs["text"].flatten().tolist()) == {0.0, 1.0}
+
+
+def test_calls_with_other_arguments_are_left_out_with_a_line() -> None:
+    class Skipping(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            if t < 400:
+                self.transformer(x, timestep=t, skip_layers=[1])
+            return self.transformer(x, timestep=t)[0]
+
+    with pytest.warns(UserWarning, match="skip_layers"):
+        found = recorded(Skipping)
+    assert "skip_layers" not in batch(found, [0, 1])
+    assert sorted(found.inputs["timestep"].tolist()) == sorted([750, 500, 250, 0] * 3)
+
+
+def test_a_number_of_calls_that_varies_is_refused() -> None:
+    class Restless(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            if x[0, 0, 0, 0] > 0:
+                self.transformer(x, timestep=t)
+            return self.transformer(x, timestep=t)[0]
+
+    with pytest.raises(ValueError, match=r"times along one trajectory|times in the first step"):
+        recorded(Restless, 60)
+
+
+def test_what_will_be_calibrated_is_said_before(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="fpq_lightning"):
+        recorded(Pipeline)
+    (line,) = [r.getMessage() for r in caplog.records if r.name.startswith("fpq_lightning")]
+    assert "12 samples" in line
+    assert "DDIMScheduler: 4 calls a trajectory, timesteps 750 to 0" in line
+
+
+def test_steps_and_scheduler_are_the_pipelines_own_unless_others_are_asked_for() -> None:
+    found = sample_trajectories(make(), SamplerConfig(batch_size=2), 10)
+    assert sorted(set(found.inputs["timestep"].tolist())) == [0, 200, 400, 600, 800]
