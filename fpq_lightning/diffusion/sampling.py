@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -21,6 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fpq_lightning.diffusion.prompts import load_prompts
 from fpq_lightning.nn.calibrated import Mode, running
+
+_KEPT_PROMPTS = 32
 
 
 @dataclass
@@ -93,6 +95,19 @@ class SamplerConfig:
         rows = load_inputs(self.inputs)
         chosen = rows[[seed % len(rows) for seed in seeds]]
         return {name: list(chosen[name]) for name in rows.column_names}
+
+    def kept(self) -> dict[str, Any]:
+        """What a quantized model says it was sampled with: the options that were given, and the first prompts."""
+        values = {k: v for k, v in asdict(self).items() if v and k not in ("batch_size", "prompt_column")}
+        if self.prompts is not None:
+            values["prompts"] = list(dict.fromkeys(load_prompts(self.prompts, self.prompt_column)))[:_KEPT_PROMPTS]
+        return values
+
+    def or_else(self, kept: Mapping[str, Any]) -> SamplerConfig:
+        """The same with what `kept` gave, where nothing was given here."""
+        own = {k: v for k, v in asdict(self).items() if v}
+        known = {k: v for k, v in kept.items() if k in asdict(self)}
+        return SamplerConfig(**{**known, **own})
 
     def identity(self) -> dict[str, Any]:
         """What decides the image of a seed: all options but the batch size, and a hash of the prompts' text."""

@@ -20,7 +20,7 @@ from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.evaluation.evaluator import Evaluator
 from fpq_lightning.quantization.recipe import Recipe
-from fpq_lightning.storage.pipeline import is_quantized
+from fpq_lightning.storage.pipeline import is_quantized, read_description
 from fpq_lightning.training.callbacks.image_progress import ImageProgress
 from fpq_lightning.training.callbacks.quality_report import QualityReport
 from fpq_lightning.training.datamodule import CalibrationDataModule
@@ -132,6 +132,8 @@ class FPQCommandLine(LightningCLI):
         options = self.config_init[self.subcommand]
         if not options.model:
             raise ValueError("no model: give --model, the directory or hub id of a diffusers pipeline")
+        if self.subcommand != "fit" and is_quantized(options.model):
+            options.sampler = options.sampler.or_else(read_description(options.model).get("sampler", {}))
         if self.subcommand == "predict":
             options.sampler.check()
         else:

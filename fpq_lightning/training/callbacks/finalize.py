@@ -36,6 +36,7 @@ class FinalizeQuantization(pl.Callback):
             "recipe": pl_module.recipe.to_dict(),
             "version": version("fpq-lightning"),
             "fingerprint": self.run.fingerprint,
+            "sampler": pl_module.data.sampler.kept(),
             **weight_statistics(pl_module.denoiser),
         }
         save_quantized(pl_module.pipeline, self.run.quantized, details)
