@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-DENOISERS = ("transformer", "unet")
+DENOISERS = ("transformer", "unet", "prior", "decoder")
 
 
 def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
@@ -65,7 +65,7 @@ def _foreign_method(path: Path) -> str | None:
 
 
 def denoiser_name(pipeline: DiffusionPipeline) -> str:
-    """The name of the pipeline's denoiser, ``transformer`` or ``unet``.
+    """The name of the pipeline's denoiser: the first of `DENOISERS` that it has.
 
     Raises:
         ValueError: if it has none.
@@ -73,4 +73,6 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
     for name in DENOISERS:
         if isinstance(getattr(pipeline, name, None), nn.Module):
             return name
-    raise ValueError(f"{type(pipeline).__name__} has no denoiser: expected a component named {' or '.join(DENOISERS)}")
+    raise ValueError(
+        f"{type(pipeline).__name__} has no denoiser: expected a component named {', '.join(DENOISERS[:-1])} or {DENOISERS[-1]}"
+    )

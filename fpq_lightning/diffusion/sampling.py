@@ -219,12 +219,12 @@ def running_pipeline(pipeline: DiffusionPipeline, mode: Mode) -> Iterator[None]:
 
 
 @torch.no_grad()
-def sample(
+def generate(
     pipeline: DiffusionPipeline, sampler: SamplerConfig, seeds: Sequence[int], prompts: Sequence[str] | None = None
-) -> Tensor:
-    """Samples one image for each seed.
+) -> Any:
+    """Calls a pipeline for one image, video or sound for each seed.
 
-    Image i starts from ``torch.Generator("cpu").manual_seed(seeds[i])``, whatever the batch and the device.
+    Number i starts from ``torch.Generator("cpu").manual_seed(seeds[i])``, whatever the batch and the device.
 
     Args:
         pipeline: with the sampler's scheduler, see `using_sampler`.
@@ -233,20 +233,33 @@ def sample(
         prompts: a prompt for each image; None takes those of the sampler.
 
     Returns:
-        `[n, channels, height, width]`, float32 in [-1, 1], on the CPU.
+        What the pipeline gives.
 
     Raises:
         ValueError: if an option does not fit the pipeline, or prompts or other arguments are missing.
     """
     arguments = _arguments(pipeline, sampler, seeds, prompts)
     try:
-        output = pipeline(**arguments)
+        return pipeline(**arguments)
     except TypeError as error:
         if "BFloat16" not in str(error):
             raise
         kind = type(pipeline).__name__
         raise ValueError(f"{kind} cannot make images of a bfloat16 model: load it in float32") from error
-    return images_of(output)
+
+
+def sample(
+    pipeline: DiffusionPipeline, sampler: SamplerConfig, seeds: Sequence[int], prompts: Sequence[str] | None = None
+) -> Tensor:
+    """Samples one image or video for each seed, as `generate` does.
+
+    Returns:
+        `[n, channels, height, width]`, float32 in [-1, 1], on the CPU. The frames of a video lie side by side.
+
+    Raises:
+        ValueError: as `generate`; or if the pipeline gives no images.
+    """
+    return images_of(generate(pipeline, sampler, seeds, prompts))
 
 
 def _arguments(
@@ -300,11 +313,18 @@ def images_of(output: Any) -> Tensor:
     Raises:
         ValueError: if it gives something else.
     """
-    images = getattr(output, "images", None)
+    images = next((x for name in ("images", "frames") if (x := getattr(output, name, None)) is not None), None)
     if isinstance(images, list) and images and hasattr(images[0], "convert"):
         images = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in images])
+    if isinstance(images, list) and images and all(isinstance(video, np.ndarray) for video in images):
+        images = np.stack(images)
+    if isinstance(images, np.ndarray) and images.ndim == 5:  # frames side by side
+        images = np.concatenate(list(images.swapaxes(0, 1)), axis=2)
     if isinstance(images, np.ndarray) and images.ndim == 4:
         return torch.from_numpy(images).permute(0, 3, 1, 2).float().mul_(2).sub_(1)
     if isinstance(images, Tensor) and images.ndim == 4:
         return images.float().cpu()
-    raise ValueError(f"{type(output).__name__} holds no images: only pipelines of images can be calibrated and judged")
+    raise ValueError(
+        f"{type(output).__name__} holds no images or frames: such pipelines can be calibrated, but not judged; set "
+        "--evaluation.n_images 0"
+    )

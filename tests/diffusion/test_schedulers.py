@@ -86,7 +86,7 @@ def test_columns_of_a_dataset_and_constants_become_arguments(tmp_path: Path) -> 
         ({"arguments": {"mask": 1}}, r"Labelled has no mask: leave it out of sampler\.arguments"),
         (
             {"arguments": {"class_labels": [1]}, "guidance_scale": 2},
-            r"no guidance_scale: leave it out of sampler\.guid",
+            r"no guidance_scale: leave it out",
         ),
         ({"inputs": "none/such"}, r"there is no dataset sampler\.inputs none/such"),
     ],
