@@ -230,7 +230,7 @@ class _Collector:
         self.keep: list[list[int]] = []
         self.last: tuple[Call, int] | None = None  # a call of the first batch, and its images
         self._calls: int | None = None
-        self._taken: list[tuple[int, dict[str, Any], float]] = []  # trajectory, leaves, weight
+        self._taken: list[tuple[int, dict[str, Any], float]] = []  # first trajectory of its batch, leaves, weight
         self._first: list[Call] = []  # all calls of the first batch
         self._batch = range(0)
         self._seen = 0  # calls of this batch
@@ -318,7 +318,7 @@ class _Collector:
             weight = 1.0
             if call.sensitivity is not None:
                 weight = call.sensitivity[chosen % len(call.sensitivity), image].item() ** 2
-            self._taken.append((trajectory, own | shared, weight))
+            self._taken.append((batch.start, own | shared, weight))
 
     def calibration_set(self, denoiser: Any) -> CalibrationSet:
         """All samples, in an order that makes every part of the set representative."""

@@ -73,6 +73,4 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
     for name in DENOISERS:
         if isinstance(getattr(pipeline, name, None), nn.Module):
             return name
-    raise ValueError(
-        f"{type(pipeline).__name__} has no denoiser: expected a component named {', '.join(DENOISERS[:-1])} or {DENOISERS[-1]}"
-    )
+    raise ValueError(f"{type(pipeline).__name__} has no denoiser: it needs one of {', '.join(DENOISERS)}")

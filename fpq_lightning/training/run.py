@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from fpq_lightning.calibration.key import CalibrationKey
 from fpq_lightning.calibration.shards import Shard
 from fpq_lightning.diffusion.pipelines import denoiser_name
-from fpq_lightning.diffusion.sampling import SamplerConfig
+from fpq_lightning.diffusion.sampling import SamplerConfig, sample, using_sampler
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.evaluation.evaluator import Evaluator
 from fpq_lightning.evaluation.report.markdown import recipe_phrase
@@ -122,6 +122,7 @@ class Run:
             ValueError: if the checkpoint does not fit, or the run was stopped before its end.
         """
         checkpoint = self._checkpoint(ckpt_path, trainer)
+        self._try_an_image(trainer)
         working = self.directory.working() if trainer.is_global_zero else nullcontext()
         with working, together(trainer):
             path = None if checkpoint is None else str(checkpoint)
@@ -134,6 +135,15 @@ class Run:
             )
         self.module.use_quantized()
         self.module.placement.release()
+
+    def _try_an_image(self, trainer: pl.Trainer) -> None:
+        """Samples an image in two steps: what cannot be sampled or judged shows before minutes are spent."""
+        if not self.evaluation.n_images:
+            return
+        pipeline, placement = self.module.pipeline, self.module.placement
+        placement.to(trainer.strategy.root_device)
+        with using_sampler(pipeline, self.sampler):
+            sample(pipeline, replace(self.sampler, steps=2), [self.evaluation.seed])
 
     def _checkpoint(self, ckpt_path: str | None, trainer: pl.Trainer) -> Path | None:
         if ckpt_path == "last":

@@ -54,7 +54,8 @@ def replay_of(module: nn.Module, x: Tensor, budget: int = 2**30) -> Any:
         reference_inputs=lambda rows: x[rows],
         call=module,
         weights=lambda rows: torch.ones(len(rows)),
-        micro_batch=10,
+        n=len(x),
+        chunks=lambda rows: iter(rows.split(10)),
         store=SimpleNamespace(device=torch.device("cpu"), budgets={"device": budget}),
     )
 
