@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -117,6 +117,28 @@ class SamplerConfig:
             text = "\0".join(load_prompts(self.prompts, self.prompt_column))
             values["prompts"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         return values
+
+
+@dataclass
+class FunctionSampler(SamplerConfig):
+    """Images of a function of the user's own.
+
+    Attributes:
+        function: takes the pipeline and a list of seeds; calls the pipeline, and gives its output or images: PIL
+            images, an array `[n, height, width, channels]` in [0, 1], or a tensor `[n, channels, height, width]` in
+            [-1, 1].
+    """
+
+    function: Callable[[DiffusionPipeline, list[int]], Any] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """The options of the base class, and the name of the function."""
+        function = cast(Any, self.function)
+        return {**super().identity(), "function": f"{function.__module__}.{function.__qualname__}"}
+
+    def kept(self) -> dict[str, Any]:
+        """Nothing: a function cannot be kept."""
+        return {}
 
 
 @lru_cache(maxsize=4)
@@ -238,9 +260,10 @@ def generate(
     Raises:
         ValueError: if an option does not fit the pipeline, or prompts or other arguments are missing.
     """
-    arguments = _arguments(pipeline, sampler, seeds, prompts)
     try:
-        return pipeline(**arguments)
+        if isinstance(sampler, FunctionSampler):
+            return cast(Any, sampler.function)(pipeline, list(seeds))
+        return pipeline(**_arguments(pipeline, sampler, seeds, prompts))
     except TypeError as error:
         if "BFloat16" not in str(error):
             raise
@@ -313,7 +336,7 @@ def images_of(output: Any) -> Tensor:
     Raises:
         ValueError: if it gives something else.
     """
-    images = next((x for name in ("images", "frames") if (x := getattr(output, name, None)) is not None), None)
+    images = next((x for name in ("images", "frames") if (x := getattr(output, name, None)) is not None), output)
     if isinstance(images, list) and images and hasattr(images[0], "convert"):
         images = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in images])
     if isinstance(images, list) and images and all(isinstance(video, np.ndarray) for video in images):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from diffusers import (
     DDPMPipeline,
     DPMSolverMultistepScheduler,
@@ -17,8 +18,11 @@ from diffusers import (
 )
 from models import tiny_pipeline
 
+import fpq_lightning as fpq
 from fpq_lightning import SamplerConfig
-from fpq_lightning.diffusion.sampling import sample, set_sampler
+from fpq_lightning.calibration.trajectories import sample_trajectories
+from fpq_lightning.diffusion.sampling import FunctionSampler, sample, set_sampler
+from fpq_lightning.nn.calibrated import quantized_layers
 
 
 def test_a_scheduler_of_the_same_kind_takes_the_place_of_the_pipelines_own() -> None:
@@ -77,6 +81,28 @@ def test_columns_of_a_dataset_and_constants_become_arguments(tmp_path: Path) -> 
     file.write_text("\n".join(json.dumps({"class_labels": label}) for label in (1, 2, 4)))
     found = sample(labelled(), SamplerConfig(inputs=str(file), arguments={"strength": 0.5}), [1, 2, 3])
     assert found[:, 0, 0, 0].tolist() == pytest.approx([2 * x / 20 - 1 for x in (2, 4, 1)])
+
+
+def test_a_function_of_the_users_own_samples(tmp_path: Path) -> None:
+    def three_channels(pipeline: DDPMPipeline, seeds: list[int]) -> list[Any]:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipeline(batch_size=len(seeds), generator=generators, num_inference_steps=4).images  # PIL
+
+    ours, theirs = FunctionSampler(function=three_channels), SamplerConfig(steps=4)
+    found = sample(tiny_pipeline(), ours, [3, 5])
+    assert torch.allclose(found, sample(tiny_pipeline(), theirs, [3, 5]), atol=1 / 127)  # rounded to 8 bits
+    assert ours.identity()["function"].endswith("three_channels")
+    sets = [sample_trajectories(tiny_pipeline(), sampler, 8, seed=3).inputs for sampler in (ours, theirs)]
+    assert torch.allclose(sets[0]["sample"], sets[1]["sample"], atol=1e-5)
+    calibrated = fpq.quantize(
+        tiny_pipeline(),
+        fpq.Recipe(rounding=fpq.RoundingRecipe(start="nearest")),
+        tmp_path / "run",
+        fpq.CalibrationDataModule(n_samples=8, n_search=4),
+        three_channels,
+        accelerator="cpu",
+    )
+    assert quantized_layers(calibrated.unet)
 
 
 @pytest.mark.parametrize(
