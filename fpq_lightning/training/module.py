@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from fpq_lightning.graph.trace import trace_units
 from fpq_lightning.graph.units import Unit, discover_units, select_layers
 from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedModule, quantized_modules
 from fpq_lightning.nn.convert import make_quantized
+from fpq_lightning.nn.coverage import Coverage, coverage
 from fpq_lightning.quantization.quantizer import layers_without_groups, without_groups
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.reconstruction.report import UnitReport
@@ -31,6 +33,8 @@ from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.training.placement import Placement
 from fpq_lightning.training.plan import Plan
 from fpq_lightning.utils import distributed
+
+logger = logging.getLogger(__name__)
 
 
 class BlockReconstruction(pl.LightningModule):
@@ -60,6 +64,7 @@ class BlockReconstruction(pl.LightningModule):
         self.reports: list[UnitReport] = []
         self.plan = Plan()
         self.made_from: dict[str, Any] = {}  # what decides the result, kept in checkpoints
+        self.coverage = Coverage(0, 0, [])  # known once the units are
         self.unit_trainer: UnitTrainer | None = None  # the unit in work, once its epoch has started
         self._replay: NetworkReplay | None = None
         self._resumed: dict[str, Any] = {}  # variables and optimiser of the unit that a checkpoint left off in
@@ -144,11 +149,9 @@ class BlockReconstruction(pl.LightningModule):
         if self.units:
             return
         inputs = self.data.set.batch(slice(0, 1), device)
-        planned = [name for unit in self._found for name in unit.layers]
-        self.units, splits = trace_units(self.denoiser, self._found, inputs)
-        ran = {name for unit in self.units for name in unit.layers}
-        if skipped := [name for name in planned if name not in ran]:
-            warnings.warn(f"not called by the denoiser, so left in full precision: {', '.join(skipped)}", stacklevel=2)
+        others = [(len(rows), self.data.set.batch(rows, device)) for rows in self._probes()]
+        self.units, splits = trace_units(self.denoiser, self._found, inputs, others)
+        self._say_coverage()
         granularity, unfit = self.recipe.granularity(), []
         for unit in self.units:
             for name, layer in unit.layers.items():
@@ -166,6 +169,29 @@ class BlockReconstruction(pl.LightningModule):
         learns = self.recipe.rounding.learned and bool(self.recipe.weight_formats())
         iterations = self.recipe.rounding.iterations if learns else 0
         self.plan.steps = [iterations if unit.layers else 0 for unit in self.units]
+
+    def _probes(self) -> list[Tensor]:
+        """Samples of passes that show which modules are given whole samples: batches of several sizes, and others."""
+        n = len(self.data.set)
+        return [rows % n for rows in (torch.arange(2), torch.arange(2, 5), torch.arange(n - 2, n))]
+
+    def _say_coverage(self) -> None:
+        """Says how much is going to be quantized, and warns of what one would expect to be and is not."""
+        ran = {name for unit in self.units for name in unit.layers}
+        reasons = {
+            name: unit.left or "never called by the denoiser"
+            for unit in self._found
+            for name in unit.layers
+            if name not in ran
+        }
+        self.coverage = coverage(self.denoiser, ran if self.recipe.weight_formats() else (), reasons)
+        if self.trainer.is_global_zero:
+            for line in self.coverage.lines():
+                logger.info(line)
+        if left := [str(kept) for kept in self.coverage.kept if not kept.expected]:
+            warnings.warn(f"left in full precision: {', '.join(left)}", stacklevel=3)
+        if not ran:
+            raise ValueError("no layer can be quantized; see what is left in full precision, and why")
 
     def _begin_unit(self) -> None:
         replay = self._replay_at_unit()
