@@ -82,8 +82,8 @@ def activation_ranges(
     Returns:
         ``timesteps``, the edges of ten bins; and ``layers``, each with its ``name``, the ``clip`` of its quantizers
         (None if they are dynamic) and ``largest``, the largest magnitude in each bin (None for an empty bin, or one
-        with Inf). Empty if the network has no finite timestep among its inputs. A layer that does not read something
-        of every sample is left out, with a warning.
+        with Inf). Empty if the network has no finite timestep among its inputs. A layer that does not read
+        something of each sample is left out, with a warning.
     """
     while True:
         try:
@@ -120,8 +120,8 @@ def _activation_ranges(
         else:
             found.append({"name": name, "clip": _clip(layers[name]), "largest": _by_bin(torch.cat(known), bins)})
     if left:
-        shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-        warnings.warn(f"activation ranges are left out of layers that not every sample runs: {shown}", stacklevel=4)
+        names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        warnings.warn(f"activation ranges leave out layers that do not read each sample: {names}", stacklevel=4)
     return {"timesteps": edges.tolist(), "layers": found}
 
 

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from fpq_lightning.graph.units import Unit, layer_count, walk
 
-RUN_AGAIN = "run more than once in a pass of the network"
-PARTS_OF_SAMPLES = "not run on whole samples"
+RUN_AGAIN = "layers that run more than once in a pass of the network"
+PARTS_OF_SAMPLES = "layers that do not run on whole samples"
 
 _Shape = tuple[int, ...] | None  # None for what is no tensor
 
@@ -159,44 +159,49 @@ def settle_units(model: nn.Module, units: Sequence[Unit], passes: Sequence[Pass]
         settled.remove(unit)
 
     experts = _lists_of_experts(model, settled, whole)
+    members = {member for group in experts for member in group.children() if layer_count(member) > 1}
     for name, module in walk(model, experts) if experts else ():
         inside = set(module.modules()) - {module}
-        parts = [unit for unit in settled if unit.module in inside]
-        if experts & inside and 0 < len(parts) < len(settled):
+        parts = {unit.module for unit in settled if unit.module in inside}
+        if parts & members and len(parts) < len(settled) and whole(module):
             put_into(module, name)
     whole.units = {unit.module for unit in settled}
     names = {module: name for name, module in model.named_modules()}
-    for unit in [unit for unit in settled if not whole.fits(unit)]:
-        if not any(unit is other for other in settled):  # it is part of a larger one by now
-            continue
-        around = _around(unit.module, model, whole, settled) if unit.layers else None
-        if around is None:
-            leave(unit)
-        else:
+    of_experts = {module for group in experts for module in group.modules()}
+    for unit in list(settled):
+        fits = whole.fits(unit)
+        if (fits and unit.module not in of_experts) or not any(unit is other for other in settled):
+            continue  # it is a unit, or part of a larger one by now
+        around = _around(unit.module, {model, *of_experts}, whole, settled) if unit.layers else None
+        if around is not None:
             put_into(around, names[around])
-    return settled, {layer for members in experts for layer in members.modules()}
+        elif not fits or not unit.layers:
+            leave(unit)
+    return settled, of_experts
 
 
 def _lists_of_experts(model: nn.Module, units: Iterable[Unit], whole: _Whole) -> set[nn.Module]:
-    """The lists whose members are not given whole samples, or of whose blocks one alone runs."""
+    """The lists most of whose members are not given whole samples, and those of whose blocks one alone runs."""
     wrong = {u.module for u in units if not whole.fits(u) and whole.reason(u.module) == PARTS_OF_SAMPLES}
     found: set[nn.Module] = set()
-    for members in (m for m in model.modules() if isinstance(m, nn.ModuleList)):
-        blocks = [block for block in members if block is not None and layer_count(block) > 1]
-        if wrong & set(members) or len([block for block in blocks if whole.calls(block)]) == 1 < len(blocks):
-            found.add(members)
+    for group in reversed([m for m in model.modules() if isinstance(m, nn.ModuleList)]):  # the innermost first
+        running = [member for member in group.children() if whole.calls(member)]
+        experts = [member for member in running if wrong & set(member.modules())]
+        blocks = [block for block in group.children() if layer_count(block) > 1]
+        if 2 * len(experts) > len(running) or len(set(running) & set(blocks)) == 1 < len(blocks):
+            found.add(group)
+        wrong -= set(group.modules())
     return found
 
 
-def _around(module: nn.Module, model: nn.Module, whole: _Whole, units: Sequence[Unit]) -> nn.Module | None:
-    """The smallest module that can be a unit, holds a module and runs around all its calls; None for the network.
+def _around(module: nn.Module, never: set[nn.Module], whole: _Whole, units: Sequence[Unit]) -> nn.Module | None:
+    """The smallest module that can be a unit, holds a module and runs around all its calls; None if there is none.
 
-    One that holds all units is the network but for its name.
+    Some are never one. One that holds all units is the network but for its name.
     """
     calls = whole.calls(module)
-    for around in reversed(calls[0].around):
+    for around in reversed(calls[0].around if calls else ()):
         inside = set(around.modules())
-        if module not in inside or not all(around in call.around for call in calls) or not whole(around):
-            continue
-        return None if all(unit.module in inside for unit in units) else around
+        if around not in never and module in inside and all(around in call.around for call in calls) and whole(around):
+            return None if all(unit.module in inside for unit in units) else around
     return None

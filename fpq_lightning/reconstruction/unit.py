@@ -331,8 +331,11 @@ class UnitTrainer:
             return
         total = torch.full((len(layer.weight) + 1,), torch.nan, dtype=torch.float64, device=layer.weight.device)
         # What one process cannot add up, none may use.
-        what = side_work(f"{self.unit.name}: bias correction", torch.OutOfMemoryError)
-        with what, torch.no_grad(), running(self.unit.module, "quantized"):
+        with (
+            side_work(f"{self.unit.name}: bias correction", but=torch.OutOfMemoryError),
+            torch.no_grad(),
+            running(self.unit.module, "quantized"),
+        ):
             total = self._mean_errors(layer)
         distributed.sum_over_ranks(total)
         if not total.isfinite().all() or not total[-1] > 0:

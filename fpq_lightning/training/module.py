@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import chain
 from typing import Any, cast
@@ -19,7 +19,6 @@ from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.diffusion.components import check_components, quantize_components
 from fpq_lightning.diffusion.pipelines import denoiser_name
 from fpq_lightning.graph.attention import quantize_attention
-from fpq_lightning.graph.trace import trace_units
 from fpq_lightning.graph.units import Unit, discover_units, select_layers
 from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedModule, quantized_modules
 from fpq_lightning.nn.convert import make_quantized
@@ -32,6 +31,7 @@ from fpq_lightning.training.calibration_callback import CalibrationCallback
 from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.training.placement import Placement
 from fpq_lightning.training.plan import Plan
+from fpq_lightning.training.units import find_units
 from fpq_lightning.utils import distributed
 
 logger = logging.getLogger(__name__)
@@ -148,10 +148,8 @@ class BlockReconstruction(pl.LightningModule):
         self.placement.to(device)
         if self.units:
             return
-        inputs = self.data.set.batch(slice(0, 1), device)
-        others = [(len(rows), self.data.set.batch(rows, device)) for rows in self._probes()]
-        self.units, splits = trace_units(self.denoiser, self._found, inputs, others)
-        self._say_coverage()
+        self.units, splits, left_out = find_units(self.denoiser, self._found, self.data.set, device)
+        self._say_coverage(left_out)
         granularity, unfit = self.recipe.granularity(), []
         for unit in self.units:
             for name, layer in unit.layers.items():
@@ -163,6 +161,7 @@ class BlockReconstruction(pl.LightningModule):
             warnings.warn(without_groups(granularity, unfit), stacklevel=2)
         quantize_components(self.pipeline, self.recipe)
         if self.recipe.attention.formats is not None:
+            inputs = self.data.set.batch(slice(0, 1), device)
             left = quantize_attention(self.denoiser, self.units, inputs, self.recipe.include, self.recipe.exclude)
             if left:
                 warnings.warn(f"attention that is left in full precision: {', '.join(left)}", stacklevel=2)
@@ -170,28 +169,17 @@ class BlockReconstruction(pl.LightningModule):
         iterations = self.recipe.rounding.iterations if learns else 0
         self.plan.steps = [iterations if unit.layers else 0 for unit in self.units]
 
-    def _probes(self) -> list[Tensor]:
-        """Samples of passes that show which modules are given whole samples: batches of several sizes, and others."""
-        n = len(self.data.set)
-        return [rows % n for rows in (torch.arange(2), torch.arange(2, 5), torch.arange(n - 2, n))]
-
-    def _say_coverage(self) -> None:
+    def _say_coverage(self, left_out: Mapping[str, str]) -> None:
         """Says how much is going to be quantized, and warns of what one would expect to be and is not."""
-        ran = {name for unit in self.units for name in unit.layers}
-        reasons = {
-            name: unit.left or "never called by the denoiser"
-            for unit in self._found
-            for name in unit.layers
-            if name not in ran
-        }
-        self.coverage = coverage(self.denoiser, ran if self.recipe.weight_formats() else (), reasons)
+        layers = {name for unit in self.units for name in unit.layers}
+        self.coverage = coverage(self.denoiser, layers if self.recipe.weight_formats() else (), left_out)
         if self.trainer.is_global_zero:
             for line in self.coverage.lines():
                 logger.info(line)
         if left := [str(kept) for kept in self.coverage.kept if not kept.expected]:
             warnings.warn(f"left in full precision: {', '.join(left)}", stacklevel=3)
-        if not ran:
-            raise ValueError("no layer can be quantized; see what is left in full precision, and why")
+        if not layers:
+            raise ValueError(f"no layer can be quantized: {self.coverage.kept_phrase}")
 
     def _begin_unit(self) -> None:
         replay = self._replay_at_unit()

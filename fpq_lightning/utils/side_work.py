@@ -8,16 +8,16 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def side_work(what: str, *passed: type[Exception]) -> Iterator[None]:
+def side_work(what: str, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
     """Leaves out what the block was to do if it fails, with a line; a run is worth more than a figure about it.
 
     Args:
         what: is left out.
-        passed: errors that the caller deals with.
+        but: errors that are somebody else's to handle.
     """
     try:
         yield
-    except passed:
+    except but:
         raise
     except Exception as error:  # whatever a model may raise
         reason = " ".join(str(error).split())[:200]
