@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -29,6 +30,7 @@ from fpq_lightning.quantization.search import search_tensor_error
 from fpq_lightning.storage import version_2
 from fpq_lightning.storage.config import FPQConfig, QuantizationMethod
 from fpq_lightning.storage.headers import StoredTensor, read_header
+from fpq_lightning.storage.opened import forget_config, know_weights, refuse_template, state_to_save
 
 SCALES = ("scale", "block_scale", "tensor_scale")
 """Names of buffers that hold positive numbers."""
@@ -67,11 +69,30 @@ class FPQQuantizer(DiffusersQuantizer):
         self.devices: Mapping[str, Any] = {"": "cpu"}  # of tensors, or of modules and all below them
         self.dtype = torch.float32
         self.casts = False  # some tensors to float32, whatever `dtype` is
+        self.model: weakref.ref[nn.Module] | None = None  # that was opened; it has this quantizer
+        self.opened: frozenset[str] = frozenset()  # names of its tensors then
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "model": None}  # of a copy of the model, weak references are no use
 
     @property
     def is_serializable(self) -> bool:
-        """Whether `save_pretrained` may write the model."""
+        """Whether `save_pretrained` may write the model, which asks before it writes anything.
+
+        Raises:
+            ValueError: if what it wrote could not be opened.
+        """
+        model = None if self.model is None else self.model()
+        if model is not None:
+            state_to_save(model.state_dict(), self.opened)
         return True
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if not safe_serialization:
+            raise ValueError("packed weights are saved as safetensors only: leave safe_serialization=False out")
+        return state_to_save(state_dict, self.opened), {}
 
     @property
     def is_trainable(self) -> bool:
@@ -230,6 +251,9 @@ class FPQQuantizer(DiffusersQuantizer):
             self.quantization_config.layers = {name: m.describe() for name, m in packed_layers(model).items()}
         self.modules = {}  # the model has this quantizer: each would keep the other until garbage is collected
         model.register_to_config(quantization_config=self.quantization_config)
+        refuse_template(model)
+        model._register_state_dict_hook(know_weights)
+        self.opened, self.model = frozenset(model.state_dict()), weakref.ref(model)
         model.is_quantized = False  # or diffusers refuses to cast it, which codes and scales take no harm from
         return model
 
@@ -290,13 +314,6 @@ def _bounds(parent: nn.Module, name: str) -> tuple[float, float]:
     if name == "block_scale":
         return parent.scale_format.codes
     return SMALLEST, torch.finfo(torch.float32).max / float(parent.scale_format.values.nan_to_num().max())
-
-
-def forget_config(model: Any) -> None:
-    """Takes ``quantization_config`` out of a model's configuration."""
-    model._internal_dict = type(model._internal_dict)(
-        {k: v for k, v in model._internal_dict.items() if k != "quantization_config"}
-    )
 
 
 def _check_tensors(modules: Mapping[str, nn.Module], found: Mapping[str, StoredTensor]) -> None:
