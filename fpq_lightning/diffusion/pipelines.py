@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -74,3 +77,34 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
         if isinstance(getattr(pipeline, name, None), nn.Module):
             return name
     raise ValueError(f"{type(pipeline).__name__} has no denoiser: expected a component named {' or '.join(DENOISERS)}")
+
+
+def check_not_compiled(pipeline: DiffusionPipeline, names: Sequence[str]) -> None:
+    """Finds out that components are compiled, as a whole or in parts.
+
+    Raises:
+        ValueError: if one is: compiled code is that of full-precision layers.
+    """
+    for name in names:
+        component = getattr(pipeline, name, None)
+        modules = component.modules() if isinstance(component, nn.Module) else ()
+        if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules):
+            raise ValueError(f"the pipeline's {name} is compiled: load the model again, quantize it, then compile it")
+
+
+def check_as_configured(denoiser: Any) -> None:
+    """Finds out that a model has other tensors than its configuration makes: what is saved of it could not be opened.
+
+    Raises:
+        ValueError: if it has.
+    """
+    if not hasattr(denoiser, "from_config"):
+        return
+    with torch.random.fork_rng(devices=[]), init_empty_weights():
+        fresh = type(denoiser).from_config(denoiser.config)
+    made, found = ({k: tuple(v.shape) for k, v in model.state_dict().items()} for model in (fresh, denoiser))
+    if changed := next((name for name in {**found, **made} if found.get(name) != made.get(name)), None):
+        raise ValueError(
+            f"{changed} of the denoiser is not as its configuration says (adapters, fused projections or the like), so "
+            "its quantized files could not be opened: load the model again and quantize it as it is"
+        )

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from fpq_lightning.calibration.key import CalibrationKey
 from fpq_lightning.calibration.shards import Shard
-from fpq_lightning.diffusion.pipelines import denoiser_name
+from fpq_lightning.diffusion.pipelines import check_as_configured, check_not_compiled, denoiser_name
 from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.evaluation.evaluator import Evaluator
@@ -185,6 +185,7 @@ def prepare_run(
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     if quantized_layers(denoiser) or packed_layers(denoiser):
         raise ValueError("the pipeline's denoiser is quantized already: load the full-precision model again")
+    check_not_compiled(pipeline, [denoiser_name(pipeline), *recipe.components])
     key = CalibrationKey.of(data, sampler, hash_weights(denoiser))
     parts = {
         "model": {"name": name, "class": type(denoiser).__name__, "weights": key.model_weights},
@@ -207,6 +208,7 @@ def prepare_run(
     data.directory = data.directory or str(directory.path / "calibration")
     data.store_directory = data.store_directory or str(directory.activations)
     module = BlockReconstruction(pipeline, recipe, data, offload)
+    check_as_configured(denoiser)  # after what it says of adapters
     module.made_from = directory.parts
     quality = ImageQuality(evaluation, sampler, directory)
     callbacks = [
