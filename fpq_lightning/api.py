@@ -21,8 +21,8 @@ def quantize(
     data: CalibrationDataModule | None = None,
     sampler: SamplerConfig | None = None,
     evaluation: EvaluationConfig | None = None,
-    base_model: str | None = None,
-    ckpt_path: str | None = None,
+    base_model: str | Path | None = None,
+    ckpt_path: str | Path | None = None,
     offload: bool = False,
     **trainer_options: Any,
 ) -> DiffusionPipeline:
@@ -50,7 +50,7 @@ def quantize(
         raise ValueError(f"quantize takes a diffusers pipeline, got {type(pipeline).__name__}: load it first")
     run = prepare_run(
         pipeline,
-        base_model or getattr(pipeline, "name_or_path", None) or type(pipeline).__name__,
+        str(base_model or getattr(pipeline, "name_or_path", None) or type(pipeline).__name__),
         recipe or Recipe(),
         data or CalibrationDataModule(),
         sampler or SamplerConfig(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 DENOISERS = ("transformer", "unet")
+
+_WEIGHTS = re.compile(  # files of weights; a part's number may come before its variant or after it
+    r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?(\.(?P<variant>[a-z]\w*?))?(-\d+-of-\d+)?"
+    r"\.(safetensors|bin)"
+)
 
 
 def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
@@ -31,7 +37,10 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Diff
             f"there is no model at {path}: give a pipeline directory or a hub id such as owner/name"
         )
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(path) if path.exists() else str(model), dtype=dtype)
+        if path.exists():
+            pipeline = DiffusionPipeline.from_pretrained(str(path), dtype=dtype, variant=_only_variant(path))
+        else:
+            pipeline = _from_hub(str(model), dtype)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError) as error:
         if not path.exists():
             raise ValueError(f"there is no directory {model}, and no pipeline of that name on the hub") from error
@@ -41,6 +50,25 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Diff
         raise ValueError(f"cannot load the pipeline {model}: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _from_hub(model: str, dtype: torch.dtype) -> DiffusionPipeline:
+    try:
+        return DiffusionPipeline.from_pretrained(model, dtype=dtype)
+    except (OSError, ValueError) as error:
+        try:  # some repositories hold nothing but half precision
+            return DiffusionPipeline.from_pretrained(model, dtype=dtype, variant="fp16")
+        except (OSError, ValueError):
+            raise error from None
+
+
+def _only_variant(path: Path) -> str | None:
+    """The variant, such as ``fp16``, of the weights of a component that has no others; None if each has plain ones."""
+    for folder in sorted(entry for entry in path.iterdir() if entry.is_dir()):
+        found = {match["variant"] for file in folder.iterdir() if (match := _WEIGHTS.fullmatch(file.name))}
+        if found and None not in found:
+            return "fp16" if "fp16" in found else min(found)
+    return None
 
 
 def _instead_of(path: Path) -> str:

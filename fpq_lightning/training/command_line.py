@@ -52,7 +52,7 @@ class _SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Writes the file."""
         if stage == "fit":
-            file = Path(self.config.run_dir) / "config.yaml"
+            file = Path(self.config.run_dir).expanduser() / "config.yaml"
             self.parser.save(self.config, file, skip_none=False, overwrite=True, multifile=False)
 
 

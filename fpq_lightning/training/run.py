@@ -110,7 +110,7 @@ class Run:
         except Exception as error:  # whatever the model or its scheduler may raise
             logger.info("no estimate (%s)", " ".join(str(error).split())[:150])
 
-    def fit(self, trainer: pl.Trainer, ckpt_path: str | None) -> None:
+    def fit(self, trainer: pl.Trainer, ckpt_path: str | Path | None) -> None:
         """Runs the calibration in its directory.
 
         Args:
@@ -135,7 +135,7 @@ class Run:
         self.module.use_quantized()
         self.module.placement.release()
 
-    def _checkpoint(self, ckpt_path: str | None, trainer: pl.Trainer) -> Path | None:
+    def _checkpoint(self, ckpt_path: str | Path | None, trainer: pl.Trainer) -> Path | None:
         if ckpt_path == "last":
             newest = self.directory.newest_checkpoint()
             if newest is None and trainer.is_global_zero:
@@ -143,7 +143,7 @@ class Run:
             return newest
         if ckpt_path is None:
             return None
-        file = Path(ckpt_path)
+        file = Path(ckpt_path).expanduser()
         if not file.is_file():
             raise FileNotFoundError(f"there is no checkpoint {ckpt_path}: give last, or a file")
         self.directory.check_checkpoint(file)
