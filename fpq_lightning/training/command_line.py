@@ -197,8 +197,9 @@ class FPQCommandLine(LightningCLI):
         """Runs the calibration in its run directory."""
         directory = self.run.directory
         try:
-            self.run.log_estimate(self.trainer)
-            if self.config_init[self.subcommand].dry_run:
+            dry_run = self.config_init[self.subcommand].dry_run
+            self.run.log_estimate(self.trainer, required=dry_run)
+            if dry_run:
                 return
             parameters = sum(p.numel() for p in self.run.module.denoiser.parameters())
             self.run.fit(self.trainer, self.config_init[self.subcommand].ckpt_path)

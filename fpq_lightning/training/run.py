@@ -94,8 +94,16 @@ class Run:
         check_images(self.evaluation.n_images, trainer.world_size, "--evaluation.n_images")
         return trainer
 
-    def log_estimate(self, trainer: pl.Trainer) -> None:
-        """Says what the run does and will take, on the first process; it does not fail for want of an estimate."""
+    def log_estimate(self, trainer: pl.Trainer, required: bool = False) -> None:
+        """Says what the run does and will take, on the first process.
+
+        Args:
+            trainer: of `trainer`.
+            required: whether an estimate is all that is asked for, so that the want of one is an error.
+
+        Raises:
+            ValueError: if so, and there is none.
+        """
         if not trainer.is_global_zero:
             return
         module, device = self.module, trainer.strategy.root_device
@@ -108,7 +116,10 @@ class Run:
             for line in estimate.lines():
                 logger.info(line)
         except Exception as error:  # whatever the model or its scheduler may raise
-            logger.info("no estimate (%s)", " ".join(str(error).split())[:150])
+            reason = " ".join(str(error).split())[:150]
+            if required:
+                raise ValueError(f"the run cannot be estimated: {reason}") from error
+            logger.info("no estimate (%s)", reason)
 
     def fit(self, trainer: pl.Trainer, ckpt_path: str | Path | None) -> None:
         """Runs the calibration in its directory.
