@@ -24,6 +24,8 @@ class DecodedWeight(Tensor):
     mode and under `torch.compile`, and refuses a write only after it happened.
     """
 
+    _is_hf_initialized = True  # or transformers would fill it with random numbers
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -37,7 +39,7 @@ class DecodedWeight(Tensor):
         out = kwargs.get("out")
         written = [*out] if isinstance(out, (tuple, list)) else [out]
         if func == _DATA.__set__ or (_WRITES.fullmatch(func.__name__) and func.__name__ not in _HARMLESS):
-            written.append(args[0])
+            written.append(args[0] if args else next(iter(kwargs.values())))
         if any(isinstance(x, cls) and not isinstance(x, nn.Parameter) for x in written):
             raise RuntimeError(
                 f"a packed weight cannot be written ({func.__name__}), so no adapter can be fused into it: call "

@@ -109,6 +109,9 @@ def refuse_template(model: Any) -> None:
 
 def forget_config(model: Any) -> None:
     """Makes the configuration of a model that of a plain one."""
+    if not hasattr(model, "_internal_dict"):  # of transformers
+        vars(model.config).pop("quantization_config", None)
+        return
     kept = {k: v for k, v in model._internal_dict.items() if k != "quantization_config"}
     if "_use_default_values" in kept:
         kept["_use_default_values"] = list(kept["_use_default_values"])

@@ -49,6 +49,8 @@ def _restored(models: Sequence[nn.Module]) -> Iterator[None]:
     quantized = [m for model in models for m in model.modules() if isinstance(m, SwappedModule)]
     before = [(module, type(module), state(module)) for module in quantized]
     configurations = [(model, model._internal_dict) for model in models if hasattr(model, "_internal_dict")]
+    others = [model.config for model in models if not hasattr(model, "_internal_dict") and hasattr(model, "config")]
+    options = [(config, dict(vars(config))) for config in others if hasattr(config, "__dict__")]  # of transformers
     quantizers = [(model, vars(model).pop("hf_quantizer")) for model in models if "hf_quantizer" in vars(model)]
     try:
         yield
@@ -58,6 +60,8 @@ def _restored(models: Sequence[nn.Module]) -> Iterator[None]:
             module.__dict__ = attributes
         for model, configuration in configurations:
             model._internal_dict = configuration
+        for config, values in options:
+            config.__dict__ = values
         for model, quantizer in quantizers:
             model.hf_quantizer = quantizer
 
