@@ -22,8 +22,8 @@ def quantize(
     data: CalibrationDataModule | None = None,
     sampler: SamplerConfig | Callable[[DiffusionPipeline, list[int]], Any] | None = None,
     evaluation: EvaluationConfig | None = None,
-    base_model: str | None = None,
-    ckpt_path: str | None = None,
+    base_model: str | Path | None = None,
+    ckpt_path: str | Path | None = None,
     offload: bool = False,
     **trainer_options: Any,
 ) -> DiffusionPipeline:
@@ -54,7 +54,7 @@ def quantize(
         sampler = FunctionSampler(function=sampler)
     run = prepare_run(
         pipeline,
-        base_model or getattr(pipeline, "name_or_path", None) or type(pipeline).__name__,
+        str(base_model or getattr(pipeline, "name_or_path", None) or type(pipeline).__name__),
         recipe or Recipe(),
         data or CalibrationDataModule(),
         sampler or SamplerConfig(),

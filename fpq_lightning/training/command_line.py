@@ -52,7 +52,7 @@ class _SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Writes the file."""
         if stage == "fit":
-            file = Path(self.config.run_dir) / "config.yaml"
+            file = Path(self.config.run_dir).expanduser() / "config.yaml"
             self.parser.save(self.config, file, skip_none=False, overwrite=True, multifile=False)
 
 
@@ -199,8 +199,9 @@ class FPQCommandLine(LightningCLI):
         """Runs the calibration in its run directory."""
         directory = self.run.directory
         try:
-            self.run.log_estimate(self.trainer)
-            if self.config_init[self.subcommand].dry_run:
+            dry_run = self.config_init[self.subcommand].dry_run
+            self.run.log_estimate(self.trainer, required=dry_run)
+            if dry_run:
                 return
             parameters = sum(p.numel() for p in self.run.module.denoiser.parameters())
             self.run.fit(self.trainer, self.config_init[self.subcommand].ckpt_path)
