@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Diff
         )
     try:
         if path.exists():
-            pipeline = DiffusionPipeline.from_pretrained(str(path), dtype=dtype, variant=_only_variant(path))
+            options = {"variant": _only_variant(path), **_left_out(path)}
+            pipeline = DiffusionPipeline.from_pretrained(str(path), dtype=dtype, **options)
         else:
             pipeline = _from_hub(str(model), dtype)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError) as error:
@@ -60,6 +62,12 @@ def _from_hub(model: str, dtype: torch.dtype) -> DiffusionPipeline:
             return DiffusionPipeline.from_pretrained(model, dtype=dtype, variant="fp16")
         except (OSError, ValueError):
             raise error from None
+
+
+def _left_out(path: Path) -> dict[str, None]:
+    """Components that a pipeline was saved without, such as a text encoder: diffusers wants to be told of each."""
+    index = json.loads((path / "model_index.json").read_text())
+    return {name: None for name, entry in index.items() if entry == [None, None]}
 
 
 def _only_variant(path: Path) -> str | None:
@@ -105,6 +113,18 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
         if isinstance(getattr(pipeline, name, None), nn.Module):
             return name
     raise ValueError(f"{type(pipeline).__name__} has no denoiser: it needs one of {', '.join(DENOISERS)}")
+
+
+def warn_of_further_denoisers(pipeline: DiffusionPipeline) -> None:
+    """Names components of the denoiser's class, such as Wan 2.2's second transformer, which stay in full precision."""
+    name = denoiser_name(pipeline)
+    kind = type(getattr(pipeline, name))
+    further = [key for key, component in pipeline.components.items() if key != name and type(component) is kind]
+    if further:
+        warnings.warn(
+            f"{', '.join(further)}: only the pipeline's {name} is quantized, so this denoiser stays in full precision",
+            stacklevel=3,
+        )
 
 
 def check_not_compiled(pipeline: DiffusionPipeline, names: Sequence[str]) -> None:

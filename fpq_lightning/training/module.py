@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.diffusion.components import check_components, quantize_components
-from fpq_lightning.diffusion.pipelines import denoiser_name
+from fpq_lightning.diffusion.pipelines import denoiser_name, warn_of_further_denoisers
 from fpq_lightning.graph.attention import quantize_attention
 from fpq_lightning.graph.units import Unit, discover_units, select_layers
 from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedModule, quantized_modules
@@ -73,6 +73,7 @@ class BlockReconstruction(pl.LightningModule):
         self._found = discover_units(denoiser, recipe.include, recipe.exclude, recipe.units == "layer")
         self._check_layers(denoiser)
         check_components(pipeline, recipe)
+        warn_of_further_denoisers(pipeline)
         self.placement = Placement(pipeline, [unit.module for unit in self._found] if offload else None)
         data.attach(self.placement, recipe.rounding.batch_size, self.plan)
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+from diffusers import (
+    AutoencoderTiny,
+    DDPMPipeline,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    PipelineQuantizationConfig,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from models import tiny_pipeline, tiny_text_to_image
 
 from fpq_lightning import FPQConfig, load_quantized
-from fpq_lightning.diffusion.pipelines import load_pipeline
+from fpq_lightning.diffusion.pipelines import load_pipeline, warn_of_further_denoisers
 
 
 def _weights(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
@@ -71,3 +80,35 @@ def test_packed_files_that_have_a_variant_in_their_names_are_opened(tmp_path: Pa
     packed.save_pretrained(tmp_path / "packed", variant="fp16")
     found, expected = _weights(load_quantized(tmp_path / "packed")), _weights(packed)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_pipeline_saved_without_its_text_encoders_is_opened_without_them(tmp_path: Path) -> None:
+    transformer = SD3Transformer2DModel(
+        sample_size=8, num_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
+        caption_projection_dim=16, pooled_projection_dim=16, in_channels=4, out_channels=4,
+    )  # fmt: skip
+    left_out = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    made = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderTiny(),
+        **dict.fromkeys(left_out),
+    )
+    made.save_pretrained(tmp_path)
+    found = load_pipeline(tmp_path)
+    assert all(getattr(found, name) is None for name in left_out)
+    assert torch.equal(found.transformer.proj_out.weight, transformer.proj_out.weight)
+
+
+def test_a_second_denoiser_that_stays_in_full_precision_is_named() -> None:
+    class TwoUNets(DDPMPipeline):
+        def __init__(self, unet: Any, scheduler: Any, unet_2: Any) -> None:
+            DiffusionPipeline.__init__(self)
+            self.register_modules(unet=unet, scheduler=scheduler, unet_2=unet_2)
+
+    one, other = tiny_pipeline(), tiny_pipeline()
+    with pytest.warns(UserWarning, match="unet_2: only the pipeline's unet is quantized"):
+        warn_of_further_denoisers(TwoUNets(one.unet, one.scheduler, other.unet))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_further_denoisers(one)
