@@ -13,6 +13,8 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from fpq_lightning.utils.alignment import align
+
 DENOISERS = ("transformer", "unet")
 
 _WEIGHTS = re.compile(  # files of weights; a part's number may come before its variant or after it
@@ -105,6 +107,15 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
         if isinstance(getattr(pipeline, name, None), nn.Module):
             return name
     raise ValueError(f"{type(pipeline).__name__} has no denoiser: expected a component named {' or '.join(DENOISERS)}")
+
+
+def move_pipeline(pipeline: DiffusionPipeline, device: torch.device) -> None:
+    """Moves a pipeline to a device; on a CPU its results do not depend on where its tensors lay in files."""
+    pipeline.to(device)
+    if device.type == "cpu":
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                align(component)
 
 
 def check_not_compiled(pipeline: DiffusionPipeline, names: Sequence[str]) -> None:
