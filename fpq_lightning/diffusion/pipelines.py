@@ -14,6 +14,8 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from fpq_lightning.utils.alignment import align
+
 DENOISERS = ("transformer", "unet", "prior", "decoder")
 
 _WEIGHTS = re.compile(  # files of weights; a part's number may come before its variant or after it
@@ -125,6 +127,15 @@ def warn_of_further_denoisers(pipeline: DiffusionPipeline) -> None:
             f"{', '.join(further)}: only the pipeline's {name} is quantized, so this denoiser stays in full precision",
             stacklevel=3,
         )
+
+
+def move_pipeline(pipeline: DiffusionPipeline, device: torch.device) -> None:
+    """Moves a pipeline to a device; on a CPU its results do not depend on where its tensors lay in files."""
+    pipeline.to(device)
+    if device.type == "cpu":
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                align(component)
 
 
 def check_not_compiled(pipeline: DiffusionPipeline, names: Sequence[str]) -> None:

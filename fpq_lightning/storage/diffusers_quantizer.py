@@ -24,6 +24,7 @@ from fpq_lightning.storage.config import FPQConfig, QuantizationMethod
 from fpq_lightning.storage.headers import STORED_TYPES, StoredTensor, read_header
 from fpq_lightning.storage.layers import check_scales, dequantize, make_layers_empty, quantize_layer, select_layers
 from fpq_lightning.storage.opened import forget_config, know_weights, refuse_template, state_to_save
+from fpq_lightning.utils.alignment import align
 
 
 class FPQQuantizer(DiffusersQuantizer):
@@ -183,6 +184,7 @@ class FPQQuantizer(DiffusersQuantizer):
             check_scales(self.modules)
         else:
             self.quantization_config.layers = {name: m.describe() for name, m in packed_layers(model).items()}
+        align(model)
         self.modules = {}  # the model has this quantizer: each would keep the other until garbage is collected
         model.register_to_config(quantization_config=self.quantization_config)
         refuse_template(model)

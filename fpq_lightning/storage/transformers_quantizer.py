@@ -20,6 +20,7 @@ from fpq_lightning.storage.config import FPQConfig, QuantizationMethod
 from fpq_lightning.storage.headers import STORED_TYPES
 from fpq_lightning.storage.layers import check_scales, dequantize, make_layers_empty, quantize_layer, select_layers
 from fpq_lightning.storage.opened import state_to_save
+from fpq_lightning.utils.alignment import align
 
 _LOADED = "_is_hf_initialized"
 """What transformers marks tensors and modules with, which it would otherwise fill with random numbers."""
@@ -98,6 +99,7 @@ class FPQTransformersQuantizer(HfQuantizer):
             check_scales(dict(model.named_modules()))
         else:
             self.quantization_config.layers = {name: m.describe() for name, m in packed_layers(model).items()}
+        align(model)
         self.opened = frozenset(model.state_dict())
         model.is_quantized = False  # or transformers refuses to cast it, which codes and scales take no harm from
         return model

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from fpq_lightning.api import quantize
 from fpq_lightning.calibration.key import CalibrationKey
 from fpq_lightning.diffusion.images import ImageDirectory
-from fpq_lightning.diffusion.pipelines import denoiser_name, load_pipeline
+from fpq_lightning.diffusion.pipelines import denoiser_name, load_pipeline, move_pipeline
 from fpq_lightning.evaluation.evaluator import Evaluator
 from fpq_lightning.evaluation.sampling import image_settings, sample_variant
 from fpq_lightning.evaluation.statistics import weight_statistics
@@ -150,7 +150,7 @@ class Study:
         pipeline, start = self._pipeline(), time.perf_counter()
         self._calibrate(name, pipeline, recipe, data)
         seconds = time.perf_counter() - start
-        pipeline.to(self.device)
+        move_pipeline(pipeline, self.device)
         seeds = self.config.evaluation.seeds
         reference = self._images(pipeline, "full_precision", seeds)
         shared = {

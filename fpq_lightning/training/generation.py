@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fpq_lightning.diffusion.images import ImageDirectory, save_png
-from fpq_lightning.diffusion.pipelines import denoiser_name, load_pipeline
+from fpq_lightning.diffusion.pipelines import denoiser_name, load_pipeline, move_pipeline
 from fpq_lightning.diffusion.sampling import SamplerConfig, batches_of, sample, set_sampler, warn_of_long_prompts
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.evaluation.evaluator import Evaluator
@@ -97,7 +97,7 @@ class ImageGeneration(pl.LightningModule):
         """Moves the pipelines to the device."""
         for pipeline in (self.pipeline, self.reference):
             if pipeline is not None:
-                pipeline.to(self.trainer.strategy.root_device)
+                move_pipeline(pipeline, self.trainer.strategy.root_device)
                 set_sampler(pipeline, self.sampler)
         if self.trainer.is_global_zero:
             module = cast(SeedDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]

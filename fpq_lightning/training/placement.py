@@ -6,10 +6,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from fpq_lightning.diffusion.pipelines import denoiser_name
+from fpq_lightning.diffusion.pipelines import denoiser_name, move_pipeline
 from fpq_lightning.graph.chain import parts_of
 from fpq_lightning.graph.offload import Offload
 from fpq_lightning.graph.units import Unit
+from fpq_lightning.utils.alignment import align
 
 
 class Placement:
@@ -23,12 +24,14 @@ class Placement:
     def __init__(self, pipeline: DiffusionPipeline, blocks: list[nn.Module] | None = None) -> None:
         self.pipeline = pipeline
         self.denoiser: nn.Module = getattr(pipeline, denoiser_name(pipeline))
+        if blocks is not None:
+            align(self.denoiser)  # now, for blocks go back to where they are
         self._offload = None if blocks is None else Offload(self.denoiser, blocks)
 
     def to(self, device: torch.device) -> None:
         """Makes the pipeline ready to run on a device."""
         if self._offload is None:
-            self.pipeline.to(device)
+            move_pipeline(self.pipeline, device)
         else:
             self._offload.place(device)
             self._move_other_components(device)
