@@ -141,7 +141,7 @@ def inspect_model(arguments: list[str]) -> None:
     import torch
 
     from fpq_lightning.nn.backends.hardware import Hardware, hardware_of
-    from fpq_lightning.storage.inspect import inspect_pipeline, render
+    from fpq_lightning.storage.inspect import coverage_lines, inspect_pipeline, render
 
     _quiet_libraries()
     if options.capability is None:
@@ -149,6 +149,7 @@ def inspect_model(arguments: list[str]) -> None:
     else:
         hardware = Hardware((int(match[1]), int(match[2])), kernels=True)
     print(render(inspect_pipeline(options.model, hardware, getattr(torch, options.dtype))))
+    print(*coverage_lines(options.model), sep="\n")
 
 
 def doctor(arguments: list[str]) -> None:

@@ -93,6 +93,7 @@ def coverage(model: nn.Module, quantized: Collection[str], reasons: Mapping[str,
     found: dict[tuple[str, bool], dict[str, int]] = {}
     for name, parameter in model.named_parameters():
         holder, _, own = name.rpartition(".")
+        holder = holder.partition(".parametrizations.")[0]  # of a layer whose weight torch computes
         if ".variants." in f".{name}":
             continue
         module = modules[holder]

@@ -18,8 +18,9 @@ from fpq_lightning.diffusion.sampling import SamplerConfig, sample, using_sample
 from fpq_lightning.nn.backends.hardware import Hardware
 from fpq_lightning.nn.backends.paths import PATHS, choose
 from fpq_lightning.nn.calibrated import input_of
+from fpq_lightning.nn.coverage import Coverage
 from fpq_lightning.nn.packed_layer import PackedLayer, packed_layers
-from fpq_lightning.storage.pipeline import is_quantized, load_quantized
+from fpq_lightning.storage.pipeline import is_quantized, load_quantized, read_description
 
 
 @dataclass(frozen=True)
@@ -171,3 +172,9 @@ def render(layers: Sequence[LayerSummary]) -> str:
         f"{low_bit_share(layers):.1%} of their operations on low-bit paths"
     )
     return "\n".join(table)
+
+
+def coverage_lines(directory: str | Path) -> list[str]:
+    """How much of a quantized pipeline's denoiser is quantized, and what is not; empty if its files do not say."""
+    found = read_description(directory).get("coverage")
+    return Coverage.from_dict(found).lines() if found else []

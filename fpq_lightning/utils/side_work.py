@@ -21,4 +21,4 @@ def side_work(what: str, but: type[Exception] | tuple[()] = ()) -> Iterator[None
         raise
     except Exception as error:  # whatever a model may raise
         reason = " ".join(str(error).split())[:200]
-        warnings.warn(f"{what} is left out: {type(error).__name__}: {reason}", stacklevel=3)
+        warnings.warn(f"{what}: left out, for {type(error).__name__}: {reason}", stacklevel=3)

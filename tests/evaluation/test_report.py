@@ -22,6 +22,7 @@ import fpq_lightning as fpq
 from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.cli import main
 from fpq_lightning.evaluation.report.figures import unit_errors
+from fpq_lightning.evaluation.report.files import write_reports
 from fpq_lightning.evaluation.report.html import render_html
 from fpq_lightning.evaluation.report.markdown import render_markdown, variants_table
 from fpq_lightning.evaluation.statistics import activation_ranges, layer_statistics, weight_statistics
@@ -209,6 +210,59 @@ def test_without_timesteps_or_static_clips_there_are_no_ranges() -> None:
     assert all(layer["clip"] is None for layer in found["layers"])
     renamed = CalibrationSet({"sample": torch.randn(5, 4), "sigma": torch.arange(5)}, torch.ones(5))
     assert activation_ranges(_quantized_layers(), renamed, 2, torch.device("cpu")) == {}
+
+
+class _Awkward(_TwoLayers):
+    """Timesteps of each token, a layer that runs twice with different shapes, and one that is given some samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.some, self.vector = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        x = sample * (1 + timestep.amax(1))[:, None, None]
+        self.some(sample[sample[:, 0, 0] > 0])
+        self.vector(sample.new_ones(4))
+        return self.b(self.a(x) + self.a(3 * x[:, :1]))
+
+
+def _awkward() -> tuple[_Awkward, CalibrationSet]:
+    torch.manual_seed(0)
+    model = _Awkward().requires_grad_(False)
+    for layer in (model.a, model.b, model.some, model.vector):
+        quantized = make_quantized(layer, Granularity("tensor"))
+        quantized.variants["quantized"] = LayerQuantization(inputs=[Quantizer(parse_format("e4m3"), torch.tensor(0.1))])
+    timestep = torch.randint(1, 1000, (20, 5))
+    timestep[:, 0] = 0  # a frame that is given
+    return model, CalibrationSet({"sample": torch.randn(20, 7, 4), "timestep": timestep}, torch.ones(20))
+
+
+def test_ranges_of_timesteps_of_tokens_and_of_layers_called_twice() -> None:
+    model, calibration = _awkward()
+    with pytest.warns(UserWarning, match="leave out layers that do not read each sample: some, vector"):
+        found = activation_ranges(model, calibration, batch_size=3, device=torch.device("cpu"))
+    (layer,) = (layer for layer in found["layers"] if layer["name"] == "a")
+    assert {layer["name"] for layer in found["layers"]} == {"a", "b"}
+    edges, steps = found["timesteps"], calibration.inputs["timestep"].amax(1)
+    x = calibration.inputs["sample"] * (1 + steps)[:, None, None]
+    values = torch.maximum(x.abs().amax((1, 2)), 3 * x[:, 0].abs().amax(1))
+    for low, high, largest in zip(edges, edges[1:], layer["largest"], strict=False):
+        rows = (steps >= low) & (steps < high)
+        assert largest == (pytest.approx(values[rows].max().item(), rel=1e-5) if rows.any() else None)
+
+
+def test_a_report_says_what_stays_in_full_precision() -> None:
+    kept = [{"kind": "transposed convolutions", "parameters": 25, "names": ["up.<b>"], "expected": False}]
+    report = _report(coverage={"parameters": 100, "quantized": 75, "kept": kept})
+    assert "In full precision stay 25.00% transposed convolutions (up.<b>)." in render_markdown(report)
+    assert "25.00% transposed convolutions (up.&lt;b&gt;)" in render_html(report, _samples())
+    assert "full precision stay" not in render_markdown(_report())
+
+
+def test_a_page_that_cannot_be_made_costs_no_more_than_itself(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"report\.html: left out, for KeyError: 'largest'"):
+        write_reports(tmp_path, _report(activation_ranges={"layers": [{"clip": 1.0}], "timesteps": []}), {})
+    assert {file.name for file in tmp_path.iterdir()} == {"report.md", "report.json"}
 
 
 # --- the page --------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import cast
+import pickle
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from fpq_lightning.nn.calibrated import (
     quantized_layers,
     running,
 )
-from fpq_lightning.nn.convert import make_quantized
+from fpq_lightning.nn.convert import make_plain, make_quantized, pack_layer
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 
 E2M1, E4M3, INT4, UE4M4 = (parse_format(n) for n in ("e2m1", "e4m3", "int4", "ue4m4"))
@@ -115,6 +116,53 @@ def test_only_layers_that_compute_a_plain_linear_map_are_quantizable() -> None:
     assert all(is_quantizable(m) for m in (nn.Linear(1, 1), nn.Conv1d(1, 1, 1), nn.Conv2d(1, 1, 1), nn.Conv3d(1, 1, 1)))
     others = (Scaled(1, 1), nn.ConvTranspose2d(1, 1, 1), nn.Embedding(2, 2), nn.LayerNorm(3), nn.Bilinear(1, 1, 1))
     assert not any(is_quantizable(m) for m in others)
+
+
+class Named(nn.Linear):
+    """A subclass that computes what its base does, and holds more."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.name = "a name"
+
+
+class NamedConv(nn.Conv2d):
+    pass
+
+
+@pytest.mark.parametrize(("make", "shape"), [(lambda: Named(6, 4), (5, 6)), (lambda: NamedConv(6, 4, 3), (2, 6, 8, 8))])
+def test_a_subclass_that_keeps_the_forward_is_quantized_packed_copied_and_made_plain_again(
+    make: Any, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    layer, x = make().requires_grad_(False), torch.randn(shape)
+    plain, kind = copy.deepcopy(layer), type(layer)
+    assert is_quantizable(layer)
+    quantized = make_quantized(layer, Granularity())
+    assert isinstance(quantized, kind)
+    assert torch.equal(quantized(x), plain(x))
+    quantized.variants["quantized"] = quantization_of(quantized, x)
+    quantized.set_mode("quantized")
+    weight = quantized.quantized_weight(quantized.variants["quantized"])
+    expected = operate(plain, quantized.variants["quantized"].inputs[0](x), weight, None)
+    assert torch.equal(quantized(x), expected)
+    packed = pack_layer(quantized, quantized.variants["quantized"])
+    for other in (packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert isinstance(other, kind)
+        assert torch.equal(other(x), expected)
+        assert vars(other).get("name") == vars(plain).get("name")
+    make_plain(packed)
+    assert type(packed) is kind
+
+
+def test_a_subclass_whose_convolution_is_its_own_or_whose_weight_is_computed_is_not_quantizable() -> None:
+    class Padded(nn.Conv2d):
+        def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return super()._conv_forward(F.pad(input, (1, 1)), weight, bias)
+
+    assert not is_quantizable(Padded(1, 1, 1))
+    assert not is_quantizable(torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    assert not is_quantizable(torch.nn.utils.weight_norm(nn.Linear(2, 2)))
 
 
 # --- modes ---------------------------------------------------------------------------------------------------------
