@@ -36,7 +36,7 @@ def noise_real_images(pipeline: DiffusionPipeline, source: str, column: str, n: 
     images = load_images(source, column)
     size = denoiser.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % 2**64)
     chosen = torch.randint(len(images), (n,), generator=generator).tolist()
     clean = torch.stack([image_tensor(images[i][column], height, width) for i in chosen])
     timestep = torch.randint(pipeline.scheduler.config.num_train_timesteps, (n,), generator=generator)

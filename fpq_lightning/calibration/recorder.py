@@ -167,6 +167,7 @@ def output_sensitivity(scheduler: Any, arguments: tuple, options: dict[str, Any]
     options = dict(options)
     takes_generator = "generator" in inspect.signature(type(scheduler).step).parameters
     probe = output.std() * 1e-2
+    probe = torch.where(probe == 0, 1e-2, probe)
     stepped = []
     for shift in (0.0, probe):
         clone = copy.copy(scheduler)

@@ -91,7 +91,7 @@ def sample_trajectories(
         raise ValueError(f"the calibration set would be empty: ask for at least 1 sample, got {n}")
     with using_sampler(pipeline, sampler):
         plan = _look_ahead(pipeline, sampler, seed, n)
-        collector = _Collector(plan, n, timesteps, seed)
+        collector = _Collector(plan, n, timesteps, seed % 2**64)
         with Recorder(pipeline, collector.take, measures=weighting == "sensitivity") as recorder:
             for batch in collector.batches(plan.batch_size):
                 recorder.images = len(batch)
@@ -346,6 +346,8 @@ class _Collector:
             inputs[path] = _stacked(values)
         _check_finite({**inputs, "sensitivity": weight})
         nested = {path: axis for path, axis in axes.items() if axis != LEADING}
+        if not weight.any():  # a network that gives zeros
+            weight = torch.ones(self.n)
         return CalibrationSet(inputs, (weight / weight.mean())[order], constants, nested, self.plan.structure)
 
     def _varying_axis(self, denoiser: Any, path: str) -> Axis:

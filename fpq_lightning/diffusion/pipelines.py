@@ -159,8 +159,10 @@ def check_as_configured(denoiser: Any) -> None:
     """
     if not hasattr(denoiser, "from_config"):
         return
+    # Arguments that were given by position are among those whose defaults `from_config` would take; files hold them.
+    config = {name: value for name, value in denoiser.config.items() if name != "_use_default_values"}
     with torch.random.fork_rng(devices=[]), init_empty_weights():
-        fresh = type(denoiser).from_config(denoiser.config)
+        fresh = type(denoiser).from_config(config)
     made, found = ({k: tuple(v.shape) for k, v in model.state_dict().items()} for model in (fresh, denoiser))
     if changed := next((name for name in {**found, **made} if found.get(name) != made.get(name)), None):
         raise ValueError(

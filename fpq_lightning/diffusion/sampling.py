@@ -291,7 +291,7 @@ def _arguments(
     """What a pipeline is called with."""
     kind, accepted = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
     n = len(seeds)
-    defaults = {"generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds], "output_type": "np"}
+    defaults = {"generator": [torch.Generator("cpu").manual_seed(seed % 2**64) for seed in seeds], "output_type": "np"}
     arguments: dict[str, Any] = {name: value for name, value in defaults.items() if name in accepted}
     chosen: dict[str, Any] = {
         "num_inference_steps": ("steps", sampler.steps),

@@ -68,7 +68,7 @@ class UnitBatches:
 
     def step(self, i: int) -> Tensor:
         """Indices of step i, int64 `[batch_size]`."""
-        draw = np.random.default_rng([self.seed, self.unit, i])
+        draw = np.random.default_rng([self.seed % 2**64, self.unit, i])
         return torch.from_numpy(self.strata + len(self.strata) * draw.integers(self.stratum_sizes))
 
     def state_dict(self) -> dict[str, int]:

@@ -18,6 +18,7 @@ from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.disk import load_calibration_set, save_calibration_set
 from fpq_lightning.calibration.trajectories import sample_trajectories
 from fpq_lightning.diffusion.sampling import SamplerConfig
+from fpq_lightning.training.datamodule import UnitBatches
 
 SAMPLER = SamplerConfig(steps=4, batch_size=3)
 
@@ -295,3 +296,19 @@ def test_what_will_be_calibrated_is_said_before(caplog: pytest.LogCaptureFixture
 def test_steps_and_scheduler_are_the_pipelines_own_unless_others_are_asked_for() -> None:
     found = sample_trajectories(make(), SamplerConfig(batch_size=2), 10)
     assert sorted(set(found.inputs["timestep"].tolist())) == [0, 200, 400, 600, 800]
+
+
+@pytest.mark.parametrize("seed", [-3, 2**70])
+def test_any_integer_is_a_seed(seed: int) -> None:
+    a, b = (sample_trajectories(make(), SAMPLER, 8, seed=s) for s in (seed, seed + 2**64))
+    assert torch.equal(a.inputs["x"], b.inputs["x"])
+    batches = list(UnitBatches(seed, 0, n=8, batch_size=4, steps=3))
+    assert torch.equal(batches[0], list(UnitBatches(seed + 2**64, 0, n=8, batch_size=4, steps=3))[0])
+
+
+def test_samples_of_a_network_that_gives_zeros_weigh_alike() -> None:
+    pipeline = make()
+    pipeline.transformer.forward = lambda x, timestep: (torch.zeros_like(x),)
+    found = sample_trajectories(pipeline, SAMPLER, 8, weighting="sensitivity")
+    assert found.weights.isfinite().all()
+    assert found.weights.mean().item() == pytest.approx(1)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
+from diffusers.configuration_utils import register_to_config
 from models import tiny_pipeline, tiny_text_to_image
 from peft import LoraConfig
 from torch import nn
@@ -75,3 +76,17 @@ def test_looking_at_a_model_changes_no_random_numbers() -> None:
     check_as_configured(unet)
     assert torch.equal(torch.rand(3), expected)
     check_as_configured(nn.Linear(2, 3))  # of no configuration
+
+
+def test_a_model_made_with_arguments_by_position_is_as_configured() -> None:
+    class Sized(ModelMixin, ConfigMixin):
+        @register_to_config
+        def __init__(self, width: int = 4) -> None:
+            super().__init__()
+            self.layer = nn.Linear(width, width)
+
+    check_as_configured(Sized(6))
+    changed = Sized(6)
+    changed.layer = nn.Linear(6, 7)
+    with pytest.raises(ValueError, match=r"layer\.weight of the denoiser is not as its configuration says"):
+        check_as_configured(changed)
