@@ -303,7 +303,7 @@ def test_any_integer_is_a_seed(seed: int) -> None:
     a, b = (sample_trajectories(make(), SAMPLER, 8, seed=s) for s in (seed, seed + 2**64))
     assert torch.equal(a.inputs["x"], b.inputs["x"])
     batches = list(UnitBatches(seed, 0, n=8, batch_size=4, steps=3))
-    assert torch.equal(batches[0], list(UnitBatches(seed + 2**64, 0, n=8, batch_size=4, steps=3))[0])
+    assert torch.equal(batches[0], next(iter(UnitBatches(seed + 2**64, 0, n=8, batch_size=4, steps=3))))
 
 
 def test_samples_of_a_network_that_gives_zeros_weigh_alike() -> None:
