@@ -148,8 +148,8 @@ def inspect_model(arguments: list[str]) -> None:
         hardware = hardware_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     else:
         hardware = Hardware((int(match[1]), int(match[2])), kernels=True)
-    print(render(inspect_pipeline(options.model, hardware, getattr(torch, options.dtype))))
-    print(*coverage_lines(options.model), sep="\n")
+    table = render(inspect_pipeline(options.model, hardware, getattr(torch, options.dtype)))
+    print("; ".join([table, *coverage_lines(options.model)]))
 
 
 def doctor(arguments: list[str]) -> None:

@@ -202,6 +202,19 @@ def test_hooks_go_and_weights_stay_when_the_blocks_are_no_longer_offloaded() -> 
     assert weights.keys() == unet.state_dict().keys()
 
 
+def test_to_hold_a_larger_module_is_to_hold_the_blocks_in_it() -> None:
+    def block() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+    inside = nn.Sequential(block(), nn.ReLU(), block())
+    blocks = [inside[0], inside[2], block()]
+    offload = Offload(nn.Sequential(inside, blocks[2]), blocks)
+    offload.hold([inside])
+    assert [offload._is_there(block) for block in blocks] == [True, True, False]
+    offload.hold([])
+    assert not any(offload._is_there(block) for block in blocks)
+
+
 def test_tracing_keeps_no_weights() -> None:
     tracer = _Tracer()
     with tracer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -109,6 +110,7 @@ def test_the_command_prints_it(packed: Path, capsys: pytest.CaptureFixture[str])
     outcome = run_fpq(capsys, ["inspect", str(packed), "--capability=9.0"])
     assert outcome.code == 0, outcome.err
     assert "on low-bit paths" in outcome.out
+    assert re.search(r"; quantized: 9\d\.\d\d% of the denoiser's parameters; in full precision: .*norms", outcome.out)
     assert run_fpq(capsys, ["inspect", str(packed)]).out.count(" decode ") == len(outcome.out.splitlines()) - 2
 
 
