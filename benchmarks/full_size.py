@@ -253,7 +253,7 @@ def kinds_of(replay: NetworkReplay, macs: list[float]) -> list[Kind]:
     """The units by class, weights and inputs, the kind with the most arithmetic first."""
     found: dict[Any, Kind] = {}
     for i, unit in enumerate(replay.units):
-        tree = replay._input_trees[i]
+        (tree,) = replay._input_trees[i]
         shapes = [tuple(x.shape[1:]) for x in tree._batched_of(tree.constants)]
         classes = "+".join(type(part).__name__ for part in parts_of(unit.module))
         weights = tuple(tuple(cast(Tensor, layer.weight).shape) for layer in unit.layers.values())
@@ -308,22 +308,22 @@ def draw_sources(replay: NetworkReplay, scales: list[list[float]]) -> None:
     """Puts outputs of the units that the current one reads into the store, both paths."""
     for source in replay.unit.sources:
         for path in PATHS:
-            replay._output_tree(path, source).allocate(replay.store, replay.n, replay.position)
-        for rows in replay._batches():
-            tree = replay._output_tree(PATHS[0], source)
-            value = tree.placeholder(rows.stop - rows.start, in_memory=True)
+            replay._outputs(path, source)[0].allocate(replay.store, replay.n, replay.position)
+        for chunk in replay._batches():
+            (tree,) = replay._outputs(PATHS[0], source)
+            value = tree.placeholder(len(chunk), in_memory=True)
             leaves = output_leaves(value)
             for leaf, scale in zip(leaves, scales[source], strict=True):
                 leaf.normal_(0, scale)
-            tree.write(replay.store, rows.start, value)
+            tree.write(replay.store, chunk.places.start, value)
             for leaf, scale in zip(leaves, scales[source], strict=True):
                 leaf.add_(torch.randn_like(leaf), alpha=scale / 20)
-            replay._output_tree(PATHS[1], source).write(replay.store, rows.start, value)
+            replay._outputs(PATHS[1], source)[0].write(replay.store, chunk.places.start, value)
 
 
 def tiers(replay: NetworkReplay) -> str:
     """Where lies what an optimisation step reads."""
-    trees = replay._input_trees[replay.position], replay._output_tree(PATHS[0], replay.position)
+    trees = *replay._input_trees[replay.position], *replay._outputs(PATHS[0], replay.position)
     return "+".join(sorted({replay.store._entries[key].tier for tree in trees for key in tree.all_keys()}))
 
 
