@@ -15,19 +15,23 @@ import argparse
 import datetime
 import importlib
 import inspect
+import io
 import json
 import logging
 import platform
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
+import datasets
 import diffusers
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin
@@ -37,6 +41,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import fpq_lightning as fpq
+from fpq_lightning.calibration.calibration_set import CalibrationSet
+from fpq_lightning.calibration.disk import load_calibration_set
+from fpq_lightning.nn.calibrated import running
 
 # Classes of these packages that denoise nothing.
 HELPERS = {
@@ -293,7 +300,7 @@ PARTICULAR: dict[str, Particular] = {
     ),
     "HiDreamImageTransformer2DModel": Particular(
         {"caption_channels": [32, 32], "llama_layers": [0, 1, 0], "max_resolution": (8, 8), "axes_dims_rope": (4, 4, 8)},
-        lambda m: {"encoder_hidden_states_t5": m.draw(TEXT, WIDTH),
+        lambda m: {"hidden_states": m.draw(4, *GRID), "img_ids": None, "encoder_hidden_states_t5": m.draw(TEXT, WIDTH),
                    "encoder_hidden_states_llama3": torch.stack([m.draw(TEXT, WIDTH) for _ in range(2)]),
                    "pooled_embeds": m.draw(WIDTH)},
     ),
@@ -311,6 +318,9 @@ PARTICULAR: dict[str, Particular] = {
     "HunyuanVideoFramepackTransformer3DModel": Particular(
         {"has_image_proj": True, "has_clean_x_embedder": True},
         lambda m: {"image_embeds": m.draw(TEXT, WIDTH), "indices_latents": torch.arange(2),
+                   "latents_clean": m.draw(4, 2, *GRID), "indices_latents_clean": torch.arange(2),
+                   "latents_history_2x": m.draw(4, 2, *GRID), "indices_latents_history_2x": torch.arange(2),
+                   "latents_history_4x": m.draw(4, 4, *GRID), "indices_latents_history_4x": torch.arange(4),
                    "guidance": m.ones()},
     ),
     "HunyuanVideoTransformer3DModel": Particular({}, lambda m: {"guidance": m.ones()}),
@@ -330,7 +340,7 @@ PARTICULAR: dict[str, Particular] = {
         {}, lambda m: {"hidden_states": m.draw(16, 4, 1, 2, 2), "shape_list": [[(1, 4, 4)]] * m.n}
     ),
     "Kandinsky3UNet": Particular(
-        {"block_out_channels": (8, 16), "attention_head_dim": 4},
+        {"block_out_channels": (8, 16), "attention_head_dim": 4, "layers_per_block": 2},
         lambda m: {"encoder_attention_mask": m.ones(TEXT)},
     ),
     "Kandinsky5Transformer3DModel": Particular(
@@ -352,13 +362,13 @@ PARTICULAR: dict[str, Particular] = {
     ),
     "LatteTransformer3DModel": Particular({"caption_channels": WIDTH, "norm_type": "ada_norm_single", "num_embeds_ada_norm": 10}),
     "LongCatAudioDiTTransformer": Particular({}, _tokens),
-    "LuminaNextDiT2DModel": Particular({}, lambda m: {"image_rotary_emb": torch.ones(8, 8, 8, dtype=torch.complex64)}),
+    "LuminaNextDiT2DModel": Particular({}, lambda m: {"image_rotary_emb": torch.ones(8, 8, 8, dtype=torch.complex64), "cross_attention_kwargs": {}}),
     "MiniMaxH3Transformer3DModel": Particular({"rope_freq_dim": 2}, _minimax_h3),
     "MiniMaxMusic3Transformer1DModel": Particular(
         {"rotary_dim": 8}, lambda m: {"encoder_hidden_states": m.draw(16, WIDTH), "timestep": m.t / 1000}
     ),
     "NucleusMoEImageTransformer2DModel": Particular(
-        {"num_experts": 4, "in_channels": 4, "num_layers": 5, "capacity_factors": [2.0] * 5},
+        {"num_experts": 4, "in_channels": 4, "num_layers": 5, "capacity_factors": [2.0] * 5, "mlp_ratio": 12.0},
         lambda m: {**_shapes(m), "img_shapes": [(1, 4, 4)] * m.n},
     ),
     "OmniGenTransformer2DModel": Particular(
@@ -416,7 +426,7 @@ PARTICULAR: dict[str, Particular] = {
         {}, lambda m: {"hidden_states": m.draw(2, 4, *GRID).flatten(0, 1), "encoder_hidden_states": None, "num_frames": 2}
     ),
     "UNet1DModel": Particular(
-        {"in_channels": 2, "out_channels": 2, "extra_in_channels": 16, "sample_size": 32,
+        {"in_channels": 2, "out_channels": 2, "extra_in_channels": 64, "sample_size": 32,
          "block_out_channels": (32, 32), "down_block_types": ("DownBlock1DNoSkip", "AttnDownBlock1D"),
          "up_block_types": ("AttnUpBlock1D", "UpBlock1DNoSkip"), "layers_per_block": 1},
         lambda m: {"sample": m.draw(2, 32)},
@@ -428,7 +438,7 @@ PARTICULAR: dict[str, Particular] = {
     ),
     "UNet3DConditionModel": Particular({**_blocks("3D"), "attention_head_dim": 4}),
     "UNetMotionModel": Particular(
-        {**_blocks("Motion"), "num_attention_heads": 2}, lambda m: {"encoder_hidden_states": m.draw(TEXT, WIDTH)}
+        {**_blocks("Motion"), "num_attention_heads": 2}, lambda m: {"encoder_hidden_states": m.draw(2, TEXT, WIDTH).flatten(0, 1)}
     ),
     "UNetSpatioTemporalConditionModel": Particular(
         {**_blocks("SpatioTemporal"), "block_out_channels": (32, 64), "num_attention_heads": (1, 2), "addition_time_embed_dim": 8,
@@ -491,12 +501,21 @@ class Probe(DiffusionPipeline):
         state: Tensor | None = None
         for t in self.scheduler.timesteps:
             inputs = inputs_of(self.transformer, seeds, t)
-            first = next((k for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()), "")
-            inputs[first] = state = inputs[first] if state is None else state
-            output = outputs(self.transformer(**inputs))[0]
-            found = output if output.shape == state.shape else 0.1 * state
+            name, noise = next((k, v) for k, v in inputs.items() if _is_floating(v))
+            if state is None:
+                state = noise if isinstance(noise, Tensor) else torch.stack(noise)
+            inputs[name] = state.clone() if isinstance(noise, Tensor) else list(state)
+            output = outputs(self.transformer(**inputs))
+            found = output[0] if isinstance(noise, Tensor) else torch.stack(output)
+            found = found if found.shape == state.shape else 0.1 * state  # it predicts something else
             state = self.scheduler.step(found, t, state).prev_sample
-        return ImagePipelineOutput(images=state.reshape(batch_size, -1)[:, :3].reshape(batch_size, 1, 1, 3).sigmoid().numpy())
+        pixels = state.float().reshape(batch_size, -1)[:, :12].sigmoid()
+        return ImagePipelineOutput(images=pixels.reshape(batch_size, 2, 2, 3).numpy())
+
+
+def _is_floating(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, Tensor) and first.is_floating_point()
 
 
 def outputs(output: Any) -> list[Tensor]:
@@ -556,7 +575,7 @@ class Outcome:
         return f"| `{self.name}` | {self.result.replace('|', '/')} | {numbers} | {self.seconds:.1f} |"
 
 
-def examine(name: str, kind: type, directory: Path) -> Outcome:
+def examine(name: str, kind: type, directory: Path, trace: bool = False) -> Outcome:
     """Takes a class through recording, quantization, files and back."""
     outcome, start = Outcome(name), time.perf_counter()
     try:
@@ -576,17 +595,35 @@ def examine(name: str, kind: type, directory: Path) -> Outcome:
         outcome.units, outcome.share = len(report["blocks"]), report["quantized_share"]
         quantized = run(pipeline.transformer)
         reopened = run(kind.from_pretrained(directory / "quantized" / "transformer").eval())
-        if not all(x.isfinite().all() for x in quantized):
+        if not _independent(pipeline.transformer, load_calibration_set(directory / "calibration")):
+            outcome.result = "a recorded sample gives another output in a batch than alone"
+        elif not all(x.isfinite().all() for x in quantized):
             outcome.result = "the quantized denoiser gives NaN or Inf"
         elif not all(map(torch.equal, quantized, reopened)):
             outcome.result = "the reopened denoiser gives other bits"
         elif all(map(torch.equal, quantized, plain)):
             outcome.result = "quantization changed nothing"
     except Exception as error:
-        logging.getLogger(__name__).debug("%s", name, exc_info=True)
+        if trace:
+            traceback.print_exc(file=sys.stdout)
         outcome.result = f"{type(error).__name__}: {' '.join(str(error).split())}"
     outcome.seconds = time.perf_counter() - start
     return outcome
+
+
+@torch.no_grad()
+def _independent(denoiser: nn.Module, found: CalibrationSet) -> bool:
+    """Whether the first and the last sample that may share a batch give in it what they give alone."""
+    rows = torch.arange(len(found)) if found.group_of is None else (found.group_of == found.group_of[0]).nonzero()[:, 0]
+    rows = rows[[0, -1]]
+    with running(denoiser, "full_precision"):
+        together, first, last = (
+            outputs(denoiser(**found.batch(chosen, torch.device("cpu")))) for chosen in (rows, rows[:1], rows[1:])
+        )
+    pairs = zip(first + last, together, strict=True) if len(together) > len(first) else zip(
+        [torch.cat(pair) for pair in zip(first, last, strict=True)], together, strict=True
+    )
+    return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs)
 
 
 @torch.no_grad()
@@ -622,22 +659,20 @@ def main(arguments: list[str] | None = None) -> list[Outcome]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="CLASS", help="these classes alone")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table there")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--trace", action="store_true", help="show tracebacks")
     args = parser.parse_args(arguments)
     found = denoisers()
     if unknown := sorted(set(args.only or []) - set(found)):
         parser.error(f"no denoiser class {', '.join(unknown)}")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for noisy in ("fpq_lightning", "lightning.pytorch", "diffusers"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    if args.debug:
-        logging.basicConfig()
-        logging.getLogger(__name__).setLevel(logging.DEBUG)
+    logging.disable(logging.WARNING)
+    datasets.disable_progress_bars()
     outcomes = []
     for name in args.only or found:
         with tempfile.TemporaryDirectory() as directory:
-            outcomes.append(examine(name, found[name], Path(directory) / "run"))
+            with redirect_stderr(io.StringIO()):  # progress bars
+                outcomes.append(examine(name, found[name], Path(directory) / "run", args.trace))
         print(outcomes[-1].row(), flush=True)
     print(f"{sum(outcome.ok for outcome in outcomes)} of {len(outcomes)} are ok")
     if args.write:
