@@ -10,7 +10,7 @@ from fpq_lightning.storage import registration
 
 if TYPE_CHECKING:
     from fpq_lightning.api import quantize
-    from fpq_lightning.diffusion.sampling import SamplerConfig
+    from fpq_lightning.diffusion.sampling import FunctionSampler, SamplerConfig
     from fpq_lightning.evaluation.config import EvaluationConfig
     from fpq_lightning.formats.numbers import FloatFormat, Format, IntFormat, parse_format
     from fpq_lightning.nn.packed_layer import set_arithmetic
@@ -35,6 +35,7 @@ __all__ = [
     "FPQConfig",
     "FloatFormat",
     "Format",
+    "FunctionSampler",
     "IntFormat",
     "Recipe",
     "RoundingRecipe",
@@ -48,7 +49,7 @@ __all__ = [
 
 _MODULES = {
     "api": ("quantize",),
-    "diffusion.sampling": ("SamplerConfig",),
+    "diffusion.sampling": ("FunctionSampler", "SamplerConfig"),
     "evaluation.config": ("EvaluationConfig",),
     "formats.numbers": ("FloatFormat", "Format", "IntFormat", "parse_format"),
     "nn.packed_layer": ("set_arithmetic",),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from fpq_lightning.diffusion.sampling import SamplerConfig
+from fpq_lightning.diffusion.sampling import FunctionSampler, SamplerConfig
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.training.datamodule import CalibrationDataModule
@@ -19,10 +20,10 @@ def quantize(
     recipe: Recipe | None = None,
     run_dir: str | Path = "runs/quantize",
     data: CalibrationDataModule | None = None,
-    sampler: SamplerConfig | None = None,
+    sampler: SamplerConfig | Callable[[DiffusionPipeline, list[int]], Any] | None = None,
     evaluation: EvaluationConfig | None = None,
-    base_model: str | None = None,
-    ckpt_path: str | None = None,
+    base_model: str | Path | None = None,
+    ckpt_path: str | Path | None = None,
     offload: bool = False,
     **trainer_options: Any,
 ) -> DiffusionPipeline:
@@ -30,10 +31,11 @@ def quantize(
 
     Args:
         pipeline: a diffusers pipeline in full precision.
-        recipe: what to quantize to; FP4 weights and FP8 activations with learned rounding by default.
+        recipe: what to quantize to; FP4 weights and FP8 activations by default.
         run_dir: where checkpoints, the quantized pipeline and the reports go.
         data: the calibration set; sampled along the pipeline's own trajectories by default.
-        sampler: how images are sampled, for calibration and evaluation.
+        sampler: how images are sampled, for calibration and evaluation; or a function that takes the pipeline and
+            seeds, calls the pipeline and gives its images (`FunctionSampler`).
         evaluation: what image quality is measured on; left out by default.
         base_model: name of the model in the reports.
         ckpt_path: ``"last"`` goes on with an interrupted run.
@@ -48,9 +50,11 @@ def quantize(
     """
     if not isinstance(pipeline, DiffusionPipeline):
         raise ValueError(f"quantize takes a diffusers pipeline, got {type(pipeline).__name__}: load it first")
+    if sampler is not None and not isinstance(sampler, SamplerConfig):
+        sampler = FunctionSampler(function=sampler)
     run = prepare_run(
         pipeline,
-        base_model or getattr(pipeline, "name_or_path", None) or type(pipeline).__name__,
+        str(base_model or getattr(pipeline, "name_or_path", None) or type(pipeline).__name__),
         recipe or Recipe(),
         data or CalibrationDataModule(),
         sampler or SamplerConfig(),

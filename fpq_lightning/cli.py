@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -310,7 +310,7 @@ def _run(arguments: list[str]) -> None:
     _COMMANDS[name](arguments)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str | Path] | None = None) -> None:
     """Entry point of ``fpq``.
 
     Args:
@@ -321,7 +321,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     with _messages():
         try:
-            _run(list(sys.argv[1:] if arguments is None else arguments))
+            _run([str(argument) for argument in (sys.argv[1:] if arguments is None else arguments)])
         except KeyboardInterrupt:
             sys.exit(130)
         except Exception as error:

@@ -17,7 +17,6 @@ from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
     DDPMPipeline,
-    DDPMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -44,7 +43,7 @@ def tiny_unet(seed: int = 0) -> UNet2DModel:
 
 
 def tiny_pipeline(seed: int = 0) -> DDPMPipeline:
-    pipeline = DDPMPipeline(tiny_unet(seed), DDPMScheduler(clip_sample=False))
+    pipeline = DDPMPipeline(tiny_unet(seed), DDIMScheduler(clip_sample=False))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -186,7 +186,7 @@ def test_the_last_lines_of_a_run_say_what_came_of_it(
         assert said is not None
         assert abs(int(said[1]) - expected) <= 0.5
     command = found["next"].removeprefix("fpq ").split()
-    options = [f"--sampler.steps={STEPS}", "--evaluation.n_images=2", "--trainer.accelerator=cpu"]
+    options = ["--evaluation.n_images=2", "--trainer.accelerator=cpu"]
     assert run_fpq(capsys, [*command, *options, f"--output={tmp_path / 'test'}"]).code == 0
 
 
@@ -242,7 +242,11 @@ def test_predict_writes_the_images_that_load_quantized_samples(
 def test_test_prints_the_quality_of_a_quantized_model(
     finished: Path, report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["test", f"--model={finished / 'quantized'}", f"--sampler.steps={STEPS}", "--sampler.batch_size=4"]
+    arguments = [
+        "test",
+        f"--model={finished / 'quantized'}",
+        "--sampler.batch_size=4",
+    ]  # the steps are those of the run
     arguments += ["--evaluation.n_images=3", "--evaluation.seed=20", f"--evaluation.features={FEATURES}"]
     outcome = run_fpq(capsys, [*arguments, "--trainer.accelerator=cpu", f"--output={tmp_path}"])
     assert outcome.code == 0, outcome.err

@@ -86,6 +86,22 @@ print(any(type(f).__module__.startswith("fpq_lightning") for f in sys.meta_path)
     assert _python(code).splitlines() == ["FPQQuantizer FPQConfig", "False"]
 
 
+_ORDERS = (
+    "import fpq_lightning; from fpq_lightning import FPQConfig",
+    "import fpq_lightning.storage.config",
+    "import fpq_lightning; from transformers import CLIPTextModel",
+    "from transformers import CLIPTextModel; from diffusers import UNet2DModel; import fpq_lightning",
+)
+
+
+@pytest.mark.parametrize("order", _ORDERS)
+def test_both_libraries_know_the_quantizer_whatever_is_imported_first(order: str) -> None:
+    lists = "; import diffusers.quantizers.auto as d, transformers.quantizers.auto as t, sys"
+    show = "; print('fpq' in d.AUTO_QUANTIZER_MAPPING, 'fpq' in t.AUTO_QUANTIZATION_CONFIG_MAPPING, "
+    ours = "sum('fpq' in type(finder).__module__ for finder in sys.meta_path))"
+    assert _python(order + lists + show + ours).split() == ["True", "True", "0"]
+
+
 def test_importing_the_package_alone_imports_no_library() -> None:
     code = "import sys, fpq_lightning; print(sorted({'torch', 'diffusers', 'numpy', 'transformers'} & {*sys.modules}))"
     assert _python(code).strip() == "[]"

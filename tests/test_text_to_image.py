@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 AWKWARD = ["one, with a comma", 'a "quoted" one', "two\nlines"]
 
 
-@pytest.mark.parametrize("kind", ["list", "csv", "tsv", "parquet", "disk"])
+@pytest.mark.parametrize("kind", ["list", "csv", "tsv", "jsonl", "parquet", "disk", "CSV", "JSONL", "Parquet"])
 def test_prompts_survive_every_kind_of_file(kind: str, tmp_path: Path) -> None:
     dataset = datasets.Dataset.from_dict({"id": [1, 2, 3], "Caption": AWKWARD})
     if kind == "list":
@@ -61,13 +61,91 @@ def test_prompts_survive_every_kind_of_file(kind: str, tmp_path: Path) -> None:
         "tsv": lambda: dataset.to_csv(file, index=False, sep="\t"),
         "parquet": lambda: dataset.to_parquet(file),
         "disk": lambda: dataset.save_to_disk(str(file)),
-    }[kind]()
-    assert load_prompts(str(file)) == load_prompts(str(file), "Caption") == AWKWARD
+        "jsonl": lambda: dataset.to_json(file),
+    }[kind.lower()]()
+    assert load_prompts(file) == load_prompts(str(file)) == load_prompts(str(file), "Caption") == AWKWARD
 
 
 def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a cat\n\n  a dog \n")
     assert load_prompts(str(tmp_path / "a.txt")) == ["a cat", "a dog"]
+    (tmp_path / "b.TXT").write_bytes("a cat\u2028and\x85a\x0cdog\r\na bird".encode())
+    assert load_prompts(str(tmp_path / "b.TXT")) == ["a cat\u2028and\x85a\x0cdog", "a bird"]
+
+
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_prompts_are_read_in_every_encoding_of_unicode(encoding: str, tmp_path: Path) -> None:
+    prompts = ["a café in Zürich", "🐱 … “quoted”"]
+    (tmp_path / "a.txt").write_bytes("\r\n".join(prompts).encode(encoding))
+    (tmp_path / "a.csv").write_bytes("\n".join(["prompt", *prompts]).encode(encoding))
+    (tmp_path / "a.jsonl").write_bytes("\n".join(json.dumps({"prompt": p}) for p in prompts).encode(encoding))
+    for kind in ("txt", "csv", "jsonl"):
+        assert load_prompts(str(tmp_path / f"a.{kind}")) == prompts
+
+
+def test_a_file_that_is_not_unicode_is_read_as_cp1252_which_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("a café … “quoted”".encode("cp1252"))
+    with pytest.warns(UserWarning, match=r"a\.txt is not UTF-8: read as cp1252"):
+        assert load_prompts(str(tmp_path / "a.txt")) == ["a café … “quoted”"]
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "message"),
+    [
+        ("a.txt", b"a \x81\x8d", "no text in UTF-8, UTF-16 or cp1252: save it as UTF-8"),
+        ("a.txt", b"a cat\0 and more of it", "holds zero bytes and is no UTF-16"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt"', "a.jsonl cannot be read"),
+        ("a.jsonl", b'"a cat"', "row 1 of .* is no JSON object"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"id": 3}', "prompt 2 of .* is empty"),
+        ("a.jsonl", b'{"prompt": ["a"]}', "prompt 1 of .* is no text but list"),
+        ("a.jsonl", b"", "holds no prompts"),
+        ("a.parquet", b"PAR1", "a.parquet cannot be read"),
+        ("a.md", b"a cat", "is no file of prompts: give .txt, .csv"),
+    ],
+)
+def test_damaged_files_of_prompts_are_one_clear_line(name: str, contents: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(contents)
+    with pytest.raises(ValueError, match=message) as found:
+        load_prompts(str(tmp_path / name))
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv", "jsonl", "parquet", "disk"])
+def test_edited_prompts_are_read_again(kind: str, tmp_path: Path) -> None:
+    for prompts in (["a cat", "a dog"], ["a car", "a bus"]):  # of the same sizes
+        file, dataset = tmp_path / f"a.{kind}", datasets.Dataset.from_dict({"prompt": prompts})
+        {
+            "txt": lambda file, _, prompts=prompts: file.write_text("\n".join(prompts)),
+            "csv": lambda file, dataset: dataset.to_csv(file, index=False),
+            "jsonl": lambda file, dataset: dataset.to_json(file),
+            "parquet": lambda file, dataset: dataset.to_parquet(file),
+            "disk": lambda file, dataset: dataset.save_to_disk(str(file)),
+        }[kind](file, dataset)
+        assert load_prompts(str(file)) == prompts
+        load_prompts(str(file)).clear()  # which is the caller's own
+        assert load_prompts(str(file)) == prompts
+
+
+def test_a_text_with_spaces_that_names_nothing_is_itself_a_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for prompt in ("a photo of a cat", "a cat. In the style of e.g. Monet", "a\ncat", "a cat, " * 2000, "{a} [b: c"):
+        assert load_prompts(prompt) == [prompt]
+        assert SamplerConfig(prompts=prompt).prompts_of([0, 5]) == [prompt] * 2
+    (tmp_path / "my prompts.txt").write_text("a dog")
+    assert load_prompts("my prompts.txt") == ["a dog"]
+    datasets.Dataset.from_dict({"prompt": ["a bird"]}).save_to_disk("my prompts")
+    assert load_prompts("my prompts") == ["a bird"]
+    for missing in ("other prompts.txt", "prompts.txt", "./my other prompts", "/my/other prompts", "~/my prompts"):
+        with pytest.raises(FileNotFoundError):
+            load_prompts(missing)
+    for nothing in ("", " "):
+        with pytest.raises(ValueError, match="empty"):
+            load_prompts(nothing)
 
 
 @pytest.mark.skipif(not COCO.is_file(), reason="the captions are not beside the checkout")

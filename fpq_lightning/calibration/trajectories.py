@@ -19,7 +19,7 @@ from fpq_lightning.calibration.axes import LEADING, SHARED, Axis, find_axes, ima
 from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.recorder import Call, Enough, Recorder
 from fpq_lightning.diffusion.pipelines import denoiser_name
-from fpq_lightning.diffusion.sampling import SamplerConfig, batches_of, sample, using_sampler, warn_of_long_prompts
+from fpq_lightning.diffusion.sampling import SamplerConfig, batches_of, generate, using_sampler, warn_of_long_prompts
 from fpq_lightning.graph.tree import output_leaves
 from fpq_lightning.utils import distributed
 
@@ -95,7 +95,7 @@ def sample_trajectories(
         with Recorder(pipeline, collector.take, measures=weighting == "sensitivity") as recorder:
             for batch in collector.batches(plan.batch_size):
                 recorder.images = len(batch)
-                sample(pipeline, sampler, [seed + trajectory for trajectory in batch])
+                generate(pipeline, sampler, [seed + trajectory for trajectory in batch])
                 recorder.finish()
                 collector.end_batch()
                 on_batch(min(batch.stop, collector.trajectories), collector.trajectories)
@@ -180,7 +180,7 @@ def _first_step(
     calls: list[Call] = []
     alike = None if prompts is None else prompts[:1] * images
     with Recorder(pipeline, calls.append, one_step=True), suppress(Enough):
-        sample(pipeline, sampler, range(seed, seed + images), alike)
+        generate(pipeline, sampler, range(seed, seed + images), alike)
     return calls
 
 
@@ -230,7 +230,7 @@ class _Collector:
         self.keep: list[list[int]] = []
         self.last: tuple[Call, int] | None = None  # a call of the first batch, and its images
         self._calls: int | None = None
-        self._taken: list[tuple[int, dict[str, Any], float]] = []  # trajectory, leaves, weight
+        self._taken: list[tuple[int, dict[str, Any], float]] = []  # first trajectory of its batch, leaves, weight
         self._first: list[Call] = []  # all calls of the first batch
         self._batch = range(0)
         self._seen = 0  # calls of this batch
@@ -318,7 +318,7 @@ class _Collector:
             weight = 1.0
             if call.sensitivity is not None:
                 weight = call.sensitivity[chosen % len(call.sensitivity), image].item() ** 2
-            self._taken.append((trajectory, own | shared, weight))
+            self._taken.append((batch.start, own | shared, weight))
 
     def calibration_set(self, denoiser: Any) -> CalibrationSet:
         """All samples, in an order that makes every part of the set representative."""

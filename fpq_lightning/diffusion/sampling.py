@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fpq_lightning.diffusion.prompts import load_prompts
 from fpq_lightning.nn.calibrated import Mode, running
+
+_KEPT_PROMPTS = 32
 
 
 @dataclass
@@ -94,6 +96,19 @@ class SamplerConfig:
         chosen = rows[[seed % len(rows) for seed in seeds]]
         return {name: list(chosen[name]) for name in rows.column_names}
 
+    def kept(self) -> dict[str, Any]:
+        """What a quantized model says it was sampled with: the options that were given, and the first prompts."""
+        values = {k: v for k, v in asdict(self).items() if v and k not in ("batch_size", "prompt_column")}
+        if self.prompts is not None:
+            values["prompts"] = list(dict.fromkeys(load_prompts(self.prompts, self.prompt_column)))[:_KEPT_PROMPTS]
+        return values
+
+    def or_else(self, kept: Mapping[str, Any]) -> SamplerConfig:
+        """The same with what `kept` gave, where nothing was given here."""
+        own = {k: v for k, v in asdict(self).items() if v}
+        known = {k: v for k, v in kept.items() if k in asdict(self)}
+        return SamplerConfig(**{**known, **own})
+
     def identity(self) -> dict[str, Any]:
         """What decides the image of a seed: all options but the batch size, and a hash of the prompts' text."""
         values = {k: v for k, v in asdict(self).items() if k not in ("batch_size", "prompt_column")}
@@ -102,6 +117,28 @@ class SamplerConfig:
             text = "\0".join(load_prompts(self.prompts, self.prompt_column))
             values["prompts"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         return values
+
+
+@dataclass
+class FunctionSampler(SamplerConfig):
+    """Images of a function of the user's own.
+
+    Attributes:
+        function: takes the pipeline and a list of seeds; calls the pipeline, and gives its output or images: PIL
+            images, an array `[n, height, width, channels]` in [0, 1], or a tensor `[n, channels, height, width]` in
+            [-1, 1].
+    """
+
+    function: Callable[[DiffusionPipeline, list[int]], Any] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """The options of the base class, and the name of the function."""
+        function = cast(Any, self.function)
+        return {**super().identity(), "function": f"{function.__module__}.{function.__qualname__}"}
+
+    def kept(self) -> dict[str, Any]:
+        """Nothing: a function cannot be kept."""
+        return {}
 
 
 @lru_cache(maxsize=4)
@@ -204,12 +241,12 @@ def running_pipeline(pipeline: DiffusionPipeline, mode: Mode) -> Iterator[None]:
 
 
 @torch.no_grad()
-def sample(
+def generate(
     pipeline: DiffusionPipeline, sampler: SamplerConfig, seeds: Sequence[int], prompts: Sequence[str] | None = None
-) -> Tensor:
-    """Samples one image for each seed.
+) -> Any:
+    """Calls a pipeline for one image, video or sound for each seed.
 
-    Image i starts from ``torch.Generator("cpu").manual_seed(seeds[i])``, whatever the batch and the device.
+    Number i starts from ``torch.Generator("cpu").manual_seed(seeds[i])``, whatever the batch and the device.
 
     Args:
         pipeline: with the sampler's scheduler, see `using_sampler`.
@@ -218,20 +255,34 @@ def sample(
         prompts: a prompt for each image; None takes those of the sampler.
 
     Returns:
-        `[n, channels, height, width]`, float32 in [-1, 1], on the CPU.
+        What the pipeline gives.
 
     Raises:
         ValueError: if an option does not fit the pipeline, or prompts or other arguments are missing.
     """
-    arguments = _arguments(pipeline, sampler, seeds, prompts)
     try:
-        output = pipeline(**arguments)
+        if isinstance(sampler, FunctionSampler):
+            return cast(Any, sampler.function)(pipeline, list(seeds))
+        return pipeline(**_arguments(pipeline, sampler, seeds, prompts))
     except TypeError as error:
         if "BFloat16" not in str(error):
             raise
         kind = type(pipeline).__name__
         raise ValueError(f"{kind} cannot make images of a bfloat16 model: load it in float32") from error
-    return images_of(output)
+
+
+def sample(
+    pipeline: DiffusionPipeline, sampler: SamplerConfig, seeds: Sequence[int], prompts: Sequence[str] | None = None
+) -> Tensor:
+    """Samples one image or video for each seed, as `generate` does.
+
+    Returns:
+        `[n, channels, height, width]`, float32 in [-1, 1], on the CPU. The frames of a video lie side by side.
+
+    Raises:
+        ValueError: as `generate`; or if the pipeline gives no images.
+    """
+    return images_of(generate(pipeline, sampler, seeds, prompts))
 
 
 def _arguments(
@@ -285,11 +336,18 @@ def images_of(output: Any) -> Tensor:
     Raises:
         ValueError: if it gives something else.
     """
-    images = getattr(output, "images", None)
+    images = next((x for name in ("images", "frames") if (x := getattr(output, name, None)) is not None), output)
     if isinstance(images, list) and images and hasattr(images[0], "convert"):
         images = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in images])
+    if isinstance(images, list) and images and all(isinstance(video, np.ndarray) for video in images):
+        images = np.stack(images)
+    if isinstance(images, np.ndarray) and images.ndim == 5:  # frames side by side
+        images = np.concatenate(list(images.swapaxes(0, 1)), axis=2)
     if isinstance(images, np.ndarray) and images.ndim == 4:
         return torch.from_numpy(images).permute(0, 3, 1, 2).float().mul_(2).sub_(1)
     if isinstance(images, Tensor) and images.ndim == 4:
         return images.float().cpu()
-    raise ValueError(f"{type(output).__name__} holds no images: only pipelines of images can be calibrated and judged")
+    raise ValueError(
+        f"{type(output).__name__} holds no images or frames: such pipelines can be calibrated, but not judged; set "
+        "--evaluation.n_images 0"
+    )

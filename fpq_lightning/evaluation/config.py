@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fpq_lightning.utils.files import paths_to_text
 from fpq_lightning.utils.resources import FEATURES
 
 
@@ -48,6 +49,7 @@ class EvaluationConfig:
     images: str | None = None
 
     def __post_init__(self) -> None:
+        paths_to_text(self)
         if self.n_images < 0 or self.n_images == 1:
             raise ValueError(f"evaluation.n_images must be 0 or at least 2, got {self.n_images}")
         if self.real is not None and self.features is None and self.inception is None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 
 from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, input_of, quantized_layers, running
+from fpq_lightning.nn.coverage import coverage
 
 _TIMESTEP_BINS = 10
 _TIMESTEPS = ("timestep", "timesteps")  # names of the denoisers' argument
@@ -50,18 +54,16 @@ def weight_statistics(module: nn.Module, layers: list[dict[str, Any]] | None = N
 
     Returns:
         ``weight_bits``, bits a weight with scales; ``sparsity``, the share of exact zeros (both None without quantized
-        weights); and ``quantized_share``, the share of all weights that are quantized.
+        weights); and ``quantized_share``, the share of all parameters that are quantized, as `coverage` counts them.
     """
     layers = layer_statistics(module) if layers is None else layers
     total = sum(layer["parameters"] for layer in layers)
-    every = sum(
-        p.numel() for name, p in module.named_parameters() if name.endswith("weight") and ".variants." not in name
-    )
+    share = coverage(module, {layer["name"] for layer in layers}).share
 
     def mean(key: str) -> float | None:
         return sum(layer[key] * layer["parameters"] for layer in layers) / total if total else None
 
-    return {"weight_bits": mean("bits"), "sparsity": mean("zeros"), "quantized_share": total / every}
+    return {"weight_bits": mean("bits"), "sparsity": mean("zeros"), "quantized_share": share}
 
 
 @torch.no_grad()
@@ -79,8 +81,9 @@ def activation_ranges(
 
     Returns:
         ``timesteps``, the edges of ten bins; and ``layers``, each with its ``name``, the ``clip`` of its quantizers
-        (None if they are dynamic) and ``largest``, the largest magnitude in each bin (None for an empty bin). Empty
-        if the network has no timestep among its inputs.
+        (None if they are dynamic) and ``largest``, the largest magnitude in each bin (None for an empty bin, or one
+        with Inf). Empty if the network has no finite timestep among its inputs. A layer that does not read
+        something of each sample is left out, with a warning.
     """
     while True:
         try:
@@ -99,38 +102,58 @@ def _activation_ranges(
     if key is None or not layers:
         return {}
     rows = torch.linspace(0, len(calibration) - 1, min(n, len(calibration))).long()
-    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda _, args, kwargs, name=name: seen[name].append(
-                input_of(args, kwargs).detach().abs().flatten(1).amax(1).float().cpu()
-            ),
-            with_kwargs=True,
-        )
-        for name, layer in layers.items()
-    ]
-    try:
-        with running(module, "full_precision"):
-            for chunk in rows.split(batch_size):
-                module(**calibration.batch(chunk, device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    timesteps = calibration.inputs[key][rows].flatten().float()
+    parts: dict[str, list[Tensor | None]] = {name: [] for name in layers}
+    for chunk in rows.split(batch_size):
+        for name, largest in _largest(module, layers, calibration.batch(chunk, device), len(chunk)).items():
+            parts[name].append(largest)
+    # Some models have a timestep for each token or frame, of which some are clean: the noisiest tells the step.
+    timesteps = calibration.inputs[key][rows].reshape(len(rows), -1).float().amax(1)
+    if not timesteps.isfinite().all():
+        return {}
     edges = torch.linspace(timesteps.min().item(), timesteps.max().item() + 1, _TIMESTEP_BINS + 1)
     bins = torch.bucketize(timesteps, edges, right=True) - 1
-    found = []
-    for name, parts in seen.items():
-        values = torch.cat(parts) if parts else torch.empty(0)
-        if not len(values) or len(values) % len(rows):
-            continue  # the layer did not run, or its leading dimension is no multiple of the samples
-        largest = values.reshape(len(rows), -1).amax(1)
-        found.append({"name": name, "clip": _clip(layers[name]), "largest": _by_bin(largest, bins)})
+    found, left = [], []
+    for name, values in parts.items():
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            left.append(name)
+        else:
+            found.append({"name": name, "clip": _clip(layers[name]), "largest": _by_bin(torch.cat(known), bins)})
+    if left:
+        names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        warnings.warn(f"activation ranges leave out layers that do not read each sample: {names}", stacklevel=4)
     return {"timesteps": edges.tolist(), "layers": found}
 
 
+def _largest(
+    module: nn.Module, layers: Mapping[str, QuantizedLayer], inputs: Mapping[str, Any], n: int
+) -> dict[str, Tensor | None]:
+    """The largest magnitude of what each layer reads of each of n samples, over its calls; None if that is not told."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+
+            def keep(layer: Any, args: tuple, kwargs: dict[str, Any], name: str = name) -> None:
+                x = layer.batched(input_of(args, kwargs)).detach()
+                each = x.abs().flatten(1).amax(1) if x.numel() else x.new_zeros(0)
+                seen[name].append(each.float().cpu())
+
+            stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        stack.enter_context(running(module, "full_precision"))
+        module(**inputs)
+    return {name: _of_samples(calls, n) for name, calls in seen.items()}
+
+
+def _of_samples(calls: list[Tensor], n: int) -> Tensor | None:
+    """Values of the rows of each call, by sample; a sample may have several rows."""
+    if not calls or any(not len(rows) or len(rows) % n for rows in calls):
+        return None
+    return torch.stack([rows.reshape(n, -1).amax(1) for rows in calls]).amax(0)
+
+
 def _by_bin(largest: Tensor, bins: Tensor) -> list[float | None]:
-    return [largest[bins == i].amax().item() if (bins == i).any() else None for i in range(_TIMESTEP_BINS)]
+    found = [largest[bins == i].amax() if (bins == i).any() else None for i in range(_TIMESTEP_BINS)]
+    return [value.item() if value is not None and value.isfinite() else None for value in found]
 
 
 def _clip(layer: QuantizedLayer) -> float | None:

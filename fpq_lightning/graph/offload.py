@@ -54,8 +54,9 @@ class Offload:
                 x.data = x.data.to(device)
 
     def hold(self, blocks: Iterable[nn.Module]) -> None:
-        """Keeps blocks on the device until others, or none, are held."""
-        wanted = [block for block in blocks if block in self.blocks]
+        """Keeps blocks on the device until others, or none, are held; of a larger module those that it holds."""
+        inside = {module for block in blocks for module in block.modules()}
+        wanted = [block for block in self.blocks if block in inside]
         for block in self._held:
             if block not in wanted:
                 self._unload(block)

@@ -1,12 +1,13 @@
-"""What a forward pass tells about the units: their order, what each is made from, and which layers read skips.
+"""What forward passes tell about the units: their order, what each is made from, and which layers read skips.
 
-One small forward pass runs under a `TorchFunctionMode` that tags every tensor with the units whose outputs it was
+Passes that only note the calls of modules show first which candidates can be units (`settle_units`). Then one small
+forward pass runs under a `TorchFunctionMode` that tags every tensor with the units whose outputs it was
 made from, and every concatenation of the outputs of different units (a UNet's skip connections) with its pieces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from fpq_lightning.graph.chain import Chain, chained
 from fpq_lightning.graph.units import Unit, layer_count
+from fpq_lightning.graph.whole import record, settle_units
 from fpq_lightning.nn.calibrated import input_of, is_quantizable
 
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
@@ -80,27 +82,33 @@ class _Tracer(TorchFunctionMode):
 
 
 @torch.no_grad()
-def trace_units(model: nn.Module, units: list[Unit], inputs: Mapping[str, Any]) -> tuple[list[Unit], dict[str, tuple]]:
-    """Runs the network once, orders its units, and joins lone layers to the blocks whose outputs they read.
+def trace_units(
+    model: nn.Module,
+    units: list[Unit],
+    inputs: Mapping[str, Any],
+    others: Sequence[tuple[int, Mapping[str, Any]]] = (),
+) -> tuple[list[Unit], dict[str, tuple]]:
+    """Runs the network, settles and orders its units, and joins lone layers to the blocks whose outputs they read.
 
     Args:
         model: the network, in full precision.
-        units: of `discover_units`.
+        units: of `discover_units`; those that are left to the network get the reason.
         inputs: keyword arguments of one forward pass; a batch of one is enough.
+        others: keyword arguments of further passes and the number of samples in each, which is to differ: they show
+            which modules are given whole samples.
 
     Returns:
         The units that ran, in execution order, with `sources` filled in and layers in execution order; and for
         every layer that reads a concatenation the sizes of its pieces.
-
-    Raises:
-        ValueError: if a unit runs more than once in a forward pass.
     """
+    passes = [record(model, inputs), *(record(model, more, n) for n, more in others)]
+    units, maybe = settle_units(model, units, passes)
+    maybe |= {module for found in passes for module in found.calls}
     tracer = _Tracer()
     order: list[Unit] = []
     layer_order: dict[int, int] = {}
     splits: dict[str, tuple] = {}
     handles = []
-    ran: set[str] = set()
     last: tuple[Any, list[int]] = (None, [])  # output of the last unit, and the versions of its tensors
 
     def joins(unit: Unit, args: Any, kwargs: Any) -> bool:
@@ -118,16 +126,12 @@ def trace_units(model: nn.Module, units: list[Unit], inputs: Mapping[str, Any]) 
 
     def enter(unit: Unit) -> Callable:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if name in ran:
-                raise ValueError(f"{name} runs more than once in a forward pass; exclude it from quantization")
-            ran.add(name)
             tracer.inside_unit = True
             if joins(unit, args, kwargs):
                 return
             unit.sources = sorted(tracer.origin((args, kwargs)))
             order.append(unit)
 
-        name = unit.name
         return hook
 
     def leave(unit: Unit) -> Callable:
@@ -163,6 +167,6 @@ def trace_units(model: nn.Module, units: list[Unit], inputs: Mapping[str, Any]) 
         for handle in handles:
             handle.remove()
     for unit in order:
-        called = {name: layer for name, layer in unit.layers.items() if id(layer) in layer_order}
-        unit.layers = dict(sorted(called.items(), key=lambda item: layer_order[id(item[1])]))
+        called = {name: layer for name, layer in unit.layers.items() if layer in maybe}
+        unit.layers = dict(sorted(called.items(), key=lambda item: layer_order.get(id(item[1]), len(layer_order))))
     return order, splits

@@ -3,13 +3,13 @@
 BRECQ (Li et al. 2021) and Q-Diffusion (Li et al. 2023) reconstruct a residual block at a time. Which modules those
 are follows from the structure: a *stage* holds a list of composite modules (UNet down blocks hold ResNets, a
 transformer holds its blocks; a list of one between projections makes no stage), a *block* is a composite below the
-stages, and a layer that stands alone is a unit of its own, unless a forward pass shows that it reads a block's output
-(`trace_units`).
+stages, and a layer that stands alone is a unit of its own. Forward passes correct this (`trace_units`): a layer that
+reads a block's output joins it, and what is not called once with whole samples, such as an expert, joins what is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -28,6 +28,7 @@ class Unit:
         layers: its layers that are to be quantized, by full name, in the order in which they first run.
         sources: earlier units whose outputs its inputs are made from, without another unit between.
         attention: its modules whose attention is to be quantized, by full name.
+        left: why it is no unit after all, but left to the network in full precision; empty if it is one.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Unit:
     layers: dict[str, nn.Module]
     sources: list[int] = field(default_factory=list)
     attention: dict[str, nn.Module] = field(default_factory=dict)
+    left: str = ""
 
     @property
     def parameters(self) -> int:
@@ -47,22 +49,34 @@ def layer_count(module: nn.Module) -> int:
     return sum(is_quantizable(m) for m in module.modules())
 
 
-def _is_stage(module: nn.Module) -> bool:
+def _is_stage(module: nn.Module, experts: Collection[nn.Module]) -> bool:
     """Whether a module holds a list of blocks; one around a single block, with layers of its own, is a block itself."""
-    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
+    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and m not in experts]
     blocks = [e for m in lists for e in m if e is not None and layer_count(e) > 1]
     listed = {layer for m in lists for layer in m.modules()}
     has_own_layers = any(is_quantizable(layer) and layer not in listed for layer in module.modules())
     return len(blocks) > 1 or (len(blocks) == 1 and not has_own_layers)
 
 
-def _walk(module: nn.Module, name: str, is_root: bool) -> Iterator[tuple[str, nn.Module]]:
+def walk(model: nn.Module, experts: Collection[nn.Module] = ()) -> Iterator[tuple[str, nn.Module]]:
+    """The candidates for units, by name.
+
+    Args:
+        model: the network.
+        experts: lists whose members are no blocks.
+    """
+    return _walk(model, "", experts, is_root=True)
+
+
+def _walk(
+    module: nn.Module, name: str, experts: Collection[nn.Module], is_root: bool = False
+) -> Iterator[tuple[str, nn.Module]]:
     if not layer_count(module):
         return
     is_container = isinstance(module, (nn.ModuleList, nn.ModuleDict))
-    if is_root or is_container or (not is_quantizable(module) and _is_stage(module)):
+    if is_root or is_container or (not is_quantizable(module) and _is_stage(module, experts)):
         for child_name, child in module.named_children():
-            yield from _walk(child, f"{name}.{child_name}" if name else child_name, is_root=False)
+            yield from _walk(child, f"{name}.{child_name}" if name else child_name, experts)
     else:
         yield name, module
 
@@ -115,7 +129,7 @@ def discover_units(
     chosen = select_layers(names, include, exclude)
     units: list[Unit] = []
     layers_alone = ((name, module) for name, module in model.named_modules() if is_quantizable(module))
-    for name, module in layers_alone if by_layer else _walk(model, "", is_root=True):
+    for name, module in layers_alone if by_layer else walk(model):
         if any(module is unit.module for unit in units):
             continue  # a module may have several names
         layers = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -146,9 +146,6 @@ class InterceptedAttention(SwappedModule):
             )
         return output
 
-    def __reduce__(self) -> Any:
-        return _remade, type(self).__bases__, self.__getstate__()  # pickle does not find the class by its name
-
 
 class QuantizedAttention(InterceptedAttention, QuantizedModule):
     """Mixin of modules whose attention is being calibrated; use `make_attention_quantized` to turn one into it.
@@ -181,24 +178,6 @@ class PackedAttention(InterceptedAttention):
     def describe(self) -> list[dict[str, Any]]:
         """All of the operands that is not in their tensors: plain types, which `make_attention_empty` reads."""
         return [describe_quantizer(q) for q in self.operands]
-
-
-def _remade(kind: type[InterceptedAttention], plain: type[nn.Module]) -> nn.Module:
-    """A module of a class of `attention_class`, to be filled."""
-    made: Any = attention_class(kind, plain)
-    return cast(nn.Module, made.__new__(made))
-
-
-A = TypeVar("A", bound=InterceptedAttention)
-_CLASSES: dict[tuple[type, type], Any] = {}
-
-
-def attention_class(kind: type[A], plain: type[nn.Module]) -> type[A]:
-    """The class of a kind that modules of a plain class become."""
-    key = (kind, plain)
-    if key not in _CLASSES:
-        _CLASSES[key] = type(f"{plain.__name__}With{kind.__name__}", key, {"plain": plain})
-    return cast(type[A], _CLASSES[key])
 
 
 def quantized_attention(module: nn.Module) -> dict[str, InterceptedAttention]:

@@ -243,9 +243,18 @@ QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {
 }
 
 
+def operation_of(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The class of torch whose operation a class of layers computes, None if it may compute something else."""
+    plain = next((plain for plain in QUANTIZED_CLASSES if issubclass(kind, plain)), None)
+    computes = ("forward", "_conv_forward")
+    return plain if all(getattr(kind, name, None) == getattr(plain, name, None) for name in computes) else None
+
+
 def is_quantizable(module: nn.Module) -> bool:
-    """Whether a module is a layer that `make_quantized` takes (subclasses may compute something else)."""
-    return type(module) in QUANTIZED_CLASSES or isinstance(module, QuantizedLayer)
+    """Whether a module is a layer that `make_quantized` takes: an operation of torch with a weight of its own."""
+    if isinstance(module, QuantizedLayer):
+        return True
+    return module._parameters.get("weight") is not None and operation_of(type(module)) is not None
 
 
 def quantized_layers(module: nn.Module) -> dict[str, QuantizedLayer]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,34 @@ from fpq_lightning.nn.attention import (
     InterceptedAttention,
     PackedAttention,
     QuantizedAttention,
-    attention_class,
 )
 from fpq_lightning.nn.backends.paths import fitting_paths
-from fpq_lightning.nn.calibrated import QUANTIZED_CLASSES, LayerQuantization, QuantizedLayer, Variants, as_modules
+from fpq_lightning.nn.calibrated import (
+    QUANTIZED_CLASSES,
+    LayerQuantization,
+    QuantizedLayer,
+    Variants,
+    as_modules,
+    operation_of,
+)
 from fpq_lightning.nn.input_quantizer import empty_quantizer
 from fpq_lightning.nn.packed_layer import PACKED_CLASSES, PackedLayer
 from fpq_lightning.nn.packed_weight import PackedWeight
-from fpq_lightning.nn.swap import SwappedModule, restore, swap
+from fpq_lightning.nn.swap import SwappedModule, class_for, restore, swap
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
+
+L = TypeVar("L", bound=SwappedModule)
 
 
 def _plain_class(layer: nn.Module) -> type[nn.Module]:
     return layer.plain if isinstance(layer, SwappedModule) else type(layer)
+
+
+def _class_of(classes: Mapping[type[nn.Module], type[L]], layer: nn.Module) -> type[L]:
+    """The class of a layer's operation; one of its own for a subclass, which may hold more."""
+    plain = _plain_class(layer)
+    kind = classes[cast(type[nn.Module], operation_of(plain))]
+    return kind if kind.plain is plain else class_for(kind, plain)
 
 
 # --- layers --------------------------------------------------------------------------------------------------------
@@ -51,7 +66,7 @@ def make_quantized(layer: nn.Module, granularity: Granularity, splits: Sequence[
         raise ValueError(f"splits {sizes} do not add up to {channels} input channels")
     return swap(
         layer,
-        QUANTIZED_CLASSES[type(layer)],
+        _class_of(QUANTIZED_CLASSES, layer),
         splits=sizes,
         granularity=granularity,
         variants=Variants(),
@@ -75,7 +90,7 @@ def make_packed(
     device = "cpu" if weight.is_meta else weight.device  # for it is not loaded
     packed = swap(
         layer,
-        PACKED_CLASSES[_plain_class(layer)],
+        _class_of(PACKED_CLASSES, layer),
         shape=tuple(weight.shape),
         splits=tuple(splits),
         weights=as_modules(weights),
@@ -157,7 +172,7 @@ def make_attention_quantized(module: nn.Module, name: str, n_calls: int) -> Quan
     """
     return swap(
         module,
-        attention_class(QuantizedAttention, type(module)),
+        class_for(QuantizedAttention, type(module)),
         full_name=name,
         n_calls=n_calls,
         observers=(),
@@ -169,7 +184,7 @@ def make_attention_quantized(module: nn.Module, name: str, n_calls: int) -> Quan
 def _make_attention_packed(
     module: nn.Module, name: str, n_calls: int, operands: Sequence[Quantizer]
 ) -> PackedAttention:
-    kind = attention_class(PackedAttention, _plain_class(module))
+    kind = class_for(PackedAttention, _plain_class(module))
     return swap(module, kind, full_name=name, n_calls=n_calls, operands=as_modules(operands))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 _WRITES = re.compile(r"[a-z]\w*[a-z0-9]_|__setitem__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|[lr]shift)__")
 _DATA: Any = Tensor.data
+_JOINS = (torch.cat, torch.concat, torch.concatenate)
 _HARMLESS = ("requires_grad_", "share_memory_")
 
 
@@ -23,15 +24,22 @@ class DecodedWeight(Tensor):
     mode and under `torch.compile`, and refuses a write only after it happened.
     """
 
+    _is_hf_initialized = True  # or transformers would fill it with random numbers
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _JOINS and sum(isinstance(x, cls) for x in (args[0] if args else kwargs["tensors"])) > 1:
+            raise RuntimeError(
+                "packed projections cannot be fused, as each has a quantizer of its own: call dequantize() of the "
+                "model first, or leave fuse_qkv_projections out"
+            )
         out = kwargs.get("out")
         written = [*out] if isinstance(out, (tuple, list)) else [out]
         if func == _DATA.__set__ or (_WRITES.fullmatch(func.__name__) and func.__name__ not in _HARMLESS):
-            written.append(args[0])
+            written.append(args[0] if args else next(iter(kwargs.values())))
         if any(isinstance(x, cls) and not isinstance(x, nn.Parameter) for x in written):
             raise RuntimeError(
                 f"a packed weight cannot be written ({func.__name__}), so no adapter can be fused into it: call "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -17,6 +18,22 @@ from fpq_lightning.nn.operands import Operands
 from fpq_lightning.nn.packed_weight import PackedWeight
 from fpq_lightning.nn.split_layer import SplitLayer
 from fpq_lightning.quantization.quantizer import Quantizer
+
+
+class _PackedMetadata(dict[str, Any]):
+    """The entry of a packed layer in the metadata of a state dict, which layers that are not packed refuse.
+
+    torch asks it for options when a layer loads the state. Packed layers take a plain copy first.
+    """
+
+    def get(self, key: str, default: Any = None) -> Any:
+        raise ValueError(
+            "a layer that is not packed cannot load the state of a packed one: call dequantize() of the quantized "
+            "model first, or take the full-precision model"
+        )
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, (), None, None, iter(self.items())
 
 
 class PackedLayer(SplitLayer):
@@ -61,6 +78,20 @@ class PackedLayer(SplitLayer):
     def simulate(self, x: Tensor) -> Tensor:
         """Runs the layer on a decoded weight and an input that was quantized and dequantized."""
         return decode.run(x, self.operands)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]] = _PackedMetadata(destination._metadata[prefix[:-1]])
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        if len(self.weights) and f"{prefix}weight" in state_dict:
+            raise ValueError(
+                f"{prefix}weight: a packed layer cannot load a plain weight: call dequantize() of its model first"
+            )
+        super()._load_from_state_dict(state_dict, prefix, dict(local_metadata), *args)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_plan": None}

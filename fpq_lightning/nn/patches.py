@@ -16,13 +16,14 @@ def patches(layer: SplitLayer, x: Tensor, at_most: int, generator: torch.Generat
 
     Args:
         layer: Linear or Conv.
-        x: its input, with a leading batch dimension.
+        x: its input; one without a batch is a batch of one.
         at_most: places of each element; of more than these one is drawn from each of as many equal ranges.
         generator: to draw with, on the CPU.
 
     Returns:
         `[batch, places, groups, in / groups * kernel]`.
     """
+    x = layer.batched(x)
     if isinstance(layer, nn.Linear):
         tokens = x.reshape(len(x), -1, 1, x.shape[-1])
         return _drawn(tokens, 1, at_most, generator).flatten(3)

@@ -49,6 +49,10 @@ class SplitLayer(SwappedModule, _PlainLayer):
         """The dimension of the input that holds its channels."""
         return -1 if isinstance(self, nn.Linear) else -1 - len(self.stride)
 
+    def batched(self, x: Tensor) -> Tensor:
+        """An input with the leading dimension that a call may leave out."""
+        return x[None] if x.ndim == (1 if isinstance(self, nn.Linear) else self.weight.ndim - 1) else x
+
     @property
     def token_dims(self) -> tuple[int, ...]:
         """Dimensions of the input that share one scale when it is dynamic: a token, or an image of a convolution."""

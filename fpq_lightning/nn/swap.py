@@ -68,3 +68,26 @@ def restore(module: nn.Module) -> nn.Module:
             delattr(module, name)
         module.__class__ = kind.plain
     return module
+
+
+K = TypeVar("K", bound=SwappedModule)
+_CLASSES: dict[tuple[type, type], Any] = {}
+
+
+def class_for(kind: type[K], plain: type[nn.Module]) -> type[K]:
+    """The class of a kind that modules of a plain class become, where the kind is not made for one class alone."""
+    key = (kind, plain)
+    if key not in _CLASSES:
+        attributes = {"plain": plain, "__reduce__": _reduce}
+        _CLASSES[key] = type(f"{plain.__name__}With{kind.__name__}", key, attributes)
+    return cast(type[K], _CLASSES[key])
+
+
+def _reduce(module: SwappedModule) -> Any:
+    return _remade, type(module).__bases__, module.__getstate__()  # pickle does not find the class by its name
+
+
+def _remade(kind: type[SwappedModule], plain: type[nn.Module]) -> nn.Module:
+    """A module of a class of `class_for`, to be filled."""
+    made: Any = class_for(kind, plain)
+    return cast(nn.Module, made.__new__(made))

@@ -225,17 +225,19 @@ def _add(moments: Moments, layer: QuantizedLayer, full: Tensor, other: Tensor, w
         weights: of the samples.
         seed: of the places that are drawn.
     """
+    if not other.numel():  # an expert that is not chosen may be called without tokens
+        return
     if full.shape != other.shape:  # an expert that was given other tokens: rounding alone is made up for
         full = other
     y, x = (
         patches(layer, values, _PLACES, torch.Generator().manual_seed(seed))
         for values in (layer.quantize_input(other, layer.variants["closed_form"].inputs), full)
     )
-    # Layers that see another leading dimension than the samples weigh them alike if it is no multiple.
+    # Layers that see another leading dimension than the samples weigh them alike if it is no multiple. All places count
+    # alike, in whichever call.
     folded, rest = divmod(len(x), len(weights))
     each = weights.new_ones(len(x)) if rest else weights.repeat_interleave(folded)
-    share_of_place = len(weights) / (len(x) * x.shape[1])
-    moments.add(x.flatten(0, 1), y.flatten(0, 1), each.repeat_interleave(x.shape[1]) * share_of_place)
+    moments.add(x.flatten(0, 1), y.flatten(0, 1), each.repeat_interleave(x.shape[1]))
 
 
 # --- a layer -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -25,34 +26,46 @@ from fpq_lightning.utils import distributed
 _MAX_VALUES = 2**20  # of an activation that the search looks at
 
 
-def collect_layer_inputs(unit: Unit, calls: Iterable[Any]) -> dict[str, Tensor]:
-    """The input of every layer of a unit.
+Inputs = Tensor | list[Tensor]
+"""What a layer reads, along the samples; a list if it is called several times, or with different shapes."""
+
+
+def collect_layer_inputs(unit: Unit, calls: Iterable[Any]) -> dict[str, Inputs]:
+    """The input of every layer of a unit that runs.
 
     Args:
         unit: its layers are quantized classes.
         calls: lazily makes full-precision calls of the unit.
     """
-    seen: dict[str, list[Tensor]] = {name: [] for name in unit.layers}
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda _, args, kwargs, name=name: seen[name].append(input_of(args, kwargs)), with_kwargs=True
-        )
-        for name, layer in unit.layers.items()
-    ]
+    # Of each layer, what its first, second, ... calls in a call of the unit read, by shape.
+    seen: dict[str, dict[Any, list[Tensor]]] = {name: {} for name in unit.layers}
+    made: Counter[str] = Counter()
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            x = layer.batched(input_of(args, kwargs))
+            if x.numel():  # an expert that is not chosen may be called without tokens
+                seen[name].setdefault((made[name], x.shape[1:]), []).append(x)
+            made[name] += 1
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in unit.layers.items()]
     try:
         with torch.no_grad(), running(unit.module, "full_precision"):
             for _ in calls:
-                pass
+                made.clear()
     finally:
         for handle in handles:
             handle.remove()
     readers: dict[tuple[int, ...], list[str]] = {}  # queries, keys and values are made from one tensor
-    for name, parts in seen.items():
-        readers.setdefault(tuple(map(id, parts)), []).append(name)
+    for name, by_call in seen.items():
+        readers.setdefault(tuple(id(x) for parts in by_call.values() for x in parts), []).append(name)
     readers.pop((), None)
-    found: dict[str, Tensor] = {}
+    found: dict[str, Inputs] = {}
     for names in readers.values():
-        found |= dict.fromkeys(names, torch.cat(seen[names[0]]))
+        inputs = [torch.cat(parts) for parts in seen[names[0]].values()]
+        found |= dict.fromkeys(names, inputs[0] if len(inputs) == 1 else inputs)
         for name in names:
             del seen[name]
     return found
@@ -83,14 +96,14 @@ def _output_energy(layer: QuantizedLayer, inputs: Iterable[Tensor], weight: Tens
 
 def _search_weight(
     layer: QuantizedLayer,
-    inputs: Callable[[], Iterable[Tensor]],
+    inputs: Callable[[], Iterable[Tensor]] | None,
     part: Tensor,
     formats: tuple[Format, ...],
     recipe: Recipe,
 ) -> Quantizer:
     rows = layer.granularity.rows(part)
     scale_format = parse_scale_format(layer.granularity.scale_format)
-    if recipe.weights.objective != "output":
+    if recipe.weights.objective != "output" or inputs is None:
         return search_tensor_error(rows, formats, recipe.weights.objective == "max", scale_format)
     per_channel = layer.granularity.kind != "tensor"
 
@@ -102,33 +115,36 @@ def _search_weight(
     return search_output_error(rows, formats, output_error, scale_format=scale_format)
 
 
-def _search_tokens(layer: QuantizedLayer, x: Tensor, formats: tuple[Format, ...], passes: int) -> Quantizer:
+def _search_tokens(layer: QuantizedLayer, xs: list[Tensor], formats: tuple[Format, ...], passes: int) -> Quantizer:
     def error(trial: Quantizer) -> float:
-        return sum((trial(some) - some).square().sum().item() for some in _float_parts(x, passes))
+        return sum((trial(some) - some).square().sum().item() for some in _float_parts(xs, passes))
 
     return min((Quantizer(fmt, None, token_dims=layer.token_dims) for fmt in formats if fmt.min < 0), key=error)
 
 
-def _float_parts(x: Tensor, passes: int) -> Iterator[Tensor]:
+def _float_parts(xs: list[Tensor], passes: int) -> Iterator[Tensor]:
     """An activation in float32, which as a whole may be more than there is memory for."""
-    return (some.float() for some in x.chunk(passes))
+    return (some.float() for x in xs for some in x.chunk(passes))
 
 
-def _scaled_parts(x: Tensor, factors: Tensor, passes: int) -> Iterator[Tensor]:
-    return (some * factor for some, factor in zip(_float_parts(x, passes), factors.chunk(passes), strict=True))
+def _scaled_parts(xs: list[Tensor], factors: list[Tensor], passes: int) -> Iterator[Tensor]:
+    """An activation in float32, each sample times a factor."""
+    each = (some for values in factors for some in values.chunk(passes))
+    return (x * f.reshape(-1, *[1] * (x.ndim - 1)) for x, f in zip(_float_parts(xs, passes), each, strict=True))
 
 
 def _search_input(
-    layer: QuantizedLayer, x: Tensor, weight: Tensor, formats: tuple[Format, ...], recipe: Recipe, passes: int
+    layer: QuantizedLayer, xs: list[Tensor], weight: Tensor, formats: tuple[Format, ...], recipe: Recipe, passes: int
 ) -> Quantizer:
     activations = recipe.activations
-    values = _some_values(x)
+    values = _some_values(xs)
     # The extremes decide the largest clip tried, wherever the sampling above falls.
-    values = torch.cat([values, x.amin().reshape(1, 1).float(), x.amax().reshape(1, 1).float()], dim=1)
+    extremes = [f(x).reshape(1, 1).float() for x in xs for f in (torch.amin, torch.amax)]
+    values = torch.cat([values, *extremes], dim=1)
     if activations.objective == "output":
 
         def output_error(trial: Quantizer) -> Tensor:
-            changes = (_placed_like(trial, some) - some for some in _float_parts(x, passes))
+            changes = (_placed_like(trial, some) - some for some in _float_parts(xs, passes))
             return _output_energy(layer, changes, weight).sum().reshape(1)
 
         quantizer = search_output_error(values, formats, output_error)
@@ -143,16 +159,16 @@ def _of_tensor(quantizer: Quantizer) -> Quantizer:
     return Quantizer(quantizer.format, cast(Tensor, quantizer.scale).data.reshape(()), offset)
 
 
-def _some_values(x: Tensor) -> Tensor:
-    values = x.reshape(1, -1)
-    return values[:, :: max(1, values.shape[1] // _MAX_VALUES)].float()
+def _some_values(xs: list[Tensor]) -> Tensor:
+    step = max(1, sum(x.numel() for x in xs) // _MAX_VALUES)
+    return torch.cat([x.reshape(1, -1)[:, ::step].float() for x in xs], dim=1)
 
 
-def _warn_of_lost_bulk(name: str, quantizer: Quantizer, x: Tensor) -> None:
+def _warn_of_lost_bulk(name: str, quantizer: Quantizer, xs: list[Tensor]) -> None:
     """Says so if one static scale, stretched by outliers, leaves little of most values."""
     if quantizer.scale is None:
         return
-    values = _some_values(x)
+    values = _some_values(xs)
     magnitude = values.abs()
     present = magnitude > 0
     lost = ((quantizer(values) - values).abs() > magnitude / 2) & present
@@ -170,10 +186,12 @@ def _placed_like(trial: Quantizer, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def search_unit(unit: Unit, layer_inputs: dict[str, Tensor], weights: Tensor, recipe: Recipe, passes: int = 1) -> None:
+def search_unit(
+    unit: Unit, layer_inputs: Mapping[str, Inputs], weights: Tensor, recipe: Recipe, passes: int = 1
+) -> None:
     """Chooses format and clip of every weight and input of a unit; gives its layers the variant ``nearest``.
 
-    The processes of a run take some of the layers each.
+    The processes of a run take some of the layers each. A layer without inputs keeps its input in full precision.
 
     Args:
         unit: its layers are quantized classes.
@@ -189,30 +207,36 @@ def search_unit(unit: Unit, layer_inputs: dict[str, Tensor], weights: Tensor, re
     by_size = sorted(unit.layers, key=lambda name: -cast(Tensor, unit.layers[name].weight).numel())
     for name in by_size[distributed.rank() :: distributed.world_size()]:
         layer = cast(QuantizedLayer, unit.layers[name])
-        x = layer_inputs[name]
-        if not x.isfinite().all():
-            raise ValueError(f"{name}: its input holds NaN or Inf on the calibration set; exclude the layer")
-        # An output error is linear in the input, so scaled inputs give weighted errors. Layers that see another
-        # leading dimension than the samples (tokens folded into it) weigh them alike.
-        significance = weights.sqrt() if len(weights) == len(x) else weights.new_ones(len(x))
-        quantizers, inputs = [], []
-        xs = x.split(layer.splits, dim=layer.channel_dim) if len(layer.splits) > 1 else (x,)
-        for part, x_part in zip(layer.weight_parts(), xs, strict=True):
-            weight = part
-            if formats := recipe.weight_formats():
-                scaled = partial(_scaled_parts, x_part, significance.reshape(-1, *[1] * (x.ndim - 1)), passes)
-                quantizers.append(_search_weight(layer, scaled, part, formats, recipe))
-                weight = quantizers[-1](layer.granularity.rows(part)).reshape(part.shape)
-            if formats := recipe.activation_formats():
-                if recipe.has_token_scales(name):
-                    inputs.append(_search_tokens(layer, x_part, formats, passes))
-                else:
-                    inputs.append(_search_input(layer, x_part, weight, formats, recipe, passes))
-                _warn_of_lost_bulk(name, inputs[-1], x_part)
-        found[name] = LayerQuantization(quantizers, inputs)
+        read = layer_inputs.get(name, [])
+        found[name] = _search_layer(name, layer, [read] if isinstance(read, Tensor) else read, weights, recipe, passes)
     found = share(found, weights.device)
     for name, module in unit.layers.items():
         cast(QuantizedLayer, module).variants["nearest"] = found[name]
+
+
+def _search_layer(
+    name: str, layer: QuantizedLayer, xs: list[Tensor], weights: Tensor, recipe: Recipe, passes: int
+) -> LayerQuantization:
+    if not all(x.isfinite().all() for x in xs):
+        raise ValueError(f"{name}: its input holds NaN or Inf on the calibration set; exclude the layer")
+    # An output error is linear in the input, so scaled inputs give weighted errors. Layers that see another leading
+    # dimension than the samples (tokens folded into it) weigh them alike.
+    significance = [weights.sqrt() if len(weights) == len(x) else weights.new_ones(len(x)) for x in xs]
+    quantizers, inputs = [], []
+    pieces = [x.split(layer.splits, dim=layer.channel_dim) if len(layer.splits) > 1 else (x,) for x in xs]
+    for i, part in enumerate(layer.weight_parts()):
+        weight, mine = part, [piece[i] for piece in pieces]
+        if formats := recipe.weight_formats():
+            scaled = partial(_scaled_parts, mine, significance, passes) if mine else None
+            quantizers.append(_search_weight(layer, scaled, part, formats, recipe))
+            weight = quantizers[-1](layer.granularity.rows(part)).reshape(part.shape)
+        if mine and (formats := recipe.activation_formats()):
+            if recipe.has_token_scales(name):
+                inputs.append(_search_tokens(layer, mine, formats, passes))
+            else:
+                inputs.append(_search_input(layer, mine, weight, formats, recipe, passes))
+            _warn_of_lost_bulk(name, inputs[-1], mine)
+    return LayerQuantization(quantizers, inputs)
 
 
 @torch.no_grad()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,13 +20,14 @@ from fpq_lightning.nn.calibrated import LayerQuantization, Mode, QuantizedLayer,
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.reconstruction.backward import Backward
 from fpq_lightning.reconstruction.closed_form import solve_unit
-from fpq_lightning.reconstruction.initialise import collect_layer_inputs, search_attention, search_unit
+from fpq_lightning.reconstruction.initialise import Inputs, collect_layer_inputs, search_attention, search_unit
 from fpq_lightning.reconstruction.objective import UnitObjective, unit_error
 from fpq_lightning.reconstruction.optimizer import GraphedAdam
 from fpq_lightning.reconstruction.out_of_memory import gradients, within_memory
 from fpq_lightning.reconstruction.report import UnitReport
 from fpq_lightning.reconstruction.schedule import schedule
 from fpq_lightning.utils import distributed
+from fpq_lightning.utils.side_work import side_work
 
 T = TypeVar("T")
 
@@ -58,6 +61,7 @@ class UnitTrainer:
         self.attention = cast(dict[str, QuantizedAttention], self.unit.attention)
         self.quantized: dict[str, QuantizedModule] = {**self.layers, **self.attention}
         self.backward: Backward | None = None
+        self.unreached: set[str] = set()  # layers that no sample to learn from reaches
         self._clock = time.perf_counter()
 
     def begin(self, learns: bool, state: dict[str, Tensor] | None = None) -> None:
@@ -112,22 +116,19 @@ class UnitTrainer:
         return cast(float, report.error_nearest if self.start == "nearest" else report.error_closed_form)
 
     def _solve(self) -> None:
-        solve_unit(self.replay, self.layers, self.samples.local(self.samples.train), self.recipe)
-        for module in self.attention.values():
+        reached = {name: layer for name, layer in self.layers.items() if name not in self.unreached}
+        solve_unit(self.replay, reached, self.samples.local(self.samples.train), self.recipe)
+        without = [self.layers[name] for name in self.unreached]
+        for module in [*without, *self.attention.values()]:
             module.variants["closed_form"] = cast(LayerQuantization, module.variants["nearest"]).copy()
         self.report.error_closed_form = self._error("closed_form")
 
     def _search(self) -> None:
         rows, shard = self.samples.search, self.samples.shard
         order: list[Tensor] = []
-
-        def calls() -> Iterator[Any]:
-            for positions, inputs in self.replay.gathered_inputs(self.samples.local(rows), shard.placement(rows)):
-                order.append(positions)
-                yield self.replay.call(inputs)
-
         with observing(self.attention) as operands:
-            layer_inputs = collect_layer_inputs(self.unit, calls())
+            layer_inputs = collect_layer_inputs(self.unit, self._calls(rows, order))
+        self._look_further(layer_inputs)
         local_weights = self.replay.weights(self.samples.local(rows))
         weights = distributed.gather_rows(local_weights, shard.placement(rows))
         weights = weights[torch.cat(order).to(weights.device)]
@@ -140,6 +141,28 @@ class UnitTrainer:
             self.report.activation_formats[name] = [q.format.name for q in nearest.inputs]
             if name in self.layers:
                 self.report.weight_formats[name] = [q.format.name for q in nearest.weights]
+
+    def _calls(self, rows: Tensor, order: list[Tensor]) -> Iterator[Any]:
+        """Calls the unit with samples of all processes, and adds to `order` which of them each call takes."""
+        placement = self.samples.shard.placement(rows)
+        for positions, inputs in self.replay.gathered_inputs(self.samples.local(rows), placement):
+            order.append(positions)
+            yield self.replay.call(inputs)
+
+    def _look_further(self, layer_inputs: dict[str, Inputs]) -> None:
+        """Adds the inputs of layers, such as experts, that samples beyond those of the search reach first."""
+        for rows in self.samples.train.split(len(self.samples.search)):
+            missing = {name: layer for name, layer in self.unit.layers.items() if name not in layer_inputs}
+            if not missing:
+                break
+            layer_inputs |= collect_layer_inputs(replace(self.unit, layers=missing), self._calls(rows, []))
+        self.unreached = self.unit.layers.keys() - layer_inputs.keys()
+        if self.unreached:
+            names = ", ".join(name for name in self.unit.layers if name in self.unreached)
+            warnings.warn(
+                f"{names}: no sample to learn from reaches them, so rounded to nearest, with inputs in full precision",
+                stacklevel=2,
+            )
 
     def start_learning(self, state: dict[str, Tensor] | None) -> None:
         """Makes the variables of the unit, and what computes their gradients.
@@ -300,29 +323,23 @@ class UnitTrainer:
     def correct_bias(self) -> None:
         """Takes the mean error of the unit's output out of its last layer's bias, if that helps held-out samples.
 
-        Rounding shifts the mean of a layer's output (Nagel et al. 2019, section 4.2).
+        Rounding shifts the mean of a layer's output (Nagel et al. 2019, section 4.2). A unit with further outputs, or
+        whose output has other channels than the layer, is left as it is.
         """
-        replay = self.replay
         layer = list(self.layers.values())[-1]
         if layer.bias is None:
             return
-        total = torch.zeros(len(layer.weight) + 1, dtype=torch.float64, device=layer.weight.device)
-        fits, n_outputs = True, len(parts_of(self.unit.module))
-        with torch.no_grad(), running(self.unit.module, "quantized"):
-            for r in replay.chunks(self.samples.local(self.samples.train)):
-                outputs, targets = replay.by_sample(replay.call(replay.inputs(r)), r), replay.targets(r)
-                if len(outputs) != n_outputs or outputs[-1].shape[layer.channel_dim] != len(layer.weight):
-                    fits = False
-                    break
-                difference = (targets[-1].double() - outputs[-1].double()).transpose(1, layer.channel_dim)
-                shift = difference.flatten(2).mean(2) if difference.ndim > 2 else difference
-                weights = replay.weights(r)
-                spread = weights.repeat_interleave(len(shift) // len(r)) * (len(r) / len(shift))
-                total[:-1] += (shift * spread[:, None]).sum(0)
-                total[-1] += weights.sum()
-        if not fits:
-            return
+        total = torch.full((len(layer.weight) + 1,), torch.nan, dtype=torch.float64, device=layer.weight.device)
+        # What one process cannot add up, none may use.
+        with (
+            side_work(f"{self.unit.name}: bias correction", but=torch.OutOfMemoryError),
+            torch.no_grad(),
+            running(self.unit.module, "quantized"),
+        ):
+            total = self._mean_errors(layer)
         distributed.sum_over_ranks(total)
+        if not total.isfinite().all() or not total[-1] > 0:
+            return
         quantization = cast(LayerQuantization, layer.variants["quantized"])
         before = quantization.bias
         quantization.set_bias((layer.bias if before is None else before) + (total[:-1] / total[-1]).float())
@@ -334,3 +351,28 @@ class UnitTrainer:
                 self.report.error_quantized = corrected
             else:
                 quantization.bias = before
+
+    def _mean_errors(self, layer: QuantizedLayer) -> Tensor:
+        """Sums of the errors of each output channel over samples of this process, and last of the samples' weights.
+
+        All NaN if the unit's output is not that of the layer.
+        """
+        replay, n_outputs = self.replay, len(parts_of(self.unit.module))
+        total = torch.zeros(len(layer.weight) + 1, dtype=torch.float64, device=layer.weight.device)
+        for r in replay.chunks(self.samples.local(self.samples.train)):
+            outputs, targets = replay.by_sample(replay.call(replay.inputs(r)), r), replay.targets(r)
+            shape = outputs[-1].shape
+            channels = range(-len(shape), 0)
+            if (
+                len(outputs) != n_outputs
+                or layer.channel_dim not in channels
+                or shape[layer.channel_dim] != len(total) - 1
+            ):
+                return total.fill_(torch.nan)
+            difference = (targets[-1].double() - outputs[-1].double()).movedim(layer.channel_dim, -1)
+            weights = replay.weights(r)
+            # Places of a sample lie together where there are so many to each; otherwise all count alike.
+            each = difference.reshape(len(r), -1, len(total) - 1).mean(1)
+            total[:-1] += (each * weights[:, None]).sum(0)
+            total[-1] += weights.sum()
+        return total

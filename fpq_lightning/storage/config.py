@@ -1,4 +1,4 @@
-"""``quantization_config`` of a denoiser's ``config.json``: what its files hold, and where it comes from."""
+"""``quantization_config`` of a model's ``config.json``: what its files hold, and where it comes from."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
 from fpq_lightning.formats.scales import FLOAT32
 from fpq_lightning.quantization.recipe import ActivationRecipe, Recipe, RoundingRecipe, WeightRecipe
+from fpq_lightning.storage.registration import register
 
 FORMAT_VERSION = 3
 """Of packed files that are written; version 1 is the dequantized form."""
@@ -20,17 +22,17 @@ READ_VERSIONS = (2, FORMAT_VERSION)
 
 
 class QuantizationMethod(str, Enum):  # noqa: UP042  diffusers looks it up among strings
-    """The name that diffusers knows these files by."""
+    """The name that diffusers and transformers know these files by."""
 
     FPQ = "fpq"
 
 
-class FPQConfig(QuantizationConfigMixin):
-    """Quantizes the weights of a diffusers model while it is loaded: nearest rounding, no data.
+class FPQConfig(QuantizationConfigMixin, TransformersConfigMixin):
+    """Quantizes the weights of a model of diffusers or transformers while it is loaded: nearest rounding, no data.
 
     Format and clip of every weight are those of least squared error. ``Model.from_pretrained(path,
-    quantization_config=FPQConfig("fp4"))`` takes it; of a pipeline, a `PipelineQuantizationConfig` whose
-    ``quant_mapping`` names the denoiser. Files in packed form bring their own.
+    quantization_config=FPQConfig("fp4"))`` takes it. Of a pipeline, a `PipelineQuantizationConfig` does, whose
+    ``quant_mapping`` names components, or whose ``quant_backend`` is ``fpq``. Files in packed form bring their own.
 
     Args:
         weights: a format, a family (``fp4``, ``fp6``, ``fp8``, ``hardware_fp8``) or a list, one chosen for each weight.
@@ -56,7 +58,7 @@ class FPQConfig(QuantizationConfigMixin):
         modules_to_not_convert: str | Sequence[str] = (),
         scale_format: str = FLOAT32,
     ) -> None:
-        self.quant_method = QuantizationMethod.FPQ
+        self.quant_method: Any = QuantizationMethod.FPQ
         self.recipe = Recipe(
             weights=WeightRecipe(weights, granularity, group_size, scale_format, objective="tensor"),
             activations=ActivationRecipe(formats=None),
@@ -115,3 +117,6 @@ class FPQConfig(QuantizationConfigMixin):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.layers or ())} layers, {self.details})"
+
+
+register()

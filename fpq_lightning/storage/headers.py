@@ -7,6 +7,16 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+STORED_TYPES = {
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float32: "F32",
+}
+"""What safetensors calls the types of codes and scales."""
+
 _LONGEST = 100_000_000  # bytes of a header, the limit of safetensors
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 

@@ -38,7 +38,10 @@ Made by fpq_lightning {version} from `{base_model}`.
 
 @contextmanager
 def _restored(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Restores the quantized modules of models, and their configurations, after a block that changes them."""
+    """Restores the quantized modules of models, and their configurations, after a block that changes them.
+
+    Within the block no quantizer looks whether the models are still as they were opened.
+    """
 
     def state(module: nn.Module) -> dict[str, Any]:
         return {k: copy.copy(v) if k in ("_parameters", "_buffers", "_modules") else v for k, v in vars(module).items()}
@@ -46,6 +49,9 @@ def _restored(models: Sequence[nn.Module]) -> Iterator[None]:
     quantized = [m for model in models for m in model.modules() if isinstance(m, SwappedModule)]
     before = [(module, type(module), state(module)) for module in quantized]
     configurations = [(model, model._internal_dict) for model in models if hasattr(model, "_internal_dict")]
+    others = [model.config for model in models if not hasattr(model, "_internal_dict") and hasattr(model, "config")]
+    options = [(config, dict(vars(config))) for config in others if hasattr(config, "__dict__")]  # of transformers
+    quantizers = [(model, vars(model).pop("hf_quantizer")) for model in models if "hf_quantizer" in vars(model)]
     try:
         yield
     finally:
@@ -54,6 +60,10 @@ def _restored(models: Sequence[nn.Module]) -> Iterator[None]:
             module.__dict__ = attributes
         for model, configuration in configurations:
             model._internal_dict = configuration
+        for config, values in options:
+            config.__dict__ = values
+        for model, quantizer in quantizers:
+            model.hf_quantizer = quantizer
 
 
 def save_quantized(pipeline: DiffusionPipeline, directory: Path, details: Mapping[str, Any], form: str = "fpq") -> None:

@@ -1,8 +1,8 @@
-"""Registers the quantizer with diffusers, without importing diffusers.
+"""Registers the quantizers with diffusers and transformers, without importing either.
 
-`import fpq_lightning` must make `from_pretrained` open packed models, but diffusers and torch take seconds to import
-and the command line's help needs neither. So the quantizer is registered right after diffusers has made its list of
-quantizers, which every `from_pretrained` imports.
+`import fpq_lightning` must make `from_pretrained` open packed models, but these libraries and torch take seconds to
+import and the command line's help needs none. So the quantizers are registered right after the first library has made
+its list of quantizers, which every `from_pretrained` imports. The models of diffusers import transformers as well.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-_LIST = "diffusers.quantizers.auto"
-_QUANTIZER = "fpq_lightning.storage.diffusers_quantizer"  # registers itself when it is imported
+_LISTS = ("diffusers.quantizers.auto", "transformers.quantizers.auto")
+_QUANTIZERS = (  # register themselves when they are imported
+    "fpq_lightning.storage.diffusers_quantizer",
+    "fpq_lightning.storage.transformers_quantizer",
+)
+_CONFIG = "fpq_lightning.storage.config"  # which they need
 
 
-class _AfterTheList(MetaPathFinder):
-    """Imports the quantizer after diffusers' list, once."""
+class _AfterAList(MetaPathFinder):
+    """Imports the quantizers after the first of the lists, once."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _LIST:
+        if fullname not in _LISTS:
             return None
         sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
@@ -34,15 +38,23 @@ class _AfterTheList(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            import_module(_QUANTIZER)
+            register()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
+def register() -> None:
+    """Imports the quantizers, unless their configuration is being imported, which calls this at its end."""
+    config = sys.modules.get(_CONFIG)
+    if config is None or hasattr(config, "FPQConfig"):
+        for quantizer in _QUANTIZERS:
+            import_module(quantizer)
+
+
 def register_when_imported() -> None:
-    """Registers the quantizer now if diffusers has its list already, otherwise as soon as it has."""
-    if _LIST in sys.modules:
-        import_module(_QUANTIZER)
+    """Registers the quantizers now if a library has its list already, otherwise as soon as one has."""
+    if any(listed in sys.modules for listed in _LISTS):
+        register()
     else:
-        sys.meta_path.insert(0, _AfterTheList())
+        sys.meta_path.insert(0, _AfterAList())

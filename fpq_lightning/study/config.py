@@ -14,6 +14,7 @@ from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.training.datamodule import CalibrationDataModule
+from fpq_lightning.utils.files import paths_to_text
 from fpq_lightning.utils.resources import find_config
 
 
@@ -68,6 +69,7 @@ class StudyConfig:
     tf32: bool = True
 
     def __post_init__(self) -> None:
+        paths_to_text(self)
         if self.evaluation.n_images < 2:
             raise ValueError("a study needs evaluation.n_images of at least 2")
         for name in self.rows:

@@ -20,7 +20,7 @@ from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.evaluation.evaluator import Evaluator
 from fpq_lightning.quantization.recipe import Recipe
-from fpq_lightning.storage.pipeline import is_quantized
+from fpq_lightning.storage.pipeline import is_quantized, read_description
 from fpq_lightning.training.callbacks.image_progress import ImageProgress
 from fpq_lightning.training.callbacks.quality_report import QualityReport
 from fpq_lightning.training.datamodule import CalibrationDataModule
@@ -52,7 +52,7 @@ class _SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Writes the file."""
         if stage == "fit":
-            file = Path(self.config.run_dir) / "config.yaml"
+            file = Path(self.config.run_dir).expanduser() / "config.yaml"
             self.parser.save(self.config, file, skip_none=False, overwrite=True, multifile=False)
 
 
@@ -132,6 +132,8 @@ class FPQCommandLine(LightningCLI):
         options = self.config_init[self.subcommand]
         if not options.model:
             raise ValueError("no model: give --model, the directory or hub id of a diffusers pipeline")
+        if self.subcommand != "fit" and is_quantized(options.model):
+            options.sampler = options.sampler.or_else(read_description(options.model).get("sampler", {}))
         if self.subcommand == "predict":
             options.sampler.check()
         else:
@@ -197,8 +199,9 @@ class FPQCommandLine(LightningCLI):
         """Runs the calibration in its run directory."""
         directory = self.run.directory
         try:
-            self.run.log_estimate(self.trainer)
-            if self.config_init[self.subcommand].dry_run:
+            dry_run = self.config_init[self.subcommand].dry_run
+            self.run.log_estimate(self.trainer, required=dry_run)
+            if dry_run:
                 return
             parameters = sum(p.numel() for p in self.run.module.denoiser.parameters())
             self.run.fit(self.trainer, self.config_init[self.subcommand].ckpt_path)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import chain
 from typing import Any, cast
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.diffusion.components import check_components, quantize_components
-from fpq_lightning.diffusion.pipelines import denoiser_name
+from fpq_lightning.diffusion.pipelines import denoiser_name, warn_of_further_denoisers
 from fpq_lightning.graph.attention import quantize_attention
-from fpq_lightning.graph.trace import trace_units
 from fpq_lightning.graph.units import Unit, discover_units, select_layers
 from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedModule, quantized_modules
 from fpq_lightning.nn.convert import make_quantized
+from fpq_lightning.nn.coverage import Coverage, coverage
 from fpq_lightning.quantization.quantizer import layers_without_groups, without_groups
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.reconstruction.report import UnitReport
@@ -30,7 +31,10 @@ from fpq_lightning.training.calibration_callback import CalibrationCallback
 from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.training.placement import Placement
 from fpq_lightning.training.plan import Plan
+from fpq_lightning.training.units import find_units
 from fpq_lightning.utils import distributed
+
+logger = logging.getLogger(__name__)
 
 
 class BlockReconstruction(pl.LightningModule):
@@ -60,6 +64,7 @@ class BlockReconstruction(pl.LightningModule):
         self.reports: list[UnitReport] = []
         self.plan = Plan()
         self.made_from: dict[str, Any] = {}  # what decides the result, kept in checkpoints
+        self.coverage = Coverage(0, 0, [])  # known once the units are
         self.unit_trainer: UnitTrainer | None = None  # the unit in work, once its epoch has started
         self._replay: NetworkReplay | None = None
         self._resumed: dict[str, Any] = {}  # variables and optimiser of the unit that a checkpoint left off in
@@ -68,6 +73,7 @@ class BlockReconstruction(pl.LightningModule):
         self._found = discover_units(denoiser, recipe.include, recipe.exclude, recipe.units == "layer")
         self._check_layers(denoiser)
         check_components(pipeline, recipe)
+        warn_of_further_denoisers(pipeline)
         self.placement = Placement(pipeline, [unit.module for unit in self._found] if offload else None)
         data.attach(self.placement, recipe.rounding.batch_size, self.plan)
 
@@ -143,12 +149,8 @@ class BlockReconstruction(pl.LightningModule):
         self.placement.to(device)
         if self.units:
             return
-        inputs = self.data.set.batch(slice(0, 1), device)
-        planned = [name for unit in self._found for name in unit.layers]
-        self.units, splits = trace_units(self.denoiser, self._found, inputs)
-        ran = {name for unit in self.units for name in unit.layers}
-        if skipped := [name for name in planned if name not in ran]:
-            warnings.warn(f"not called by the denoiser, so left in full precision: {', '.join(skipped)}", stacklevel=2)
+        self.units, splits, left_out = find_units(self.denoiser, self._found, self.data.set, device)
+        self._say_coverage(left_out)
         granularity, unfit = self.recipe.granularity(), []
         for unit in self.units:
             for name, layer in unit.layers.items():
@@ -160,12 +162,25 @@ class BlockReconstruction(pl.LightningModule):
             warnings.warn(without_groups(granularity, unfit), stacklevel=2)
         quantize_components(self.pipeline, self.recipe)
         if self.recipe.attention.formats is not None:
+            inputs = self.data.set.batch(slice(0, 1), device)
             left = quantize_attention(self.denoiser, self.units, inputs, self.recipe.include, self.recipe.exclude)
             if left:
                 warnings.warn(f"attention that is left in full precision: {', '.join(left)}", stacklevel=2)
         learns = self.recipe.rounding.learned and bool(self.recipe.weight_formats())
         iterations = self.recipe.rounding.iterations if learns else 0
         self.plan.steps = [iterations if unit.layers else 0 for unit in self.units]
+
+    def _say_coverage(self, left_out: Mapping[str, str]) -> None:
+        """Says how much is going to be quantized, and warns of what one would expect to be and is not."""
+        layers = {name for unit in self.units for name in unit.layers}
+        self.coverage = coverage(self.denoiser, layers if self.recipe.weight_formats() else (), left_out)
+        if self.trainer.is_global_zero:
+            for line in self.coverage.lines():
+                logger.info(line)
+        if left := [str(kept) for kept in self.coverage.kept if not kept.expected]:
+            warnings.warn(f"left in full precision: {', '.join(left)}", stacklevel=3)
+        if not layers:
+            raise ValueError(f"no layer can be quantized: {self.coverage.kept_phrase}")
 
     def _begin_unit(self) -> None:
         replay = self._replay_at_unit()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from fpq_lightning.calibration.key import CalibrationKey
 from fpq_lightning.calibration.shards import Shard
-from fpq_lightning.diffusion.pipelines import denoiser_name
-from fpq_lightning.diffusion.sampling import SamplerConfig
+from fpq_lightning.diffusion.pipelines import check_as_configured, check_not_compiled, denoiser_name
+from fpq_lightning.diffusion.sampling import SamplerConfig, sample, using_sampler
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.evaluation.evaluator import Evaluator
 from fpq_lightning.evaluation.report.markdown import recipe_phrase
@@ -94,8 +94,16 @@ class Run:
         check_images(self.evaluation.n_images, trainer.world_size, "--evaluation.n_images")
         return trainer
 
-    def log_estimate(self, trainer: pl.Trainer) -> None:
-        """Says what the run does and will take, on the first process; it does not fail for want of an estimate."""
+    def log_estimate(self, trainer: pl.Trainer, required: bool = False) -> None:
+        """Says what the run does and will take, on the first process.
+
+        Args:
+            trainer: of `trainer`.
+            required: whether an estimate is all that is asked for, so that the want of one is an error.
+
+        Raises:
+            ValueError: if so, and there is none.
+        """
         if not trainer.is_global_zero:
             return
         module, device = self.module, trainer.strategy.root_device
@@ -108,9 +116,12 @@ class Run:
             for line in estimate.lines():
                 logger.info(line)
         except Exception as error:  # whatever the model or its scheduler may raise
-            logger.info("no estimate (%s)", " ".join(str(error).split())[:150])
+            reason = " ".join(str(error).split())[:150]
+            if required:
+                raise ValueError(f"the run cannot be estimated: {reason}") from error
+            logger.info("no estimate (%s)", reason)
 
-    def fit(self, trainer: pl.Trainer, ckpt_path: str | None) -> None:
+    def fit(self, trainer: pl.Trainer, ckpt_path: str | Path | None) -> None:
         """Runs the calibration in its directory.
 
         Args:
@@ -122,6 +133,7 @@ class Run:
             ValueError: if the checkpoint does not fit, or the run was stopped before its end.
         """
         checkpoint = self._checkpoint(ckpt_path, trainer)
+        self._try_an_image(trainer)
         working = self.directory.working() if trainer.is_global_zero else nullcontext()
         with working, together(trainer):
             path = None if checkpoint is None else str(checkpoint)
@@ -135,7 +147,16 @@ class Run:
         self.module.use_quantized()
         self.module.placement.release()
 
-    def _checkpoint(self, ckpt_path: str | None, trainer: pl.Trainer) -> Path | None:
+    def _try_an_image(self, trainer: pl.Trainer) -> None:
+        """Samples an image in two steps: what cannot be sampled or judged shows before minutes are spent."""
+        if not self.evaluation.n_images:
+            return
+        pipeline, placement = self.module.pipeline, self.module.placement
+        placement.to(trainer.strategy.root_device)
+        with using_sampler(pipeline, self.sampler):
+            sample(pipeline, replace(self.sampler, steps=2), [self.evaluation.seed])
+
+    def _checkpoint(self, ckpt_path: str | Path | None, trainer: pl.Trainer) -> Path | None:
         if ckpt_path == "last":
             newest = self.directory.newest_checkpoint()
             if newest is None and trainer.is_global_zero:
@@ -143,7 +164,7 @@ class Run:
             return newest
         if ckpt_path is None:
             return None
-        file = Path(ckpt_path)
+        file = Path(ckpt_path).expanduser()
         if not file.is_file():
             raise FileNotFoundError(f"there is no checkpoint {ckpt_path}: give last, or a file")
         self.directory.check_checkpoint(file)
@@ -185,6 +206,7 @@ def prepare_run(
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     if quantized_layers(denoiser) or packed_layers(denoiser):
         raise ValueError("the pipeline's denoiser is quantized already: load the full-precision model again")
+    check_not_compiled(pipeline, [denoiser_name(pipeline), *recipe.components])
     key = CalibrationKey.of(data, sampler, hash_weights(denoiser))
     parts = {
         "model": {"name": name, "class": type(denoiser).__name__, "weights": key.model_weights},
@@ -207,6 +229,7 @@ def prepare_run(
     data.directory = data.directory or str(directory.path / "calibration")
     data.store_directory = data.store_directory or str(directory.activations)
     module = BlockReconstruction(pipeline, recipe, data, offload)
+    check_as_configured(denoiser)  # after what it says of adapters
     module.made_from = directory.parts
     quality = ImageQuality(evaluation, sampler, directory)
     callbacks = [

@@ -41,7 +41,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path, parts: dict[str, Any]) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.parts = json.loads(json.dumps(parts))
         self.fingerprint = fingerprint(self.parts)
 

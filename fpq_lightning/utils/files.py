@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def paths_to_text(options: Any) -> None:
+    """Makes paths among the fields of a dataclass text, as they are written to files and compared."""
+    for field in fields(options):
+        if isinstance(value := getattr(options, field.name), os.PathLike):
+            setattr(options, field.name, os.fspath(value))
 
 
 def sync_file(file: Path) -> None:

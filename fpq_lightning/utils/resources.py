@@ -8,12 +8,13 @@ FEATURES = "cifar10-features"
 _ROOTS = (Path(__file__).parents[1], Path(__file__).parents[2])  # of a wheel, of a checkout
 
 
-def find_config(name: str) -> str:
+def find_config(name: str | Path) -> str:
     """Finds a configuration file by its path, or a shipped one by a name such as ``fp4_fp8``.
 
     Raises:
         FileNotFoundError: if it is neither.
     """
+    name = str(name)
     if Path(name).is_file():
         return name
     places = [root / "configs" for root in _ROOTS]

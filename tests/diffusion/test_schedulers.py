@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+import torch
+from diffusers import (
+    DDPMPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ImagePipelineOutput,
+    UniPCMultistepScheduler,
+)
 from models import tiny_pipeline
 
+import fpq_lightning as fpq
 from fpq_lightning import SamplerConfig
-from fpq_lightning.diffusion.sampling import set_sampler
+from fpq_lightning.calibration.trajectories import sample_trajectories
+from fpq_lightning.diffusion.sampling import FunctionSampler, sample, set_sampler
+from fpq_lightning.nn.calibrated import quantized_layers
 
 
 def test_a_scheduler_of_the_same_kind_takes_the_place_of_the_pipelines_own() -> None:
@@ -33,3 +48,76 @@ def test_a_class_that_cannot_do_flow_matching_is_refused_for_a_configuration_tha
     set_sampler(pipeline, SamplerConfig("DPMSolverMultistepScheduler"))
     assert type(pipeline.scheduler) is DPMSolverMultistepScheduler
     assert pipeline.scheduler.config.use_flow_sigmas
+
+
+def test_what_a_model_was_sampled_with_is_taken_where_nothing_else_is_given(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\na dog\na cat\n")
+    kept = SamplerConfig("DDIMScheduler", steps=7, guidance_scale=2.5, prompts=str(file), batch_size=3).kept()
+    file.unlink()  # prompts are kept, not their place
+    found = SamplerConfig(steps=9, batch_size=5).or_else(kept)
+    assert found == SamplerConfig("DDIMScheduler", 9, 2.5, ["a cat", "a dog"], batch_size=5)
+    assert SamplerConfig().or_else({}) == SamplerConfig()
+
+
+# --- what a pipeline is called with --------------------------------------------------------------------------------
+
+
+class Labelled(DDPMPipeline):
+    """Takes a label and a strength for each image, as class-conditional pipelines and img2img do."""
+
+    def __call__(self, class_labels, generator, num_inference_steps=3, strength=1.0):  # type: ignore[no-untyped-def]
+        images = np.stack([np.full((8, 8, 3), label / 10 * strength) for label in class_labels])
+        return ImagePipelineOutput(images=images)
+
+
+def labelled() -> Labelled:
+    pipeline = tiny_pipeline()
+    return Labelled(pipeline.unet, pipeline.scheduler)
+
+
+def test_columns_of_a_dataset_and_constants_become_arguments(tmp_path: Path) -> None:
+    file = tmp_path / "inputs.jsonl"
+    file.write_text("\n".join(json.dumps({"class_labels": label}) for label in (1, 2, 4)))
+    found = sample(labelled(), SamplerConfig(inputs=str(file), arguments={"strength": 0.5}), [1, 2, 3])
+    assert found[:, 0, 0, 0].tolist() == pytest.approx([2 * x / 20 - 1 for x in (2, 4, 1)])
+
+
+def test_a_function_of_the_users_own_samples(tmp_path: Path) -> None:
+    def three_channels(pipeline: DDPMPipeline, seeds: list[int]) -> list[Any]:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipeline(batch_size=len(seeds), generator=generators, num_inference_steps=4).images  # PIL
+
+    ours, theirs = FunctionSampler(function=three_channels), SamplerConfig(steps=4)
+    found = sample(tiny_pipeline(), ours, [3, 5])
+    assert torch.allclose(found, sample(tiny_pipeline(), theirs, [3, 5]), atol=1 / 127)  # rounded to 8 bits
+    assert ours.identity()["function"].endswith("three_channels")
+    sets = [sample_trajectories(tiny_pipeline(), sampler, 8, seed=3).inputs for sampler in (ours, theirs)]
+    assert torch.allclose(sets[0]["sample"], sets[1]["sample"], atol=1e-5)
+    calibrated = fpq.quantize(
+        tiny_pipeline(),
+        fpq.Recipe(rounding=fpq.RoundingRecipe(start="nearest")),
+        tmp_path / "run",
+        fpq.CalibrationDataModule(n_samples=8, n_search=4),
+        three_channels,
+        accelerator="cpu",
+    )
+    assert quantized_layers(calibrated.unet)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({}, r"Labelled needs class_labels: give a dataset with such columns as --sampler\.inputs"),
+        ({"arguments": {"mask": 1}}, r"Labelled has no mask: leave it out of sampler\.arguments"),
+        (
+            {"arguments": {"class_labels": [1]}, "guidance_scale": 2},
+            r"no guidance_scale: leave it out",
+        ),
+        ({"inputs": "none/such"}, r"there is no dataset sampler\.inputs none/such"),
+    ],
+)
+def test_arguments_that_do_not_fit_a_pipeline_are_one_clear_line(options: dict[str, Any], line: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=line) as error:
+        sample(labelled(), SamplerConfig(**options), [0])
+    assert "\n" not in str(error.value)

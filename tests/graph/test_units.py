@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from fpq_lightning.graph.trace import trace_units
 from fpq_lightning.graph.units import Unit, discover_units, select_layers
+from fpq_lightning.graph.whole import PARTS_OF_SAMPLES, RUN_AGAIN
 from fpq_lightning.nn.calibrated import Granularity, is_quantizable
 from fpq_lightning.nn.convert import make_quantized
 
@@ -446,12 +447,186 @@ def test_units_and_layers_that_do_not_run_are_left_out() -> None:
     assert list(units[0].layers) == ["u0.used", "u2"]  # which u2 follows
 
 
-def test_unit_that_runs_twice_is_refused_by_name() -> None:
+# --- what can be a unit --------------------------------------------------------------------------------------------
+
+
+def _two_layers(width: int = 4) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+
+
+def traced(
+    network: nn.Module, exclude: Sequence[str] = (), by_layer: bool = False
+) -> tuple[list[Unit], dict[str, str]]:
+    """The units that batches of one, two, three and two other samples show, and why layers are left to the network."""
+    torch.manual_seed(0)
+    found = discover_units(network, exclude=exclude, by_layer=by_layer)
+    planned = {name: unit for unit in found for name in unit.layers}
+    others = [(n, {"x": torch.randn(n, 8, 4)}) for n in (2, 3, 2)]
+    units, _ = trace_units(network, found, {"x": torch.randn(1, 8, 4)}, others)
+    ran = {name for unit in units for name in unit.layers}
+    return units, {name: unit.left for name, unit in planned.items() if name not in ran}
+
+
+class Twice(nn.Module):
+    """Uses its embedding twice."""
+
+    def __init__(self, stage: bool) -> None:
+        super().__init__()
+        self.embed = _two_layers()
+        self.blocks = nn.ModuleList([_two_layers() for _ in range(1 + stage)])
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mix(x + self.embed(x[:, :1]) + self.embed(torch.zeros(len(x), 1, 4)))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_unit_that_runs_twice_is_left_to_the_network_by_name() -> None:
     def forward(net: Any, x: Tensor) -> Tensor:
         return net.u0(net.u1(net.u0(x)))
 
-    with pytest.raises(ValueError, match="u0 runs more than once"):
-        functional_network(forward, units=2)
+    _, units = functional_network(forward, units=2)
+    assert [(unit.name, list(unit.layers), unit.sources) for unit in units] == [("u1", ["u1"], [])]
+    units, left = traced(Twice(stage=True))
+    assert [unit.name for unit in units] == ["mix", "blocks.0", "blocks.1"]
+    assert left == dict.fromkeys(("embed.0", "embed.2"), RUN_AGAIN)
+
+
+def test_what_is_excluded_may_run_as_often_as_it_likes() -> None:
+    units, left = traced(Twice(stage=True), exclude=["embed.*"])
+    assert [unit.name for unit in units] == ["mix", "blocks.0", "blocks.1"]
+    assert not left
+
+
+def test_what_runs_twice_joins_the_smallest_module_around_its_calls() -> None:
+    network = nn.Sequential(Twice(stage=True), _two_layers())
+    network.forward = lambda x: network[1](network[0](x))
+    units, left = traced(network)
+    assert not left
+    assert [unit.name for unit in units] == ["0", "1"]
+    assert sorted(units[0].layers) == sorted(f"0.{n}" for n, m in network[0].named_modules() if is_quantizable(m))
+    assert [unit.sources for unit in units] == [[], [0]]
+
+
+def test_a_stage_whose_blocks_run_twice_is_one_unit() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([_two_layers(), _two_layers()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in [*self.blocks, *self.blocks]:
+                x = block(x)
+            return x
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.loop = nn.Linear(4, 4), Loop()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.loop(self.enter(x))
+
+    units, left = traced(Network())
+    assert [(unit.name, len(unit.layers)) for unit in units] == [("enter", 1), ("loop", 4)]
+    assert not left
+
+
+class Experts(nn.Module):
+    """Sends each token to one of its experts, the last of which is never chosen."""
+
+    def __init__(self, called_without_tokens: bool = False) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, 3)
+        self.experts = nn.ModuleList([_two_layers() for _ in range(3)])
+        self.called_without_tokens = called_without_tokens
+        with torch.no_grad():
+            self.gate.bias[2] = -1e4
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        chosen, out = self.gate(tokens).argmax(-1), torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            if self.called_without_tokens or (chosen == i).any():
+                out[chosen == i] = expert(tokens[chosen == i])
+        return out.view_as(x)
+
+
+class ExpertBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend, self.feed_forward = _two_layers(), Experts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.feed_forward(x + self.attend(x))
+
+
+class Blocks(nn.Module):
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.enter, self.blocks = nn.Linear(4, 4), nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        for block in self.blocks:
+            x = block["moe"](block["mix"](x)) if isinstance(block, nn.ModuleDict) else block(x)
+        return x
+
+
+def _expert_layers(name: str) -> set[str]:
+    return {f"{name}.gate", *(f"{name}.experts.{i}.{k}" for i in range(3) for k in (0, 2))}
+
+
+def test_a_block_with_experts_is_one_unit_and_holds_those_that_no_token_went_to() -> None:
+    units, left = traced(Blocks([ExpertBlock(), ExpertBlock()]))
+    assert [unit.name for unit in units] == ["enter", "blocks.0", "blocks.1"]
+    expected = _expert_layers("blocks.1.feed_forward") | {"blocks.1.attend.0", "blocks.1.attend.2"}
+    assert set(units[2].layers) == expected
+    assert not left
+
+
+@pytest.mark.parametrize("called_without_tokens", [False, True])
+def test_experts_in_a_block_that_is_never_called_itself_are_one_unit(called_without_tokens: bool) -> None:
+    blocks = [nn.ModuleDict({"mix": nn.Linear(4, 4), "moe": Experts(called_without_tokens)}) for _ in range(2)]
+    units, left = traced(Blocks(blocks))
+    names = [unit.name for unit in units]
+    assert names == ["enter", "blocks.0.mix", "blocks.0.moe+blocks.1.mix", "blocks.1.moe"]
+    assert set(units[3].layers) == _expert_layers("blocks.1.moe")
+    assert not left
+
+
+def test_experts_of_the_network_itself_are_left_to_it() -> None:
+    units, left = traced(Experts())
+    assert [unit.name for unit in units] == ["gate"]
+    called = {f"experts.{i}.{k}" for i in (0, 1) for k in (0, 2)}
+    assert {name for name, reason in left.items() if reason == PARTS_OF_SAMPLES} == called
+
+
+def test_experts_where_every_layer_is_a_unit_are_one_unit_all_the_same() -> None:
+    units, left = traced(Blocks([ExpertBlock(), ExpertBlock()]), by_layer=True)
+    assert [unit.name for unit in units if unit.name.startswith("blocks.0")] == [
+        "blocks.0.attend.0", "blocks.0.attend.2", "blocks.0.feed_forward",
+    ]  # fmt: skip
+    assert set(units[3].layers) == _expert_layers("blocks.0.feed_forward")
+    assert not left
+
+
+def test_blocks_whose_batch_is_no_leading_dimension_stay_units() -> None:
+    class TokensFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([_two_layers(), _two_layers()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x.transpose(0, 1)).transpose(0, 1)
+            return x
+
+    units, left = traced(TokensFirst())
+    assert [unit.name for unit in units] == ["blocks.0", "blocks.1"]
+    assert not left
 
 
 def test_hooks_are_removed_when_tracing_fails() -> None:

@@ -54,7 +54,8 @@ def replay_of(module: nn.Module, x: Tensor, budget: int = 2**30) -> Any:
         reference_inputs=lambda rows: x[rows],
         call=module,
         weights=lambda rows: torch.ones(len(rows)),
-        micro_batch=10,
+        n=len(x),
+        chunks=lambda rows: iter(rows.split(10)),
         store=SimpleNamespace(device=torch.device("cpu"), budgets={"device": budget}),
     )
 
@@ -180,3 +181,31 @@ def test_experts_that_few_samples_need_are_solved_from_those() -> None:
     errors = {mode: (found - outputs["full_precision"]).square().mean() for mode, found in outputs.items()}
     assert all(layer.variants["closed_form"].codes is not None for layer in quantized_layers(module).values())
     assert errors["closed_form"] < 0.6 * errors["nearest"]
+
+
+class TwoStreams(nn.Module):
+    """One layer for two kinds of tokens, called for each or for both at once."""
+
+    def __init__(self, at_once: bool) -> None:
+        super().__init__()
+        self.shared, self.at_once = nn.Linear(WIDTH, WIDTH), at_once
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.at_once:
+            return cast(Tensor, self.shared(x))
+        return torch.cat([self.shared(x[:, :7]), self.shared(x[:, 7:])], 1)
+
+
+def test_a_layer_called_for_two_kinds_of_tokens_is_solved_as_if_it_was_called_for_both_at_once() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(SAMPLES, TOKENS, WIDTH) @ torch.randn(WIDTH, WIDTH)
+    x[:, 7:] *= 5
+    found = []
+    for at_once in (False, True):
+        module = TwoStreams(at_once).requires_grad_(False)
+        torch.manual_seed(1)
+        module.shared.weight.copy_(torch.randn(WIDTH, WIDTH))
+        solve_unit(replay_of(module, x), quantized_layers(module), torch.arange(SAMPLES), RECIPE)
+        found.append(cast(Any, module.shared).variants["closed_form"])
+    separate, together = found
+    assert torch.equal(separate.codes[0], together.codes[0])

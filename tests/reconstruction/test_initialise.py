@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from fpq_lightning.formats.numbers import Format
 from fpq_lightning.graph.units import Unit
 from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.quantization.quantizer import Quantizer
-from fpq_lightning.reconstruction.initialise import search_unit
+from fpq_lightning.quantization.search import search_tensor_error
+from fpq_lightning.reconstruction.initialise import collect_layer_inputs, search_unit
 
 FACTORS = (0.76, 0.82, 0.88, 0.94, 1.0, 1.06, 1.12)  # of the clip of least tensor error
 
@@ -87,3 +89,63 @@ def test_weights_are_searched_on_the_output_weighted_by_the_samples(seed: int) -
     assert all(
         (other.format, other.scale) != (expected.format, expected.scale) for other in others
     )  # they are told apart
+
+
+# --- layers that run several times ---------------------------------------------------------------------------------
+
+
+def _layer(plain: nn.Module, recipe: Recipe) -> Any:
+    return make_quantized(plain.requires_grad_(False), recipe.granularity())
+
+
+@pytest.mark.parametrize("recipe", [
+    Recipe(),
+    Recipe(activations=ActivationRecipe("fp8", granularity="token")),
+    Recipe(activations=ActivationRecipe("fp6", objective="output")),
+])  # fmt: skip
+def test_a_layer_called_with_several_shapes_is_searched_over_the_values_of_all_calls(recipe: Recipe) -> None:
+    """As one call with all tokens side by side; the tokens of one stream are larger than those of the other."""
+    torch.manual_seed(0)
+    plain, weights = nn.Linear(6, 5), torch.rand(8) + 0.5
+    image, text = torch.randn(8, 16, 6), torch.randn(8, 3, 6) * torch.tensor([40.0, 1, 1, 20, 1, 1])
+    twice, once = (_layer(copy.deepcopy(plain), recipe) for _ in range(2))
+    unit = Unit("ff", twice, {"ff": twice})
+    calls = (twice(image[rows]) is twice(text[rows]) for rows in torch.arange(8).split(3))
+    search_unit(unit, collect_layer_inputs(unit, calls), weights, recipe)
+    search_unit(Unit("ff", once, {"ff": once}), {"ff": torch.cat([image, text], 1)}, weights, recipe)
+    found, expected = (layer.variants["nearest"].to_state() for layer in (twice, once))
+    assert str(found) == str(expected)
+    alone = _layer(copy.deepcopy(plain), recipe)
+    search_unit(Unit("ff", alone, {"ff": alone}), {"ff": image}, weights, recipe)
+    assert str(alone.variants["nearest"].to_state()) != str(expected)  # they are told apart
+
+
+def test_a_convolution_called_with_images_of_two_sizes_is_clipped_for_both() -> None:
+    torch.manual_seed(0)
+    recipe = Recipe(activations=ActivationRecipe("fp8", objective="max"))
+    layer = _layer(nn.Conv2d(3, 4, 3, padding=1), recipe)
+    large, small = torch.randn(4, 3, 8, 8), 9 * torch.randn(4, 3, 4, 4)
+    unit = Unit("conv", layer, {"conv": layer})
+    inputs = collect_layer_inputs(unit, (layer(large) is layer(small) for _ in range(1)))
+    assert [x.shape for x in inputs["conv"]] == [large.shape, small.shape]
+    search_unit(unit, inputs, torch.ones(4), recipe)
+    assert layer.variants["nearest"].inputs[0].clip.item() == pytest.approx(small.abs().max().item())
+
+
+def test_a_layer_without_inputs_keeps_them_in_full_precision_and_rounds_its_weight_to_nearest() -> None:
+    layer = _layer(nn.Linear(6, 5), Recipe())
+    unit = Unit("expert", layer, {"expert": layer})
+    inputs = collect_layer_inputs(unit, (layer(torch.zeros(0, 6)) for _ in range(2)))
+    assert not inputs
+    search_unit(unit, inputs, torch.ones(4), Recipe())
+    nearest = layer.variants["nearest"]
+    assert not len(nearest.inputs)
+    expected = search_tensor_error(layer.weight_rows()[0], Recipe().weight_formats())
+    assert torch.equal(nearest.weights[0].scale, expected.scale)
+
+
+def test_a_vector_without_a_batch_is_a_batch_of_one() -> None:
+    layer = _layer(nn.Linear(6, 5), Recipe())
+    unit, vector = Unit("v", layer, {"v": layer}), torch.randn(6)
+    inputs = collect_layer_inputs(unit, (layer(vector) for _ in range(3)))
+    assert torch.equal(inputs["v"], vector.expand(3, 6))

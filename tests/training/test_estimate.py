@@ -36,6 +36,23 @@ def test_a_dry_run_says_time_memory_and_disk_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_that_cannot_estimate_fails_in_one_line_and_a_run_goes_on_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("the network asks\nfor more")
+
+    monkeypatch.setattr("fpq_lightning.training.run.estimate_run", fail)
+    arguments = fit_arguments(save_tiny(tmp_path / "tiny"), tmp_path / "run", iterations=2)
+    outcome = run_fpq(capsys, [*arguments, "--dry_run=true"])
+    assert outcome.code == 1
+    assert outcome.errors == ["fpq: the run cannot be estimated: the network asks for more"]
+    assert not (tmp_path / "run").exists()
+    outcome = run_fpq(capsys, [*arguments, "--recipe.include=['conv_in']"])
+    assert outcome.code == 0, outcome.err
+    assert "no estimate (the network asks for more)" in outcome.out
+
+
 def test_a_run_says_the_same_before_its_first_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_tiny(tmp_path / "tiny")
     outcome = run_fpq(capsys, fit_arguments(model, tmp_path / "run", iterations=2))

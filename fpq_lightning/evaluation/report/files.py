@@ -12,6 +12,7 @@ from fpq_lightning.evaluation.report.html import render_html
 from fpq_lightning.evaluation.report.markdown import render_markdown
 from fpq_lightning.evaluation.report.pictures import save_samples
 from fpq_lightning.utils.files import atomic_write, write_json
+from fpq_lightning.utils.side_work import side_work
 
 SCHEMA_VERSION = 2  # of report.json
 _IN_A_ROW = 8  # images of each variant in samples.png
@@ -28,8 +29,12 @@ def write_reports(directory: Path, report: Mapping[str, Any], samples: Mapping[s
     if samples:
         with atomic_write(directory / "samples.png") as temporary:
             save_samples({name: images[:_IN_A_ROW] for name, images in samples.items()}, temporary)
-    with atomic_write(directory / "report.md") as temporary:
-        temporary.write_text(render_markdown(report))
-    with atomic_write(directory / "report.html") as temporary:
-        temporary.write_text(render_html(report, samples))
+    pages = {"report.md": lambda: render_markdown(report), "report.html": lambda: render_html(report, samples)}
+    for name, render in pages.items():
+        text = None
+        with side_work(name):
+            text = render()
+        if text is not None:
+            with atomic_write(directory / name) as temporary:
+                temporary.write_text(text)
     write_json(directory / "report.json", {"schema_version": SCHEMA_VERSION, **report})

@@ -16,7 +16,13 @@ from torch import Tensor
 from fpq_lightning.diffusion.images import to_bytes
 from fpq_lightning.evaluation.metrics import METRICS
 from fpq_lightning.evaluation.report.figures import formats_by_depth, ranges_over_timesteps, unit_errors, zeros_by_layer
-from fpq_lightning.evaluation.report.markdown import quality_notes, recipe_phrase, variant_label, variant_rows
+from fpq_lightning.evaluation.report.markdown import (
+    kept_phrase,
+    quality_notes,
+    recipe_phrase,
+    variant_label,
+    variant_rows,
+)
 
 _COLUMNS = 8
 _SMALLEST = 72  # least width of an image on the page, in pixels
@@ -83,6 +89,7 @@ def render_html(report: Mapping[str, Any], samples: Mapping[str, Tensor]) -> str
     return environment.get_template("report.html.j2").render(
         report=report,
         recipe=recipe_phrase(report["recipe"]) if report.get("recipe") else "",
+        kept=kept_phrase(report),
         columns=columns,
         help={column.key: metric.help for metric in METRICS for column in metric.columns},
         rows=rows,

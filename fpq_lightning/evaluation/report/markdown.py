@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fpq_lightning.evaluation.metrics import METRICS, Column, table_columns
+from fpq_lightning.nn.coverage import Coverage
 
 
 def _formats(chosen: dict[str, list[str]]) -> str:
@@ -99,16 +100,23 @@ def recipe_phrase(recipe: Mapping[str, Any]) -> str:
     )
 
 
+def kept_phrase(report: Mapping[str, Any]) -> str:
+    """The parameters of the denoiser that stay in full precision, in words; empty if that is not known."""
+    return Coverage.from_dict(report["coverage"]).kept_phrase if report.get("coverage") else ""
+
+
 def _summary(report: Mapping[str, Any]) -> list[str]:
     sentences = []
     if recipe := report.get("recipe"):
         sentences.append(f"Recipe: {recipe_phrase(recipe)}.")
     if report.get("weight_bits") is not None:
         sentences.append(
-            f"{report['quantized_share']:.1%} of the denoiser's weights are quantized, to "
+            f"{report['quantized_share']:.1%} of the denoiser's parameters are quantized, to "
             f"{report['weight_bits']:.2f} bits each (scales included); {report['sparsity']:.1%} of them are exactly "
             "zero."
         )
+    if kept := kept_phrase(report):
+        sentences.append(f"In full precision stay {kept}.")
     if size := report.get("disk_bytes"):
         sentences.append(f"The denoiser's files take {size / 2**20:.1f} MiB.")
     if calibration := report.get("calibration"):

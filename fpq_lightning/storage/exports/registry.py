@@ -13,7 +13,7 @@ from torch import nn
 from fpq_lightning.nn.attention import quantized_attention
 from fpq_lightning.nn.convert import make_attention_plain, make_plain
 from fpq_lightning.nn.packed_layer import packed_layers
-from fpq_lightning.storage.diffusers_quantizer import forget_config
+from fpq_lightning.storage.opened import forget_config
 from fpq_lightning.utils.registry import Registry
 
 

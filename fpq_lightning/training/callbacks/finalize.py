@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from importlib.metadata import version
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
@@ -11,6 +13,7 @@ from fpq_lightning.evaluation.statistics import weight_statistics
 from fpq_lightning.storage.pipeline import save_quantized
 from fpq_lightning.training.module import BlockReconstruction
 from fpq_lightning.training.run_directory import RunDirectory
+from fpq_lightning.utils.side_work import side_work
 
 
 class FinalizeQuantization(pl.Callback):
@@ -31,11 +34,14 @@ class FinalizeQuantization(pl.Callback):
         assert isinstance(pl_module, BlockReconstruction)
         if not pl_module.plan.finished:
             return
-        details = {
+        details: dict[str, Any] = {
             "base_model": self.base_model,
             "recipe": pl_module.recipe.to_dict(),
             "version": version("fpq-lightning"),
             "fingerprint": self.run.fingerprint,
-            **weight_statistics(pl_module.denoiser),
+            "sampler": pl_module.data.sampler.kept(),
+            "coverage": asdict(pl_module.coverage),
         }
+        with side_work("statistics of the weights"):
+            details |= weight_statistics(pl_module.denoiser)
         save_quantized(pl_module.pipeline, self.run.quantized, details)

@@ -19,7 +19,7 @@ from fpq_lightning.utils.provenance import device_name, versions
 
 logger = logging.getLogger(__name__)
 
-_KEPT = ("weight_bits", "sparsity", "quantized_share", "fingerprint", "recipe")
+_KEPT = ("weight_bits", "sparsity", "quantized_share", "coverage", "fingerprint", "recipe")
 
 
 class QualityReport(pl.Callback):

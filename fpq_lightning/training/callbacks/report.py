@@ -18,6 +18,7 @@ from fpq_lightning.training.module import BlockReconstruction
 from fpq_lightning.training.run_directory import RunDirectory
 from fpq_lightning.utils.files import weights_size
 from fpq_lightning.utils.provenance import device_name, versions
+from fpq_lightning.utils.side_work import side_work
 
 
 def peak_memory(device: torch.device) -> int:
@@ -55,7 +56,14 @@ class RunReport(pl.Callback):
     def report(self, module: BlockReconstruction) -> dict[str, Any]:
         """The contents of `report.json`."""
         calibration = module.data
-        layers = layer_statistics(module.denoiser)
+        found: dict[str, Any] = {}
+        with side_work("statistics of the weights"):
+            layers = layer_statistics(module.denoiser)
+            found = {**weight_statistics(module.denoiser, layers), "layers": layers}
+        with side_work("activation ranges"):
+            found["activation_ranges"] = activation_ranges(
+                module.denoiser, calibration.set, calibration.micro_batch, module.device
+            )
         return {
             "fingerprint": self.run.fingerprint,
             "model": self.run.parts["model"]["name"],
@@ -68,11 +76,8 @@ class RunReport(pl.Callback):
                 "samples": calibration.n,
                 "seeds": [calibration.seed],
             },
-            **weight_statistics(module.denoiser, layers),
-            "layers": layers,
-            "activation_ranges": activation_ranges(
-                module.denoiser, calibration.set, calibration.micro_batch, module.device
-            ),
+            "coverage": asdict(module.coverage),
+            **found,
             "disk_bytes": weights_size(self.run.quantized / denoiser_name(module.pipeline)),
             "device": device_name(module.device),
             "versions": versions(),

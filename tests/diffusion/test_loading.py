@@ -1,0 +1,114 @@
+"""Pipelines are found whatever their files are called."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderTiny,
+    DDPMPipeline,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    PipelineQuantizationConfig,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from models import tiny_pipeline, tiny_text_to_image
+
+from fpq_lightning import FPQConfig, load_quantized
+from fpq_lightning.diffusion.pipelines import load_pipeline, warn_of_further_denoisers
+
+
+def _weights(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
+    modules = {k: v for k, v in pipeline.components.items() if isinstance(v, torch.nn.Module)}
+    return {f"{k}.{name}": p for k, module in modules.items() for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16", "non_ema"])
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}])
+def test_a_pipeline_with_one_variant_of_its_weights_is_loaded(
+    variant: str, shards: dict[str, Any], tmp_path: Path
+) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(tiny_text_to_image(tmp_path / "model")).to(torch.float16)
+    pipeline.save_pretrained(tmp_path / "variant", variant=variant, **shards)
+    found, expected = _weights(load_pipeline(tmp_path / "variant")), _weights(pipeline)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name].float()) for name in found)
+
+
+def test_plain_weights_are_preferred_to_a_variant_and_components_may_differ(tmp_path: Path) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(tiny_text_to_image(tmp_path / "model"))
+    pipeline.to(torch.float16).save_pretrained(tmp_path / "model", variant="fp16")
+    plain = tiny_text_to_image(tmp_path / "plain")
+    expected = _weights(load_pipeline(plain))
+    both = _weights(load_pipeline(tmp_path / "model"))
+    assert all(torch.equal(both[name], expected[name]) for name in expected)
+    for file in (tmp_path / "model" / "unet").glob("*model.safetensors"):
+        file.unlink()
+    mixed = _weights(load_pipeline(tmp_path / "model"))
+    assert all(
+        torch.equal(mixed[n], v.half().float() if n.startswith("unet") else mixed[n]) for n, v in expected.items()
+    )
+
+
+def test_a_repository_of_half_precision_only_is_loaded_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    def from_pretrained(cls: Any, name: str, variant: str | None = None, **options: Any) -> DiffusionPipeline:
+        asked.append(variant)
+        if name != "owner/half" or variant is None:
+            raise OSError("Error no file named diffusion_pytorch_model.bin found")
+        return tiny_pipeline()
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
+    assert load_pipeline("owner/half").unet
+    assert asked == [None, "fp16"]
+    with pytest.raises(ValueError, match="no pipeline of that name on the hub"):
+        load_pipeline("owner/none")
+
+
+def test_packed_files_that_have_a_variant_in_their_names_are_opened(tmp_path: Path) -> None:
+    model = tiny_text_to_image(tmp_path / "model")
+    chosen = PipelineQuantizationConfig(quant_mapping={"unet": FPQConfig("fp8")})
+    packed = DiffusionPipeline.from_pretrained(model, quantization_config=chosen)
+    packed.save_pretrained(tmp_path / "packed", variant="fp16")
+    found, expected = _weights(load_quantized(tmp_path / "packed")), _weights(packed)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_pipeline_saved_without_its_text_encoders_is_opened_without_them(tmp_path: Path) -> None:
+    transformer = SD3Transformer2DModel(
+        sample_size=8, num_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
+        caption_projection_dim=16, pooled_projection_dim=16, in_channels=4, out_channels=4,
+    )  # fmt: skip
+    left_out = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    made = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderTiny(),
+        **dict.fromkeys(left_out),
+    )
+    made.save_pretrained(tmp_path)
+    found = load_pipeline(tmp_path)
+    assert all(getattr(found, name) is None for name in left_out)
+    assert torch.equal(found.transformer.proj_out.weight, transformer.proj_out.weight)
+
+
+def test_a_second_denoiser_that_stays_in_full_precision_is_named() -> None:
+    class TwoUNets(DDPMPipeline):
+        def __init__(self, unet: Any, scheduler: Any, unet_2: Any) -> None:
+            DiffusionPipeline.__init__(self)
+            self.register_modules(unet=unet, scheduler=scheduler, unet_2=unet_2)
+
+    one, other = tiny_pipeline(), tiny_pipeline()
+    with pytest.warns(UserWarning, match="unet_2: only the pipeline's unet is quantized"):
+        warn_of_further_denoisers(TwoUNets(one.unet, one.scheduler, other.unet))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_further_denoisers(one)
