@@ -4,8 +4,8 @@
     python benchmarks/models.py --only WanTransformer3DModel UNet2DModel
     python benchmarks/models.py --write docs/models.md
 
-A class gets the configuration `SIZES` gives its arguments, and inputs by their names (`Inputs`); what is particular to a
-class stands in `PARTICULAR`. A pipeline then calls it along a trajectory. It is ok if the denoiser that was reopened
+A class gets the configuration `SIZES` gives its arguments, and inputs by their names (`Inputs`); what is particular
+to it stands in `PARTICULAR`. A pipeline then calls it along a trajectory. It is ok if the denoiser that was reopened
 from the files gives the bits of the one in memory. Needs no GPU and no network.
 """
 
@@ -24,14 +24,13 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
-import datasets
 import diffusers
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin
@@ -167,7 +166,9 @@ class Inputs:
             return self.ones(TEXT).bool()
         if name in ("img_ids", "txt_ids"):
             return self.ids(16) if name == "img_ids" else 0 * self.ids(TEXT)
-        return {"original_size": 64 * self.ones(2), "target_size": 64 * self.ones(2), "crop_coords": self.zeros(2)}.get(name)
+        return {"original_size": 64 * self.ones(2), "target_size": 64 * self.ones(2), "crop_coords": self.zeros(2)}.get(
+            name
+        )
 
 
 OPTIONAL = ("timestep", "timesteps", "encoder_hidden_states", "pooled_projections", "img_ids", "txt_ids")
@@ -250,7 +251,6 @@ def _ltx2(m: Inputs) -> dict[str, Any]:
 _BLOCKS = {"block_out_channels": (8, 16), "attention_head_dim": 4}
 _CONDITIONAL = {**_BLOCKS, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
                 "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}  # fmt: skip
-_RATIO = {"kernel_size": 3}
 
 
 def _blocks(suffix: str) -> dict[str, Any]:
@@ -272,7 +272,9 @@ PARTICULAR: dict[str, Particular] = {
                    "r_timestep": m.t[:, None].expand(-1, 2) / 2},
     ),
     "AnyFlowTransformer3DModel": Particular(
-        {}, lambda m: {**_frames_first(m), "timestep": m.t[:, None].expand(-1, 2), "r_timestep": m.t[:, None].expand(-1, 2) / 2},
+        {},
+        lambda m: {**_frames_first(m), "timestep": m.t[:, None].expand(-1, 2),
+                   "r_timestep": m.t[:, None].expand(-1, 2) / 2},
     ),
     "BriaFibo2Transformer2DModel": Particular(
         {"injection_layer_ids": (0, 1), "min_num_gist_tokens": 2, "max_num_gist_tokens": 4, "gist_step": 1,
@@ -299,7 +301,8 @@ PARTICULAR: dict[str, Particular] = {
         lambda m: {"prior_token_id": m.integers(10, 16), "prior_token_drop": m.zeros(16).bool()},
     ),
     "HiDreamImageTransformer2DModel": Particular(
-        {"caption_channels": [32, 32], "llama_layers": [0, 1, 0], "max_resolution": (8, 8), "axes_dims_rope": (4, 4, 8)},
+        {"caption_channels": [32, 32], "llama_layers": [0, 1, 0], "max_resolution": (8, 8),
+         "axes_dims_rope": (4, 4, 8)},
         lambda m: {"hidden_states": m.draw(4, *GRID), "img_ids": None, "encoder_hidden_states_t5": m.draw(TEXT, WIDTH),
                    "encoder_hidden_states_llama3": torch.stack([m.draw(TEXT, WIDTH) for _ in range(2)]),
                    "pooled_embeds": m.draw(WIDTH)},
@@ -360,9 +363,13 @@ PARTICULAR: dict[str, Particular] = {
     "LTXVideoTransformer3DModel": Particular(
         {}, lambda m: {**_tokens(m, 32), "num_frames": 2, "height": 4, "width": 4}
     ),
-    "LatteTransformer3DModel": Particular({"caption_channels": WIDTH, "norm_type": "ada_norm_single", "num_embeds_ada_norm": 10}),
+    "LatteTransformer3DModel": Particular(
+        {"caption_channels": WIDTH, "norm_type": "ada_norm_single", "num_embeds_ada_norm": 10}
+    ),
     "LongCatAudioDiTTransformer": Particular({}, _tokens),
-    "LuminaNextDiT2DModel": Particular({}, lambda m: {"image_rotary_emb": torch.ones(8, 8, 8, dtype=torch.complex64), "cross_attention_kwargs": {}}),
+    "LuminaNextDiT2DModel": Particular(
+        {}, lambda m: {"image_rotary_emb": torch.ones(8, 8, 8).to(torch.complex64), "cross_attention_kwargs": {}}
+    ),
     "MiniMaxH3Transformer3DModel": Particular({"rope_freq_dim": 2}, _minimax_h3),
     "MiniMaxMusic3Transformer1DModel": Particular(
         {"rotary_dim": 8}, lambda m: {"encoder_hidden_states": m.draw(16, WIDTH), "timestep": m.t / 1000}
@@ -418,12 +425,13 @@ PARTICULAR: dict[str, Particular] = {
                    "decoder_input_tokens": m.draw(8, 4), "decoder_noise_time": m.t / 1000},
     ),
     "Transformer2DModel": Particular(
-        {"norm_type": "ada_norm_single", "caption_channels": WIDTH, "use_additional_conditions": False, "out_channels": 4,
-         "sample_size": 8, "num_embeds_ada_norm": 10, "cross_attention_dim": WIDTH},
+        {"norm_type": "ada_norm_single", "caption_channels": WIDTH, "use_additional_conditions": False,
+         "out_channels": 4, "sample_size": 8, "num_embeds_ada_norm": 10, "cross_attention_dim": WIDTH},
         lambda m: {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}},
     ),
     "TransformerTemporalModel": Particular(
-        {}, lambda m: {"hidden_states": m.draw(2, 4, *GRID).flatten(0, 1), "encoder_hidden_states": None, "num_frames": 2}
+        {},
+        lambda m: {"hidden_states": m.draw(2, 4, *GRID).flatten(0, 1), "encoder_hidden_states": None, "num_frames": 2},
     ),
     "UNet1DModel": Particular(
         {"in_channels": 2, "out_channels": 2, "extra_in_channels": 64, "sample_size": 32,
@@ -438,11 +446,12 @@ PARTICULAR: dict[str, Particular] = {
     ),
     "UNet3DConditionModel": Particular({**_blocks("3D"), "attention_head_dim": 4}),
     "UNetMotionModel": Particular(
-        {**_blocks("Motion"), "num_attention_heads": 2}, lambda m: {"encoder_hidden_states": m.draw(2, TEXT, WIDTH).flatten(0, 1)}
+        {**_blocks("Motion"), "num_attention_heads": 2},
+        lambda m: {"encoder_hidden_states": m.draw(2, TEXT, WIDTH).flatten(0, 1)},
     ),
     "UNetSpatioTemporalConditionModel": Particular(
-        {**_blocks("SpatioTemporal"), "block_out_channels": (32, 64), "num_attention_heads": (1, 2), "addition_time_embed_dim": 8,
-         "projection_class_embeddings_input_dim": 24},
+        {**_blocks("SpatioTemporal"), "block_out_channels": (32, 64), "num_attention_heads": (1, 2),
+         "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 24},
         lambda m: {"sample": m.draw(2, 4, *GRID), "added_time_ids": m.ones(3)},
     ),
     "UVit2DModel": Particular(
@@ -457,8 +466,9 @@ PARTICULAR: dict[str, Particular] = {
                    "kv_cache_mode": "extract", "offset_grid_sizes": torch.tensor([[2, 4, 4]] * m.n)},
     ),
     "WanAnimateTransformer3DModel": Particular(
-        {"in_channels": 12, "latent_channels": 4, "image_dim": 16, "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8},
-         "motion_encoder_size": 16, "motion_style_dim": 8, "motion_dim": 4, "motion_encoder_dim": 8,
+        {"in_channels": 12, "latent_channels": 4, "image_dim": 16,
+         "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8}, "motion_encoder_size": 16, "motion_style_dim": 8,
+         "motion_dim": 4, "motion_encoder_dim": 8,
          "face_encoder_hidden_dim": 8, "face_encoder_num_heads": 2, "inject_face_latents_blocks": 1},
         lambda m: {"pose_hidden_states": m.draw(4, 1, *GRID), "encoder_hidden_states_image": m.draw(3, 16),
                    "face_pixel_values": m.draw(3, 4, 16, 16)},
@@ -595,7 +605,7 @@ def examine(name: str, kind: type, directory: Path, trace: bool = False) -> Outc
         outcome.units, outcome.share = len(report["blocks"]), report["quantized_share"]
         quantized = run(pipeline.transformer)
         reopened = run(kind.from_pretrained(directory / "quantized" / "transformer").eval())
-        if not _independent(pipeline.transformer, load_calibration_set(directory / "calibration")):
+        if not independent(pipeline.transformer, load_calibration_set(directory / "calibration")):
             outcome.result = "a recorded sample gives another output in a batch than alone"
         elif not all(x.isfinite().all() for x in quantized):
             outcome.result = "the quantized denoiser gives NaN or Inf"
@@ -612,17 +622,16 @@ def examine(name: str, kind: type, directory: Path, trace: bool = False) -> Outc
 
 
 @torch.no_grad()
-def _independent(denoiser: nn.Module, found: CalibrationSet) -> bool:
-    """Whether the first and the last sample that may share a batch give in it what they give alone."""
+def independent(denoiser: nn.Module, found: CalibrationSet) -> bool:
+    """Whether the samples that may share a batch with the first give in it what they give alone."""
     rows = torch.arange(len(found)) if found.group_of is None else (found.group_of == found.group_of[0]).nonzero()[:, 0]
-    rows = rows[[0, -1]]
     with running(denoiser, "full_precision"):
-        together, first, last = (
-            outputs(denoiser(**found.batch(chosen, torch.device("cpu")))) for chosen in (rows, rows[:1], rows[1:])
-        )
-    pairs = zip(first + last, together, strict=True) if len(together) > len(first) else zip(
-        [torch.cat(pair) for pair in zip(first, last, strict=True)], together, strict=True
-    )
+        together = outputs(denoiser(**found.batch(rows, torch.device("cpu"))))
+        alone = [outputs(denoiser(**found.batch(row, torch.device("cpu")))) for row in rows.split(1)]
+    if len(together) == len(rows) * len(alone[0]):  # an output for each image
+        pairs = list(zip([x for one in alone for x in one], together, strict=True))
+    else:
+        pairs = list(zip(map(torch.cat, zip(*alone, strict=True)), together, strict=True))
     return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs)
 
 
@@ -639,8 +648,8 @@ def page(outcomes: list[Outcome], command: str) -> str:
         "# Models",
         "",
         f"{good} of {len(outcomes)} denoiser classes of diffusers go through recording, quantization (closed form, the",
-        "default recipe), saving and reopening, and give the same bits after it. Each is tiny and has random weights: the",
-        "table says that a class works, not how good its images are.",
+        "default recipe), saving and reopening, and give the same bits after it. Each is tiny and has random weights:",
+        "the table says that a class works, not how good its images are.",
         "",
         f"Made on {datetime.date.today()} by `{command}` with Python {platform.python_version()}, PyTorch "
         f"{torch.__version__}, diffusers {diffusers.__version__} on a CPU.",
@@ -655,6 +664,18 @@ def page(outcomes: list[Outcome], command: str) -> str:
     return "\n".join(lines)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within the block nothing is logged, warned of or shown as a bar."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
 def main(arguments: list[str] | None = None) -> list[Outcome]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="CLASS", help="these classes alone")
@@ -665,14 +686,10 @@ def main(arguments: list[str] | None = None) -> list[Outcome]:
     if unknown := sorted(set(args.only or []) - set(found)):
         parser.error(f"no denoiser class {', '.join(unknown)}")
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    datasets.disable_progress_bars()
     outcomes = []
     for name in args.only or found:
-        with tempfile.TemporaryDirectory() as directory:
-            with redirect_stderr(io.StringIO()):  # progress bars
-                outcomes.append(examine(name, found[name], Path(directory) / "run", args.trace))
+        with tempfile.TemporaryDirectory() as directory, quiet():
+            outcomes.append(examine(name, found[name], Path(directory) / "run", args.trace))
         print(outcomes[-1].row(), flush=True)
     print(f"{sum(outcome.ok for outcome in outcomes)} of {len(outcomes)} are ok")
     if args.write:
