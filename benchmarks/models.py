@@ -21,6 +21,7 @@ import logging
 import platform
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 import warnings
@@ -424,11 +425,7 @@ PARTICULAR: dict[str, Particular] = {
         lambda m: {"encodings_and_masks": [(m.draw(TEXT, WIDTH), m.ones(TEXT))],
                    "decoder_input_tokens": m.draw(8, 4), "decoder_noise_time": m.t / 1000},
     ),
-    "Transformer2DModel": Particular(
-        {"norm_type": "ada_norm_single", "caption_channels": WIDTH, "use_additional_conditions": False,
-         "out_channels": 4, "sample_size": 8, "num_embeds_ada_norm": 10, "cross_attention_dim": WIDTH},
-        lambda m: {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}},
-    ),
+    "Transformer2DModel": Particular({"in_channels": 8, "patch_size": None, "cross_attention_dim": WIDTH}),
     "TransformerTemporalModel": Particular(
         {},
         lambda m: {"hidden_states": m.draw(2, 4, *GRID).flatten(0, 1), "encoder_hidden_states": None, "num_frames": 2},
@@ -616,7 +613,7 @@ def examine(name: str, kind: type, directory: Path, trace: bool = False) -> Outc
     except Exception as error:
         if trace:
             traceback.print_exc(file=sys.stdout)
-        outcome.result = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        outcome.result = textwrap.shorten(f"{type(error).__name__}: {error}", 240)
     outcome.seconds = time.perf_counter() - start
     return outcome
 
@@ -693,7 +690,7 @@ def main(arguments: list[str] | None = None) -> list[Outcome]:
         print(outcomes[-1].row(), flush=True)
     print(f"{sum(outcome.ok for outcome in outcomes)} of {len(outcomes)} are ok")
     if args.write:
-        command = " ".join(["python benchmarks/models.py", *(arguments or sys.argv[1:])])
+        command = " ".join(["python benchmarks/models.py", *(sys.argv[1:] if arguments is None else arguments)])
         args.write.write_text(page(outcomes, command))
     return outcomes
 
