@@ -638,13 +638,20 @@ def run(denoiser: nn.Module) -> list[Tensor]:
     return outputs(denoiser(**inputs_of(denoiser, [101, 102], torch.tensor(400))))
 
 
-def page(outcomes: list[Outcome], command: str) -> str:
-    """The table with what it was made from."""
-    good = sum(outcome.ok for outcome in outcomes)
+def page(title: str, what: str, outcomes: list[Outcome], command: str) -> str:
+    """The table with what it was made from.
+
+    Args:
+        title: of the page.
+        what: the classes are.
+        outcomes: of them.
+        command: that made it.
+    """
     lines = [
-        "# Models",
+        f"# {title}",
         "",
-        f"{good} of {len(outcomes)} denoiser classes of diffusers go through recording, quantization (closed form, the",
+        f"{sum(outcome.ok for outcome in outcomes)} of {len(outcomes)} {what} classes of diffusers go through recording, "
+        "quantization (closed form, the",
         "default recipe), saving and reopening, and give the same bits after it. Each is tiny and has random weights:",
         "the table says that a class works, not how good its images are.",
         "",
@@ -654,8 +661,6 @@ def page(outcomes: list[Outcome], command: str) -> str:
         "| class | result | units | weights quantized | seconds |",
         "| --- | --- | --- | --- | --- |",
         *(outcome.row() for outcome in sorted(outcomes, key=lambda o: (o.ok, o.name))),
-        "",
-        "Left out: " + "; ".join(f"`{name}` ({reason})" for name, reason in HELPERS.items()) + ".",
         "",
     ]
     return "\n".join(lines)
@@ -691,7 +696,8 @@ def main(arguments: list[str] | None = None) -> list[Outcome]:
     print(f"{sum(outcome.ok for outcome in outcomes)} of {len(outcomes)} are ok")
     if args.write:
         command = " ".join(["python benchmarks/models.py", *(sys.argv[1:] if arguments is None else arguments)])
-        args.write.write_text(page(outcomes, command))
+        left = "; ".join(f"`{name}` ({reason})" for name, reason in HELPERS.items())
+        args.write.write_text(page("Models", "denoiser", outcomes, command) + f"\nLeft out: {left}.\n")
     return outcomes
 
 

@@ -32,19 +32,31 @@ from diffusers import (
     ControlNetModel,
     DDIMScheduler,
     DiffusionPipeline,
+    EDMDPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
+from diffusers.pipelines.stable_audio import StableAudioProjectionModel
 from models import PARTICULAR, TEXT, WIDTH, Outcome, configuration, denoisers, page, quiet
 from PIL import Image
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
-from transformers import T5Config, T5EncoderModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 import fpq_lightning as fpq
-from fpq_lightning.diffusion.sampling import generate
+from fpq_lightning.diffusion.sampling import FunctionSampler, generate
 
 PROMPTS = ["a cat", "two dogs", "a big red bus"]
 LETTERS = ["<pad>", "<s>", "</s>", " ", *"abcdefghijklmnopqrstuvwxyz"]
@@ -54,6 +66,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """One that knows letters."""
     made = Tokenizer(WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token="<pad>"))
     made.pre_tokenizer = Split(Regex("."), "isolated")
+    made.post_processor = TemplateProcessing(single="<s> $0 </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=16
     )
@@ -65,6 +78,14 @@ def clip(projected: bool = False) -> nn.Module:
         max_position_embeddings=16, projection_dim=WIDTH, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+
+
+def vision() -> nn.Module:
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, image_size=16,
+        patch_size=8, projection_dim=WIDTH,
+    )  # fmt: skip
+    return CLIPVisionModelWithProjection(config).eval()
 
 
 def t5() -> nn.Module:
@@ -131,6 +152,10 @@ def _stable_diffusion(channels: int = 4, **unet: Any) -> dict[str, Any]:
             "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}  # fmt: skip
 
 
+def _chosen(components: dict[str, Any]) -> dict[str, Any]:
+    return {k: components[k] for k in ("unet", "vae", "scheduler", "text_encoder", "tokenizer")}
+
+
 @pipeline_of("DiTPipeline")
 def _dit() -> Made:
     components = {"transformer": denoiser("DiTTransformer2DModel", num_embeds_ada_norm=1000), "vae": vae()}
@@ -179,7 +204,10 @@ def _sdxl() -> Made:
 @pipeline_of("StableDiffusion3Pipeline")
 def _sd3() -> Made:
     model = denoiser("SD3Transformer2DModel", joint_attention_dim=2 * WIDTH, pooled_projection_dim=2 * WIDTH)
-    components = {f"tokenizer{k}": tokenizer() for k in ("", "_2", "_3")} | {"transformer": model, "vae": vae()}
+    components = {f"tokenizer{k}": tokenizer() for k in ("", "_2", "_3")} | {
+        "transformer": model,
+        "vae": vae(shift_factor=0.1),
+    }
     components |= {"text_encoder": clip(True), "text_encoder_2": clip(True), "text_encoder_3": None}
     return components | {"scheduler": FlowMatchEulerDiscreteScheduler()}, {"height": 16, "width": 16}
 
@@ -235,9 +263,8 @@ def _wan() -> Made:
 @pipeline_of("LTXPipeline")
 def _ltx() -> Made:
     video = AutoencoderKLLTXVideo(
-        latent_channels=4, block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1), spatio_temporal_scaling=(True,), decoder_spatio_temporal_scaling=(True,),
-        decoder_inject_noise=(False, False), upsample_residual=(False,), upsample_factor=(1,), patch_size=1, patch_size_t=1,
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1), decoder_layers_per_block=(1, 1, 1, 1, 1), encoder_causal=True,
     )  # fmt: skip
     return {"scheduler": FlowMatchEulerDiscreteScheduler(), "vae": video.eval(), "text_encoder": t5(),
             "tokenizer": tokenizer(), "transformer": denoiser("LTXVideoTransformer3DModel")}, {
@@ -264,15 +291,14 @@ def _animate() -> Made:
     adapter = diffusers.MotionAdapter(
         block_out_channels=(8, 16), motion_layers_per_block=1, motion_num_attention_heads=2, motion_norm_num_groups=4
     )
-    components = {k: v for k, v in _stable_diffusion(norm_num_groups=4).items() if k not in ("safety_checker", "requires_safety_checker")}
-    return components | {"motion_adapter": adapter.eval()}, {
+    return _chosen(_stable_diffusion()) | {"feature_extractor": None} | {"motion_adapter": adapter.eval()}, {
         "height": 16, "width": 16, "arguments": {"num_frames": 2},
     }  # fmt: skip
 
 
 @pipeline_of("MarigoldDepthPipeline")
 def _marigold() -> Made:
-    components = {k: v for k, v in _stable_diffusion(8).items() if k in ("unet", "vae", "scheduler", "text_encoder", "tokenizer")}
+    components = _chosen(_stable_diffusion(8))
     options = {"prediction_type": "depth", "scale_invariant": True, "shift_invariant": True}
     return components | options, {
         "inputs": pictures(image=picture), "prompts": None, "arguments": {"processing_resolution": 0},
@@ -286,9 +312,10 @@ def _kandinsky() -> Made:
         addition_embed_type="image", class_embed_type=None, mid_block_type="UNetMidBlock2DSimpleCrossAttn",
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
         up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), resnet_time_scale_shift="scale_shift",
+        block_out_channels=(32, 32), norm_num_groups=8,
     )  # fmt: skip
     movq = diffusers.VQModel(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, num_vq_embeddings=12, vq_embed_dim=4,
+        block_out_channels=(32, 32), norm_num_groups=4, latent_channels=4, num_vq_embeddings=12, vq_embed_dim=4,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("AttnUpDecoderBlock2D",) * 2, norm_type="spatial",
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
@@ -302,6 +329,74 @@ def _kandinsky() -> Made:
     }  # fmt: skip
 
 
+@pipeline_of("KandinskyV22PriorPipeline")
+def _prior() -> Made:
+    return {"prior": denoiser("PriorTransformer", num_embeddings=16), "image_encoder": vision(),
+            "text_encoder": clip(True), "tokenizer": tokenizer(), "image_processor": CLIPImageProcessor(),
+            "scheduler": diffusers.UnCLIPScheduler(prediction_type="sample", clip_sample_range=5.0)}, {}  # fmt: skip
+
+
+@pipeline_of("StableCascadePriorPipeline")
+def _stable_cascade_prior() -> Made:
+    model = denoiser(
+        "StableCascadeUNet", clip_image_in_channels=WIDTH, clip_text_in_channels=WIDTH, clip_seq=1, in_channels=4,
+        out_channels=4, switch_level=(False,),
+    )  # fmt: skip
+    return {"tokenizer": tokenizer(), "text_encoder": clip(True), "prior": model,
+            "scheduler": diffusers.DDPMWuerstchenScheduler()}, {
+                "height": 128, "width": 128}  # fmt: skip
+
+
+@pipeline_of("StableVideoDiffusionPipeline")
+def _stable_video() -> Made:
+    unet = denoiser("UNetSpatioTemporalConditionModel", sample_size=8, in_channels=8, num_frames=2)
+    video = diffusers.AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 32), layers_per_block=1, latent_channels=4, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+    )  # fmt: skip
+    return {"vae": video.eval(), "image_encoder": vision(), "unet": unet,
+            "scheduler": diffusers.EulerDiscreteScheduler(prediction_type="v_prediction"),
+            "feature_extractor": CLIPImageProcessor(crop_size=16, size={"shortest_edge": 16})}, {
+                "inputs": pictures(image=picture), "prompts": None, "height": 16, "width": 16,
+                "arguments": {"num_frames": 2}}  # fmt: skip
+
+
+@pipeline_of("StableAudioPipeline")
+def _stable_audio() -> Made:
+    model = denoiser(
+        "StableAudioDiTModel", sample_size=16, global_states_input_dim=2 * WIDTH, num_attention_heads=2,
+    )  # fmt: skip
+    oobleck = diffusers.AutoencoderOobleck(
+        encoder_hidden_size=4, downsampling_ratios=[1, 2], channel_multiples=[1, 2], decoder_channels=4,
+        decoder_input_channels=4, audio_channels=2, sampling_rate=16,
+    )  # fmt: skip
+    projection = StableAudioProjectionModel(WIDTH, WIDTH, 0, 32)
+    return {"vae": oobleck.eval(), "text_encoder": t5(), "projection_model": projection.eval(),
+            "tokenizer": tokenizer(), "transformer": model, "scheduler": EDMDPMSolverMultistepScheduler()}, {
+                "arguments": {"audio_end_in_s": 1.0}}  # fmt: skip
+
+
+def _qwen_image(pipeline: DiffusionPipeline, seeds: list[int]) -> Any:
+    """Samples with embeddings, whose encoder is too large a family to be made here."""
+    draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+    texts = torch.stack([torch.randn(TEXT, WIDTH, generator=draw) for draw in draws])
+    return pipeline(
+        prompt_embeds=texts, prompt_embeds_mask=torch.ones(len(seeds), TEXT, dtype=torch.long), generator=draws,
+        true_cfg_scale=1.0, height=16, width=16, num_inference_steps=2, output_type="np",
+    )  # fmt: skip
+
+
+@pipeline_of("QwenImagePipeline")
+def _qwen() -> Made:
+    images = diffusers.AutoencoderKLQwenImage(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    model = denoiser("QwenImageTransformer2DModel", in_channels=16, out_channels=4)
+    return {"scheduler": FlowMatchEulerDiscreteScheduler(), "vae": images.eval(), "text_encoder": None,
+            "tokenizer": None, "transformer": model}, {"function": _qwen_image, "prompts": None}  # fmt: skip
+
+
 def examine(name: str, make: Callable[[], Made], directory: Path, trace: bool) -> Outcome:
     """Takes a pipeline through recording, quantization, files and back."""
     outcome, start = Outcome(name), time.perf_counter()
@@ -311,7 +406,8 @@ def examine(name: str, make: Callable[[], Made], directory: Path, trace: bool) -
         components, options = make()
         pipeline = getattr(diffusers, name)(**components)
         pipeline.set_progress_bar_config(disable=True)
-        sampler = fpq.SamplerConfig(**{"steps": 2, "batch_size": 2, "prompts": PROMPTS, **options})
+        kind = FunctionSampler if "function" in options else fpq.SamplerConfig
+        sampler = kind(**{"steps": 2, "batch_size": 2, "prompts": PROMPTS, **options})
         fpq.quantize(
             pipeline,
             run_dir=directory / "run",
@@ -357,6 +453,8 @@ def main() -> None:
             outcomes.append(examine(name, PIPELINES[name], Path(directory), args.trace))
         print(outcomes[-1].row(), flush=True)
     print(f"{sum(outcome.ok for outcome in outcomes)} of {len(outcomes)} are ok")
+    if args.write:
+        args.write.write_text(page("pipeline", outcomes, "python " + " ".join(sys.argv)))
 
 
 if __name__ == "__main__":
