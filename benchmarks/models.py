@@ -647,11 +647,11 @@ def page(title: str, what: str, outcomes: list[Outcome], command: str) -> str:
         outcomes: of them.
         command: that made it.
     """
+    good = sum(outcome.ok for outcome in outcomes)
     lines = [
         f"# {title}",
         "",
-        f"{sum(outcome.ok for outcome in outcomes)} of {len(outcomes)} {what} classes of diffusers go through recording, "
-        "quantization (closed form, the",
+        f"{good} of {len(outcomes)} {what} classes of diffusers go through recording, quantization (closed form, the",
         "default recipe), saving and reopening, and give the same bits after it. Each is tiny and has random weights:",
         "the table says that a class works, not how good its images are.",
         "",

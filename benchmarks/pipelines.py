@@ -82,8 +82,8 @@ def clip(projected: bool = False) -> nn.Module:
 
 def vision() -> nn.Module:
     config = CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, image_size=16,
-        patch_size=8, projection_dim=WIDTH,
+        hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, image_size=224,
+        patch_size=56, projection_dim=WIDTH,
     )  # fmt: skip
     return CLIPVisionModelWithProjection(config).eval()
 
@@ -96,7 +96,8 @@ def t5() -> nn.Module:
 
 def vae(**options: Any) -> AutoencoderKL:
     chosen = {
-        "block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 16, "layers_per_block": 1,
+        "block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 16,
+        "layers_per_block": 1,
         "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
     }  # fmt: skip
     return AutoencoderKL(**{**chosen, **options}).eval()
@@ -195,7 +196,8 @@ def _control() -> Made:
 def _sdxl() -> Made:
     model = denoiser(
         "UNet2DConditionModel", sample_size=8, cross_attention_dim=2 * WIDTH, addition_embed_type="text_time",
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=48 + WIDTH, transformer_layers_per_block=(1, 2),
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=48 + WIDTH,
+        transformer_layers_per_block=(1, 2),
     )  # fmt: skip
     return {"vae": vae(), "text_encoder": clip(), "text_encoder_2": clip(True), "tokenizer": tokenizer(),
             "tokenizer_2": tokenizer(), "unet": model, "scheduler": ddim()}, {}  # fmt: skip
@@ -257,7 +259,8 @@ def _wan() -> Made:
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
     )  # fmt: skip
     return {"tokenizer": tokenizer(), "text_encoder": t5(), "vae": video.eval(),
-            "transformer": denoiser("WanTransformer3DModel"), "scheduler": FlowMatchEulerDiscreteScheduler()}, _VIDEO  # fmt: skip
+            "transformer": denoiser("WanTransformer3DModel"), "scheduler": FlowMatchEulerDiscreteScheduler()}, {
+                **_VIDEO}  # fmt: skip
 
 
 @pipeline_of("LTXPipeline")
@@ -356,7 +359,7 @@ def _stable_video() -> Made:
     )  # fmt: skip
     return {"vae": video.eval(), "image_encoder": vision(), "unet": unet,
             "scheduler": diffusers.EulerDiscreteScheduler(prediction_type="v_prediction"),
-            "feature_extractor": CLIPImageProcessor(crop_size=16, size={"shortest_edge": 16})}, {
+            "feature_extractor": CLIPImageProcessor()}, {
                 "inputs": pictures(image=picture), "prompts": None, "height": 16, "width": 16,
                 "arguments": {"num_frames": 2}}  # fmt: skip
 
@@ -454,7 +457,7 @@ def main() -> None:
         print(outcomes[-1].row(), flush=True)
     print(f"{sum(outcome.ok for outcome in outcomes)} of {len(outcomes)} are ok")
     if args.write:
-        args.write.write_text(page("pipeline", outcomes, "python " + " ".join(sys.argv)))
+        args.write.write_text(page("Pipelines", "pipeline", outcomes, "python " + " ".join(sys.argv)))
 
 
 if __name__ == "__main__":
