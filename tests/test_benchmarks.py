@@ -1,4 +1,4 @@
-"""The benchmark of full-size models, on small ones of the same classes."""
+"""The benchmarks of full-size models, on small ones of the same classes, and of all denoiser classes, on some."""
 
 from __future__ import annotations
 
@@ -10,21 +10,29 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from models import CHECKOUT
+
+from fpq_lightning.calibration.calibration_set import CalibrationSet
 
 SMALL = ["--scale=tiny", "--cpu", "--samples=32", "--measured=8", "--iterations=30", "--batch_size=4"]
 SMALL += ["--step_seconds=0"]
 
 
-@pytest.fixture(scope="module")
-def full_size() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("full_size", CHECKOUT / "benchmarks" / "full_size.py")
+def load(script: str) -> ModuleType:
+    name = f"benchmarks.{script}"
+    spec = importlib.util.spec_from_file_location(name, CHECKOUT / "benchmarks" / f"{script}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["full_size"] = module  # where its dataclasses look for themselves
+    sys.modules[name] = module  # where its dataclasses look for themselves
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def full_size() -> ModuleType:
+    return load("full_size")
 
 
 def check_sums(result: dict[str, Any]) -> None:
@@ -85,3 +93,38 @@ def test_nothing_is_begun_once_the_time_is_over(full_size: ModuleType) -> None:
     result = full_size.main(["sd15", *SMALL, "--seconds=0"])
     assert len(result["not_measured"]) == len(result["kinds"])
     assert result["estimate_seconds"]["all"] == result["sampling_seconds"]
+
+
+# --- all denoiser classes --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models() -> ModuleType:
+    return load("models")
+
+
+def test_the_table_says_what_became_of_each_class(models: ModuleType, tmp_path: Path) -> None:
+    classes = ["WanAnimate2Transformer3DModel", "ChronoEditTransformer3DModel", "TransformerTemporalModel"]
+    failed, *good = models.main(["--only", *classes, "--write", str(tmp_path / "models.md")])
+    assert [outcome.result for outcome in good] == ["ok", "ok"]
+    assert all(outcome.units > 1 and outcome.share > 0.9 for outcome in good)
+    assert "kv_cache" in failed.result  # an object with a state of its own
+    text = (tmp_path / "models.md").read_text()
+    assert "2 of 3 denoiser classes" in text
+    assert all(outcome.row() in text for outcome in [failed, *good])
+
+
+def test_samples_that_depend_on_the_rest_of_their_batch_are_found(models: ModuleType) -> None:
+    class Mixing(torch.nn.Module):
+        def forward(self, x: torch.Tensor, mixes: bool) -> torch.Tensor:
+            return x + x.mean() if mixes else 2 * x
+
+    for mixes in (False, True):
+        found = CalibrationSet({"x": torch.randn(3, 4)}, torch.ones(3), {"mixes": mixes})
+        assert models.independent(Mixing(), found) != mixes
+
+
+def test_every_denoiser_class_is_made_tiny(models: ModuleType) -> None:
+    for name, kind in models.denoisers().items():
+        made = models.make(kind)
+        assert sum(parameter.numel() for parameter in made.parameters()) < 5_000_000, name
