@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -59,6 +60,17 @@ class CalibrationSet:
         inputs = {path: _chosen(value, rows) for path, value in self.inputs.items()}
         groups = cast(Tensor, self.group_of)[rows]
         return CalibrationSet(inputs, self.weights[rows], self.constants, self.axes, self.structure, groups)
+
+    def largest_group(self) -> Tensor:
+        """The samples of the group with the most of them, int64."""
+        groups = cast(Tensor, self.group_of)
+        return (groups == groups.bincount().argmax()).nonzero().flatten()
+
+    def chunks(self, rows: Tensor, size: int) -> Iterator[Tensor]:
+        """Samples in parts of at most `size` that can be in one batch each."""
+        groups = cast(Tensor, self.group_of)[rows]
+        for group in groups.unique().tolist():
+            yield from rows[groups == group].split(size)
 
     def _find_groups(self) -> Tensor:
         numbers: dict[Any, int] = {}

@@ -123,10 +123,15 @@ class _Tree:
         ]
         return tree_unflatten(leaves, self.spec)
 
-    def by_sample(self, tree: Any) -> list[Tensor]:
-        """The batched floating-point leaves of a value, samples first."""
-        leaves = zip(tree_flatten(tree)[0], self.dims, strict=True)
-        return [x.movedim(dim, 0) for x, dim in leaves if dim is not None and x.is_floating_point()]
+    def by_sample(self, tree: Any, n: int) -> list[Tensor]:
+        """The floating-point leaves of a value, samples first: the batched ones, or else what all n samples share."""
+        leaves = [
+            (x, dim)
+            for x, dim in zip(tree_flatten(tree)[0], self.dims, strict=True)
+            if isinstance(x, Tensor) and x.is_floating_point()
+        ]
+        batched = [x.movedim(dim, 0) for x, dim in leaves if dim is not None]
+        return batched or [x.expand(n, *x.shape) for x, _ in leaves]
 
     def read(self, store: ActivationStore, rows: slice | Tensor) -> Any:
         return self.fill([store.read(key, rows).flatten(0, 1) for key in self.all_keys()])
@@ -456,7 +461,7 @@ class NetworkReplay:
         """Full-precision outputs of the current unit as `by_sample` gives them, for samples of one group."""
         group, places = self._locate(rows)
         tree = self._outputs("full_precision", self.position)[group]
-        return tree.by_sample(tree.read(self.store, places))
+        return tree.by_sample(tree.read(self.store, places), self._count(rows))
 
     def by_sample(self, output: Any, rows: slice | Tensor) -> list[Tensor]:
         """The floating-point leaves of an output of the current unit that differ from sample to sample, samples first.
@@ -465,7 +470,10 @@ class NetworkReplay:
             output: of the unit.
             rows: the samples that it is of, of one group.
         """
-        return self._output_trees[self.position][self._locate(rows)[0]].by_sample(output)
+        return self._output_trees[self.position][self._locate(rows)[0]].by_sample(output, self._count(rows))
+
+    def _count(self, rows: slice | Tensor) -> int:
+        return len(range(*rows.indices(self.n))) if isinstance(rows, slice) else len(rows)
 
     def weights(self, rows: slice | Tensor) -> Tensor:
         """How much errors on samples matter, `[n]`."""

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from fpq_lightning.calibration.axes import LEADING, SHARED, Axis, find_axes, images_of
+from fpq_lightning.calibration.axes import LEADING, SHARED, Axis, find_axes, images_of, joined
 from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.recorder import Call, Enough, Recorder
 from fpq_lightning.diffusion.pipelines import denoiser_name
@@ -228,7 +228,8 @@ class _Collector:
     def __init__(self, plan: _Plan, n: int, timesteps: Literal["uniform", "late", "early"], seed: int) -> None:
         self.plan, self.n, self.timesteps, self.seed = plan, n, timesteps, seed
         self.keep: list[list[int]] = []
-        self.last: tuple[Call, int] | None = None  # a call of the first batch, and its images
+        self.ends: list[Call] = []  # the first and the last call of the first batch
+        self.images = 0  # of it
         self._calls: int | None = None
         self._taken: list[tuple[int, dict[str, Any], float]] = []  # first trajectory of its batch, leaves, weight
         self._first: list[Call] = []  # all calls of the first batch
@@ -272,7 +273,7 @@ class _Collector:
         self._varied |= {path for path, leaf in shared.items() if not _equal(leaf, self._of_first[path])}
         if self._calls is None:
             self._first.append(call)
-            self.last = call, len(self._batch)
+            self.ends, self.images = [*self.ends[:1], call], len(self._batch)
         else:
             self._collect(call, self._seen)
         self._seen += 1
@@ -353,37 +354,55 @@ class _Collector:
     def _varying_axis(self, denoiser: Any, path: str) -> Axis:
         """Whether an argument that changes from call to call can be given for each image.
 
-        A network that takes one timestep for all images of a batch mostly takes one for each, too. That is tried.
+        A network that takes one timestep for all images of a batch mostly takes one for each, too. That is tried, with
+        the values of two calls in one batch: each image must get what its own value gives all of them.
         """
-        if self.last is None:
+        if len(self.ends) < 2:
             return SHARED
-        call, images = self.last
-        _, leaves = collapsed(call.arguments, self.plan.axes)
-        value = leaves[path]
-        if isinstance(value, (str, bool)) or (isinstance(value, Tensor) and value.numel() != 1) or value is None:
-            return SHARED
-        sizes = {p: len(images_of(leaves[p], axis, images)) for p, axis in self.plan.axes.items() if p in leaves}
-        rows = images * max(sizes.values())
-        device = call.output[0].device
+        (_, others), (_, leaves) = (collapsed(call.arguments, self.plan.axes) for call in self.ends)
+        values = others[path], leaves[path]
+        for value in values:
+            if isinstance(value, (str, bool)) or value is None or (isinstance(value, Tensor) and value.numel() != 1):
+                return SHARED
+        twice = dict(leaves)
+        for name, axis in self.plan.axes.items():
+            image = images_of(leaves[name], axis, self.images)[0][0]
+            twice[name] = joined(torch.stack([image] * 2) if isinstance(image, Tensor) else [image] * 2, axis)
+
+        def outputs(value: Any) -> list[Tensor]:
+            given = {**twice, path: value}
+            arguments = tree_map(lambda name: _own(given[name]), self.plan.structure)
+            return [x.float() for x in output_leaves(denoiser(**arguments))]
+
+        device = self.ends[0].output[0].device
+        first, second = map(outputs, values)
+        both = torch.stack([torch.as_tensor(value, device=device).reshape(()) for value in values])
         for folded in sorted({axis.folded for axis in self.plan.axes.values()}):
-            trial = {**leaves, path: torch.as_tensor(value, device=device).reshape(1).expand(rows * folded)}
-            arguments = tree_map(lambda name, trial=trial: trial[name], self.plan.structure)
             try:
-                found = output_leaves(denoiser(**arguments))
+                found = outputs(both.repeat_interleave(folded))
             except Exception:  # whatever a network may do with what it does not expect
                 continue
-            if len(found) == len(call.output) and all(map(_close, found, call.output)):
+            if all(map(_are_halves, found, first, second)):
                 return Axis("dim", 0, folded)
         return SHARED
+
+
+def _own(leaf: Any) -> Any:
+    """A leaf that a network may change."""
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _are_halves(both: Tensor, first: Tensor, second: Tensor) -> bool:
+    """Whether a batch of two gives the first image of one and the second of the other."""
+    half = len(first) // 2
+    if both.shape != first.shape or first.shape != second.shape:
+        return False
+    return torch.allclose(both, torch.cat([first[:half], second[half:]]), rtol=1e-3, atol=1e-4)
 
 
 def _kept(value: Any) -> Any:
     """A value that does not hold on to the batch that it is of."""
     return tree_map(lambda leaf: leaf.cpu().clone() if isinstance(leaf, Tensor) else leaf, value)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-4)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -94,7 +94,7 @@ class SamplerConfig:
             return {}
         rows = load_inputs(self.inputs)
         chosen = rows[[seed % len(rows) for seed in seeds]]
-        return {name: list(chosen[name]) for name in rows.column_names}
+        return {name: _of_images(list(chosen[name])) for name in rows.column_names}
 
     def kept(self) -> dict[str, Any]:
         """What a quantized model says it was sampled with: the options that were given, and the first prompts."""
@@ -117,6 +117,11 @@ class SamplerConfig:
             text = "\0".join(load_prompts(self.prompts, self.prompt_column))
             values["prompts"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         return values
+
+
+def _of_images(values: list[Any]) -> Any:
+    """The values of a column: nested numbers, such as embeddings, as one tensor."""
+    return torch.tensor(values) if values and isinstance(values[0], list) else values
 
 
 @dataclass

@@ -103,10 +103,12 @@ def _activation_ranges(
         return {}
     rows = torch.linspace(0, len(calibration) - 1, min(n, len(calibration))).long()
     parts: dict[str, list[Tensor | None]] = {name: [] for name in layers}
-    for chunk in rows.split(batch_size):
+    order = list(calibration.chunks(rows, batch_size))
+    for chunk in order:
         for name, largest in _largest(module, layers, calibration.batch(chunk, device), len(chunk)).items():
             parts[name].append(largest)
     # Some models have a timestep for each token or frame, of which some are clean: the noisiest tells the step.
+    rows = torch.cat(order)
     timesteps = calibration.inputs[key][rows].reshape(len(rows), -1).float().amax(1)
     if not timesteps.isfinite().all():
         return {}

@@ -161,7 +161,8 @@ def trace_units(
         if is_quantizable(module):
             handles.append(module.register_forward_pre_hook(read(name), with_kwargs=True))
     try:
-        with tracer:
+        # What compiles itself, as flex attention does, cannot be traced.
+        with torch.compiler.set_stance("force_eager"), tracer:
             model(**inputs)
     finally:
         for handle in handles:

@@ -16,11 +16,11 @@ from fpq_lightning.calibration.trajectories import count_calls, sample_trajector
 from fpq_lightning.diffusion.pipelines import denoiser_name
 from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.config import EvaluationConfig
-from fpq_lightning.graph.trace import trace_units
 from fpq_lightning.graph.units import discover_units
 from fpq_lightning.nn.calibrated import is_quantizable
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.training.datamodule import CalibrationDataModule
+from fpq_lightning.training.units import find_units
 
 # Measured on the embedded model and cifar10-ddpm (docs/benchmarks.md), by type of device.
 _STEP_SECONDS = {"cpu": 2e-3, "cuda": 1.2e-3}  # of an optimisation step, whatever its unit
@@ -125,10 +125,11 @@ def estimate_run(
     denoiser = getattr(pipeline, denoiser_name(pipeline)).eval()
     probe = sample_trajectories(pipeline, replace(sampler, steps=2, batch_size=2), n=4)
     micro_batch = min(data.micro_batch, 32)
-    rows = torch.arange(micro_batch) % len(probe)
+    alike = probe.largest_group()
+    rows = alike[torch.arange(micro_batch) % len(alike)]
     forward = _seconds_per_sample(denoiser, probe.batch(rows, device), micro_batch, device)
     plan = discover_units(denoiser, recipe.include, recipe.exclude, recipe.units == "layer")
-    units, _ = trace_units(denoiser, plan, probe.batch(slice(0, 1), device))
+    units = find_units(denoiser, plan, probe, device).units
     replay = NetworkReplay(
         denoiser, units, probe, data.make_store(device), micro_batch, recipe.quantized_inputs, recipe.solves
     )

@@ -38,9 +38,10 @@ def find_units(
         calibration: a few samples are enough.
         device: of the denoiser.
     """
-    n = len(calibration)
+    alike = calibration.largest_group()
+    n = len(alike)
     # Batches of different sizes, and others of one size, show which modules are given whole samples.
-    rows = [places % n for places in (torch.arange(2), torch.arange(2, 5), torch.arange(n - 2, n))]
+    rows = [alike[places % n] for places in (torch.arange(2), torch.arange(2, 5), torch.arange(n - 2, n))]
     others = [(len(places), calibration.batch(places, device)) for places in rows]
     planned = {name: unit for unit in candidates for name in unit.layers}
     units, splits = trace_units(denoiser, list(candidates), calibration.batch(slice(0, 1), device), others)

@@ -182,6 +182,22 @@ def test_a_timestep_that_all_images_share_is_given_for_each_of_them(shape: Any) 
     assert batch(found, mixed)["timestep"].tolist() == [750, 0]
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_network_that_reads_only_the_first_timestep_of_a_batch_gets_one_a_batch(batch_size: int) -> None:
+    class First(Network):
+        def forward(self, x: Tensor, timestep: Tensor) -> tuple[Tensor]:
+            return (self.layer(x) * (1 + timestep[0].float() / 1000),)
+
+    class Shared(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.transformer(x, timestep=t.reshape(1))[0]
+
+    found = sample_trajectories(make(Shared, First()), SamplerConfig(steps=4, batch_size=batch_size), 12, seed=5)
+    assert len(found.group_of.unique()) == 4
+    for rows in found.chunks(torch.arange(12), 12):
+        assert found.batch(rows, torch.device("cpu"))["timestep"].shape == (1,)
+
+
 def test_what_varies_between_calls_and_cannot_be_given_for_each_image_keeps_calls_apart() -> None:
     class Stepped(Network):
         def forward(self, x: Tensor, timestep: Any, step: Any, name: str) -> tuple[Tensor]:
