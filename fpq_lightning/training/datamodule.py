@@ -285,7 +285,16 @@ class CalibrationDataModule(pl.LightningDataModule):
         return Samples(self.n, train, held_out, train[: self.n_search], self.shard)
 
     def local_set(self) -> CalibrationSet:
-        """The part of the set that this process holds."""
+        """The part of the set that this process holds.
+
+        Raises:
+            ValueError: if several processes would share samples of several shapes.
+        """
+        if distributed.world_size() > 1 and len(cast(Tensor, self.set.group_of).unique()) > 1:
+            raise ValueError(
+                "the calibration set holds samples of several shapes (of prompts of several lengths, say), which several "
+                "processes cannot share: run on one device, or give prompts of one length"
+            )
         return self.set.select(self.shard.owned(self.n))
 
     def make_store(self, device: torch.device) -> ActivationStore:

@@ -18,7 +18,7 @@ from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.disk import load_calibration_set, save_calibration_set
 from fpq_lightning.calibration.trajectories import sample_trajectories
 from fpq_lightning.diffusion.sampling import SamplerConfig
-from fpq_lightning.training.datamodule import UnitBatches
+from fpq_lightning.training.datamodule import CalibrationDataModule, UnitBatches
 
 SAMPLER = SamplerConfig(steps=4, batch_size=3)
 
@@ -328,3 +328,14 @@ def test_samples_of_a_network_that_gives_zeros_weigh_alike() -> None:
     found = sample_trajectories(pipeline, SAMPLER, 8, weighting="sensitivity")
     assert found.weights.isfinite().all()
     assert found.weights.mean().item() == pytest.approx(1)
+
+
+def test_samples_of_several_shapes_are_refused_on_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = CalibrationDataModule(n_samples=4)
+    data._set = CalibrationSet({"x": [torch.zeros(2), torch.zeros(3), torch.zeros(2), torch.zeros(2)]}, torch.ones(4))
+    assert len(data.local_set()) == 4
+    monkeypatch.setattr("fpq_lightning.utils.distributed.world_size", lambda: 2)
+    data._batch_size = 2
+    with pytest.raises(ValueError, match="samples of several shapes") as error:
+        data.local_set()
+    assert "\n" not in str(error.value)
