@@ -292,8 +292,8 @@ class CalibrationDataModule(pl.LightningDataModule):
         """
         if distributed.world_size() > 1 and len(cast(Tensor, self.set.group_of).unique()) > 1:
             raise ValueError(
-                "the calibration set holds samples of several shapes (of prompts of several lengths, say), which several "
-                "processes cannot share: run on one device, or give prompts of one length"
+                "the calibration set holds samples of several shapes (of prompts of several lengths, say), which "
+                "several processes cannot share: run on one device, or give prompts of one length"
             )
         return self.set.select(self.shard.owned(self.n))
 
