@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -22,8 +21,6 @@ from fpq_lightning.diffusion.pipelines import denoiser_name
 from fpq_lightning.diffusion.sampling import SamplerConfig, batches_of, generate, using_sampler, warn_of_long_prompts
 from fpq_lightning.graph.tree import output_leaves
 from fpq_lightning.utils import distributed
-
-logger = logging.getLogger(__name__)
 
 
 def timestep_weights(weighting: Literal["uniform", "late", "early"], steps: int) -> Tensor:
@@ -66,6 +63,7 @@ def sample_trajectories(
     timesteps: Literal["uniform", "late", "early"] = "uniform",
     weighting: Literal["uniform", "sensitivity"] = "uniform",
     on_batch: Callable[[int, int], None] = lambda done, total: None,
+    on_plan: Callable[[str], None] = lambda text: None,
 ) -> CalibrationSet:
     """Samples images and records the arguments of the denoiser's calls.
 
@@ -80,6 +78,7 @@ def sample_trajectories(
         timesteps: how often each call of a trajectory is kept.
         weighting: equal weights, or the square of `output_sensitivity`.
         on_batch: called with the number of finished trajectories and of all trajectories.
+        on_plan: called once, on the first process, with what will be sampled, in words.
 
     Returns:
         The set, on the CPU.
@@ -90,7 +89,7 @@ def sample_trajectories(
     if n < 1:
         raise ValueError(f"the calibration set would be empty: ask for at least 1 sample, got {n}")
     with using_sampler(pipeline, sampler):
-        plan = _look_ahead(pipeline, sampler, seed, n)
+        plan = _look_ahead(pipeline, sampler, seed, n, on_plan)
         collector = _Collector(plan, n, timesteps, seed % 2**64)
         with Recorder(pipeline, collector.take, measures=weighting == "sensitivity") as recorder:
             for batch in collector.batches(plan.batch_size):
@@ -124,7 +123,9 @@ class _Plan:
     batch_size: int
 
 
-def _look_ahead(pipeline: DiffusionPipeline, sampler: SamplerConfig, seed: int, n: int) -> _Plan:
+def _look_ahead(
+    pipeline: DiffusionPipeline, sampler: SamplerConfig, seed: int, n: int, on_plan: Callable[[str], None]
+) -> _Plan:
     """Calls the pipeline for the first step of some images, and says what will be calibrated."""
     images = min(2, sampler.batch_size)
     prompts = sampler.prompts_of([seed])
@@ -146,7 +147,7 @@ def _look_ahead(pipeline: DiffusionPipeline, sampler: SamplerConfig, seed: int, 
     calls = _steps_of(pipeline, sampler) * len(small)
     prompts = sampler.prompts_of(range(seed, seed + -(-n // calls))) or []
     if distributed.rank() == 0:
-        logger.info("calibrating %s with %d samples along %s", network, n, _described(pipeline, sampler, calls))
+        on_plan(f"{network} with {n} samples along {_described(pipeline, sampler, calls)}")
         warn_of_long_prompts(pipeline, prompts)
     alone = sampler.batch_size > 1 and _lengths_differ(pipeline, sampler, seed, prompts, axes)
     return _Plan(network, axes, structure, calls, 1 if alone else sampler.batch_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ from fpq_lightning.training.plan import Plan
 from fpq_lightning.utils import distributed
 from fpq_lightning.utils.files import shorten
 from fpq_lightning.utils.progress import progress_bar
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -245,8 +248,9 @@ class CalibrationDataModule(pl.LightningDataModule):
                 bar.update(done - bar.n)
 
             return sample_trajectories(
-                pipeline, self.sampler, self.n_samples, self.seed, self.timesteps, self.weighting, show
-            )
+                pipeline, self.sampler, self.n_samples, self.seed, self.timesteps, self.weighting, show,
+                on_plan=lambda text: logger.info("calibrating %s", text),
+            )  # fmt: skip
 
     @property
     def set(self) -> CalibrationSet:

@@ -301,11 +301,14 @@ def test_a_number_of_calls_that_varies_is_refused() -> None:
         recorded(Restless, 60)
 
 
-def test_what_will_be_calibrated_is_said_before(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="fpq_lightning"):
-        recorded(Pipeline)
-    (line,) = [r.getMessage() for r in caplog.records if r.name.startswith("fpq_lightning")]
-    assert "12 samples" in line
+def test_what_will_be_calibrated_is_said_before() -> None:
+    said: list[str] = []
+    pipeline = make()
+    sample_trajectories(
+        pipeline, SAMPLER, 12, on_plan=lambda text: said.append(f"{len(pipeline.transformer.calls)} {text}")
+    )
+    (line,) = said
+    assert line.startswith("2 Network with 12 samples")  # after the first steps that are compared, before all others
     assert "DDIMScheduler: 4 calls a trajectory, timesteps 750 to 0" in line
 
 
