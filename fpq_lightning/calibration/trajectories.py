@@ -244,7 +244,8 @@ class _Collector:
         """The batches of trajectories of this process, all processes together making what is needed."""
         rank, world = distributed.rank(), distributed.world_size()
         guessed = -(-self.n // self.plan.calls)
-        first = list(batches_of(range(guessed), size, world))[:world]
+        planned = list(batches_of(range(guessed), size, world))
+        first = planned[:world]
         if rank < len(first):
             self._batch = first[rank]
             yield self._batch
@@ -253,8 +254,10 @@ class _Collector:
         for index, call in enumerate(self._first):
             self._collect(call, index)
         self._first = []
-        rest = range(first[-1].stop, len(self.keep))
-        for batch in list(batches_of(rest, size, world))[rank::world]:
+        rest = planned[world:]
+        if len(self.keep) != guessed:
+            rest = list(batches_of(range(first[-1].stop, len(self.keep)), size, world))
+        for batch in rest[rank::world]:
             self._batch = batch
             yield batch
 
