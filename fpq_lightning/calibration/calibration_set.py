@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -66,11 +67,24 @@ class CalibrationSet:
         groups = cast(Tensor, self.group_of)
         return (groups == groups.bincount().argmax()).nonzero().flatten()
 
+    @cached_property
+    def n_groups(self) -> int:
+        """How many groups there are."""
+        return len(cast(Tensor, self.group_of).unique())
+
     def chunks(self, rows: Tensor, size: int) -> Iterator[Tensor]:
-        """Samples in parts of at most `size` that can be in one batch each."""
-        groups = cast(Tensor, self.group_of)[rows]
+        """Samples in parts that can be in one batch each.
+
+        Args:
+            rows: indices of samples, int64, on any device; it is waited for only if there are several groups.
+            size: the most in a part.
+        """
+        if self.n_groups == 1:
+            yield from rows.split(size) if len(rows) else ()
+            return
+        groups = cast(Tensor, self.group_of)[rows.cpu()]
         for group in groups.unique().tolist():
-            yield from rows[groups == group].split(size)
+            yield from rows[(groups == group).to(rows.device)].split(size)
 
     def _find_groups(self) -> Tensor:
         numbers: dict[Any, int] = {}

@@ -9,18 +9,18 @@ evaluated once for each path and sample.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fpq_lightning.calibration.axes import LEADING
 from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.store import ActivationStore
+from fpq_lightning.calibration.stored_tree import StoredTree, condition_key
 from fpq_lightning.graph.chain import Chain, parts_of
 from fpq_lightning.graph.tree import named_leaves
 from fpq_lightning.graph.units import Unit
@@ -48,131 +48,6 @@ def _stubs(units: list[Unit], stub: Any) -> Iterator[None]:
     finally:
         for _, _, module in modules:
             del module.forward
-
-
-class _Tree:
-    """A structure of tensors whose batched leaves lie in the store, samples first.
-
-    Which leaves are batched, and along which dimension, is told by two passes with batches of different size. That
-    dimension may hold others folded into it (frames, windows), sample by sample. Leaves that are the network's own
-    inputs, such as embeddings of the prompt, lie in the store once for all units.
-    """
-
-    def __init__(
-        self, name: str, unit: str, small: Any, large: Any, given: Mapping[int, str] | None = None, group: int = 0
-    ) -> None:
-        self.name, self.group = name, group
-        leaves, self.spec = tree_flatten(small)
-        other = tree_flatten(large)[0]
-        self.dims = [_batch_dim(unit, a, b) for a, b in zip(leaves, other, strict=True)]
-        self.batched = [dim is not None for dim in self.dims]
-        # Of batched leaves shape and type are all that is needed.
-        self.constants: list[Any] = [
-            leaf if dim is None else leaf.new_zeros(()).expand(leaf.shape).movedim(dim, 0)
-            for leaf, dim in zip(leaves, self.dims, strict=True)
-        ]
-        self.given = [(given or {}).get(id(leaf)) for leaf in leaves]  # paths of the network's inputs
-
-    def conditions(self) -> list[str]:
-        """Paths of the network's inputs among the leaves."""
-        return [path for path, batched in zip(self.given, self.batched, strict=True) if batched and path is not None]
-
-    def stored(self) -> list[str]:
-        """Keys of what is stored for this tree alone."""
-        own = [batched and path is None for path, batched in zip(self.given, self.batched, strict=True)]
-        return [self._key(i) for i, mine in enumerate(own) if mine]
-
-    def _key(self, leaf: int) -> str:
-        return f"{self.name}.{leaf}@{self.group}"
-
-    def all_keys(self) -> list[str]:
-        """Keys of all batched leaves."""
-        leaves = enumerate(zip(self.given, self.batched, strict=True))
-        return [
-            self._key(i) if path is None else _condition(path, self.group) for i, (path, batched) in leaves if batched
-        ]
-
-    def allocate(self, store: ActivationStore, n: int, next_use: int) -> None:
-        for key, leaf, folded in self._own(self.constants):
-            store.allocate(key, (n, folded, *leaf.shape[1:]), leaf.dtype, next_use)
-
-    def _own(self, leaves: list[Any]) -> Iterator[tuple[str, Tensor, int]]:
-        """Key, value with samples first and fold of what is stored for this tree alone."""
-        own = set(self.stored())
-        found = zip(self.all_keys(), self._batched_of(leaves), self._folds(), strict=True)
-        return (entry for entry in found if entry[0] in own)
-
-    def _batched_of(self, leaves: list[Any]) -> list[Tensor]:
-        return [leaf for leaf, batched in zip(leaves, self.batched, strict=True) if batched]
-
-    def _folds(self) -> list[int]:
-        """Rows that belong to one sample, for each batched leaf."""
-        return [len(leaf) // 2 for leaf in self._batched_of(self.constants)]
-
-    def write(self, store: ActivationStore, start: int, tree: Any) -> None:
-        leaves = tree_flatten(tree)[0]
-        moved = [leaf if dim is None else leaf.movedim(dim, 0) for leaf, dim in zip(leaves, self.dims, strict=True)]
-        for key, leaf, folded in self._own(moved):
-            store.write(key, start, leaf.unflatten(0, (-1, folded)))
-
-    def fill(self, batched: list[Tensor]) -> Any:
-        values = iter(batched)
-        leaves = [
-            constant if dim is None else next(values).movedim(0, dim)
-            for dim, constant in zip(self.dims, self.constants, strict=True)
-        ]
-        return tree_unflatten(leaves, self.spec)
-
-    def by_sample(self, tree: Any, n: int) -> list[Tensor]:
-        """The floating-point leaves of a value, samples first: the batched ones, or else what all n samples share."""
-        leaves = [
-            (x, dim)
-            for x, dim in zip(tree_flatten(tree)[0], self.dims, strict=True)
-            if isinstance(x, Tensor) and x.is_floating_point()
-        ]
-        batched = [x.movedim(dim, 0) for x, dim in leaves if dim is not None]
-        return batched or [x.expand(n, *x.shape) for x, _ in leaves]
-
-    def read(self, store: ActivationStore, rows: slice | Tensor) -> Any:
-        return self.fill([store.read(key, rows).flatten(0, 1) for key in self.all_keys()])
-
-    def placeholder(self, n: int, in_memory: bool) -> Any:
-        """Zeros of the right shape, that take no memory unless the network changes them in place."""
-        zeros = [
-            leaf.new_zeros(()).expand(n * folded, *leaf.shape[1:])
-            for leaf, folded in zip(self._batched_of(self.constants), self._folds(), strict=True)
-        ]
-        return self.fill([z.clone() for z in zeros] if in_memory else zeros)
-
-
-def _condition(path: str, group: int) -> str:
-    return f"condition.{path}@{group}"
-
-
-def _batch_dim(unit: str, small: Any, large: Any) -> int | None:
-    """The dimension of a leaf that grows with the batch, given its values for batches of two and three; None if none.
-
-    Raises:
-        ValueError: if the leaf changes with the batch in another way.
-    """
-    if isinstance(small, Tensor) and isinstance(large, Tensor):
-        if small.shape == large.shape:
-            if torch.allclose(small.float(), large.float(), rtol=1e-3, atol=1e-4, equal_nan=True):
-                return None
-            change = f"whose values, of shape {tuple(small.shape)}, depend on who else is in the batch"
-        else:
-            grown = [d for d in range(small.ndim) if small.ndim == large.ndim and small.shape[d] != large.shape[d]]
-            if len(grown) == 1 and small.shape[grown[0]] * 3 == large.shape[grown[0]] * 2:
-                return grown[0]
-            change = (
-                f"whose shape {tuple(small.shape)} for two samples and {tuple(large.shape)} for three does not grow "
-                "with them"
-            )
-    elif isinstance(small, Tensor) or isinstance(large, Tensor) or type(small) is not type(large):
-        change = "that is one for some batches only"
-    else:
-        return None
-    raise ValueError(f"{unit} takes or gives a tensor {change}: it cannot be captured; exclude the layers of this unit")
 
 
 @dataclass(frozen=True)
@@ -240,7 +115,7 @@ class NetworkReplay:
         return self.units[self.position]
 
     @torch.no_grad()
-    def _templates(self, group: int, rows: Tensor) -> tuple[list[_Tree], list[_Tree]]:
+    def _templates(self, group: int, rows: Tensor) -> tuple[list[StoredTree], list[StoredTree]]:
         """Structures of the inputs and outputs of every unit for samples of a group."""
         seen: dict[int, list[tuple[Any, Any]]] = {2: [], 3: []}
         batches: list[dict[str, Any]] = []
@@ -268,10 +143,10 @@ class NetworkReplay:
         pairs = list(zip(seen[2], seen[3], strict=True))
         names = [unit.name for unit in self.units]
         input_trees = [
-            _Tree("inputs", name, a[0], b[0], given, group) for name, (a, b) in zip(names, pairs, strict=True)
+            StoredTree("inputs", name, a[0], b[0], given, group) for name, (a, b) in zip(names, pairs, strict=True)
         ]
         output_trees = [
-            _Tree("outputs", name, a[1], b[1], group=group) for name, (a, b) in zip(names, pairs, strict=True)
+            StoredTree("outputs", name, a[1], b[1], group=group) for name, (a, b) in zip(names, pairs, strict=True)
         ]
         return input_trees, output_trees
 
@@ -280,16 +155,16 @@ class NetworkReplay:
         calibration = self._calibration
         return isinstance(calibration.inputs.get(path), Tensor) and calibration.axis(path) == LEADING
 
-    def _named(self, trees: list[_Tree], name: str) -> list[_Tree]:
+    def _named(self, trees: list[StoredTree], name: str) -> list[StoredTree]:
         for tree in trees:
             tree.name = name
         return trees
 
-    def _outputs(self, path: Path, index: int) -> list[_Tree]:
+    def _outputs(self, path: Path, index: int) -> list[StoredTree]:
         """The outputs of a unit on one path, for each group."""
         return self._named(self._output_trees[index], f"{path}.{index}")
 
-    def _references(self) -> list[_Tree]:
+    def _references(self) -> list[StoredTree]:
         """The full-precision inputs of the current unit, for each group."""
         return self._named([copy.copy(tree) for tree in self._input_trees[self.position]], "reference")
 
@@ -307,12 +182,7 @@ class NetworkReplay:
             rows: indices of samples, int64.
             size: the most in a part; None is `micro_batch`.
         """
-        if len(self._groups) == 1:
-            yield from rows.split(size or self.micro_batch) if len(rows) else ()
-            return
-        groups = self._group_of[rows.cpu()]
-        for g in groups.unique().tolist():
-            yield from rows[(groups == g).to(rows.device)].split(size or self.micro_batch)
+        return self._calibration.chunks(rows, size or self.micro_batch)
 
     def _locate(self, rows: slice | Tensor) -> tuple[int, slice | Tensor]:
         """The group of some samples, and where they lie in it."""
@@ -364,7 +234,7 @@ class NetworkReplay:
             self._allocate_condition(path)
             for chunk in self._batches():
                 values = self._calibration.inputs[path][chunk.rows, None]
-                self.store.write(_condition(path, chunk.group), chunk.places.start, values)
+                self.store.write(condition_key(path, chunk.group), chunk.places.start, values)
         inputs, targets, *reference = self._allocate_capture()
         # Layers may also run between the units: DiT embeds the timestep once more with its first block's layers. A mode
         # is set once for all batches, as a large network has thousands of modules to look through.
@@ -388,18 +258,18 @@ class NetworkReplay:
     def _missing_conditions(self) -> list[str]:
         """Inputs of the network that the current unit reads and that are not in the store yet."""
         found = dict.fromkeys(path for tree in self._input_trees[self.position] for path in tree.conditions())
-        return [path for path in found if not self.store.holds(_condition(path, 0))]
+        return [path for path in found if not self.store.holds(condition_key(path, 0))]
 
     def _allocate_condition(self, path: str) -> None:
         value = self._calibration.inputs[path]
         for g, size in enumerate(self._sizes()):
-            self.store.allocate(_condition(path, g), (size, 1, *value.shape[1:]), value.dtype, self.position)
+            self.store.allocate(condition_key(path, g), (size, 1, *value.shape[1:]), value.dtype, self.position)
 
     def _sizes(self) -> list[int]:
         """Samples of each group; `rehearse` asks for other numbers than there are."""
         return [-(-len(rows) * self.n // len(self._weights)) for rows in self._groups]
 
-    def _allocate_capture(self) -> list[list[_Tree]]:
+    def _allocate_capture(self) -> list[list[StoredTree]]:
         """Makes room for the unit's inputs, its outputs and, if they are kept, its full-precision inputs."""
         trees = [self._input_trees[self.position], self._outputs("full_precision", self.position)]
         if self._keeps_reference:
@@ -516,9 +386,9 @@ class NetworkReplay:
                     if k > self.position and name in trees[tree.group].conditions()
                 ]
                 if later:
-                    self.store.schedule(_condition(name, tree.group), later[0])
+                    self.store.schedule(condition_key(name, tree.group), later[0])
                 else:
-                    self.store.free(_condition(name, tree.group))
+                    self.store.free(condition_key(name, tree.group))
 
     def rehearse(self, n: int) -> int:
         """The most bytes that the store would hold at once if this process had n samples."""

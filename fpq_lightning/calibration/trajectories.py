@@ -233,7 +233,7 @@ class _Collector:
         self.images = 0  # of it
         self._calls: int | None = None
         self._taken: list[tuple[int, dict[str, Any], float]] = []  # first trajectory of its batch, leaves, weight
-        self._first: list[Call] = []  # all calls of the first batch
+        self._first: list[tuple[dict[str, Any], Tensor | None]] = []  # leaves and sensitivity of its calls
         self._batch = range(0)
         self._seen = 0  # calls of this batch
         self._other: set[str] = set()
@@ -251,8 +251,8 @@ class _Collector:
             yield self._batch
         self._calls = distributed.broadcast_from_rank0(self._calls)
         self.keep = steps_to_keep(self.n, cast(int, self._calls), self.timesteps, self.seed)
-        for index, call in enumerate(self._first):
-            self._collect(call, index)
+        for index, (leaves, sensitivity) in enumerate(self._first):
+            self._collect(leaves, sensitivity, index)
         self._first = []
         rest = planned[world:]
         if len(self.keep) != guessed:
@@ -276,10 +276,10 @@ class _Collector:
         self._of_first = self._of_first or shared
         self._varied |= {path for path, leaf in shared.items() if not _equal(leaf, self._of_first[path])}
         if self._calls is None:
-            self._first.append(call)
+            self._first.append((_on_host(leaves), call.sensitivity))
             self.ends, self.images = [*self.ends[:1], call], len(self._batch)
         else:
-            self._collect(call, self._seen)
+            self._collect(leaves, call.sensitivity, self._seen)
         self._seen += 1
 
     def _leave_out(self, leaves: Mapping[str, Any]) -> None:
@@ -304,25 +304,25 @@ class _Collector:
             )
         self._seen = 0
 
-    def _collect(self, call: Call, index: int) -> None:
+    def _collect(self, leaves: dict[str, Any], sensitivity: Tensor | None, index: int) -> None:
         batch = self._batch
         kept = [(i, t) for i, t in enumerate(batch) if t < len(self.keep) for _ in range(self.keep[t].count(index))]
         if not kept:
             return
-        _, leaves = collapsed(call.arguments, self.plan.axes)
+        leaves = _on_host(leaves)  # one transfer for each, not one for each image
         split = {
             path: images_of(leaf, self.plan.axes[path], len(batch))
             for path, leaf in leaves.items()
             if path in self.plan.axes
         }
-        shared = {path: _kept(leaf) for path, leaf in leaves.items() if path not in split}
+        shared = {path: leaf for path, leaf in leaves.items() if path not in split}
         passes = max(map(len, split.values()))
         for image, trajectory in kept:
             chosen = (trajectory + index) % passes
             own = {path: _kept(values[chosen % len(values)][image]) for path, values in split.items()}
             weight = 1.0
-            if call.sensitivity is not None:
-                weight = call.sensitivity[chosen % len(call.sensitivity), image].item() ** 2
+            if sensitivity is not None:
+                weight = sensitivity[chosen % len(sensitivity), image].item() ** 2
             self._taken.append((batch.start, own | shared, weight))
 
     def calibration_set(self, denoiser: Any) -> CalibrationSet:
@@ -404,9 +404,13 @@ def _are_halves(both: Tensor, first: Tensor, second: Tensor) -> bool:
     return torch.allclose(both, torch.cat([first[:half], second[half:]]), rtol=1e-3, atol=1e-4)
 
 
+def _on_host(value: Any) -> Any:
+    return tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, value)
+
+
 def _kept(value: Any) -> Any:
     """A value that does not hold on to the batch that it is of."""
-    return tree_map(lambda leaf: leaf.cpu().clone() if isinstance(leaf, Tensor) else leaf, value)
+    return tree_map(_own, value)
 
 
 def _equal(a: Any, b: Any) -> bool:

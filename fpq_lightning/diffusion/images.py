@@ -13,6 +13,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from fpq_lightning.diffusion.dataset_files import open_dataset
 from fpq_lightning.utils.files import atomic_write, differences, shorten, write_json
 
 if TYPE_CHECKING:
@@ -106,17 +107,7 @@ def load_images(source: str, column: str) -> datasets.Dataset:
         ValueError: if it is empty or lacks the column.
         FileNotFoundError: if it is not there.
     """
-    import datasets  # takes a second, and most runs read no dataset
-
-    try:
-        if source.endswith(".parquet"):
-            dataset = datasets.load_dataset("parquet", data_files=source, split="train")
-        elif (Path(source) / "dataset_info.json").is_file():
-            dataset = datasets.load_from_disk(source)
-        else:
-            dataset = datasets.load_dataset(source, split="train")
-    except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise FileNotFoundError(f"there is no dataset of images {source}: {str(error).splitlines()[0]}") from error
+    dataset = open_dataset(source, f"there is no dataset of images {source}")
     if column not in dataset.column_names:
         raise ValueError(f"{source} has no column {column!r}; it has {', '.join(dataset.column_names)}")
     if not len(dataset):

@@ -13,6 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from fpq_lightning.diffusion.dataset_files import open_dataset, state_of
+
 _COLUMNS = ("prompt", "caption", "text")
 
 _MARKS = {  # at the beginning of a file; that of UTF-32 begins with that of UTF-16
@@ -60,9 +62,7 @@ def _read(source: str, column: str | None) -> Sequence[Any]:
             raise ValueError(f"{source} is no file of prompts: give {', '.join(_FILES)}")
         return _read_file(source, kind, path.read_bytes(), column)
     if os.path.isdir(path):
-        files = (file for file in sorted(path.rglob("*")) if file.is_file())
-        state = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-        return _read_dataset(str(path), column, state)
+        return _read_dataset(str(path), column, state_of(str(path)))
     if kind in _FILES:
         raise FileNotFoundError(f"there is no file of prompts {source}")
     if source.startswith(("/", "./", "../", "~")):
@@ -154,17 +154,7 @@ _FILES: Mapping[str, Callable[[str, bytes, str | None], list[Any]]] = {
 @lru_cache(maxsize=4)
 def _read_dataset(source: str, column: str | None, state: tuple[Any, ...] = ()) -> list[Any]:
     """Reads a dataset of the hub, or of a directory, whose files are in `state`."""
-    import datasets  # takes a second, and most runs read no dataset
-
-    try:
-        if (Path(source) / "dataset_info.json").is_file():
-            dataset = datasets.load_from_disk(source)
-        else:
-            dataset = datasets.load_dataset(source, split="train")
-    except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise FileNotFoundError(
-            f"there are no prompts at {source}: {str(error).splitlines()[0]}; a prompt of one word is given as a list"
-        ) from error
+    dataset = open_dataset(source, f"there are no prompts at {source} (a prompt of one word is given as a list)")
     return list(dataset[_choose(source, dataset.column_names, column)])
 
 

@@ -7,10 +7,10 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -19,8 +19,12 @@ from diffusers import schedulers as diffusers_schedulers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from fpq_lightning.diffusion.dataset_files import open_dataset, state_of
 from fpq_lightning.diffusion.prompts import load_prompts
 from fpq_lightning.nn.calibrated import Mode, running
+
+if TYPE_CHECKING:
+    import datasets
 
 _KEPT_PROMPTS = 32
 
@@ -98,24 +102,31 @@ class SamplerConfig:
 
     def kept(self) -> dict[str, Any]:
         """What a quantized model says it was sampled with: the options that were given, and the first prompts."""
-        values = {k: v for k, v in asdict(self).items() if v and k not in ("batch_size", "prompt_column")}
+        values = {k: v for k, v in self._given().items() if k not in ("batch_size", "prompt_column")}
         if self.prompts is not None:
             values["prompts"] = list(dict.fromkeys(load_prompts(self.prompts, self.prompt_column)))[:_KEPT_PROMPTS]
         return values
 
     def or_else(self, kept: Mapping[str, Any]) -> SamplerConfig:
         """The same with what `kept` gave, where nothing was given here."""
-        own = {k: v for k, v in asdict(self).items() if v}
         known = {k: v for k, v in kept.items() if k in asdict(self)}
-        return SamplerConfig(**{**known, **own})
+        return SamplerConfig(**{**known, **self._given()})
+
+    def _given(self) -> dict[str, Any]:
+        """The options that are not the default."""
+        defaults = asdict(SamplerConfig())
+        return {k: v for k, v in asdict(self).items() if v != defaults.get(k)}
 
     def identity(self) -> dict[str, Any]:
-        """What decides the image of a seed: all options but the batch size, and a hash of the prompts' text."""
+        """What decides the image of a seed: all options but the batch size, and hashes of prompts and inputs."""
         values = {k: v for k, v in asdict(self).items() if k not in ("batch_size", "prompt_column")}
         values = {k: v for k, v in values.items() if k not in ("arguments", "inputs") or v}
         if self.prompts is not None:
-            text = "\0".join(load_prompts(self.prompts, self.prompt_column))
-            values["prompts"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+            values["prompts"] = _hash("\0".join(load_prompts(self.prompts, self.prompt_column)).encode())
+        if self.inputs is not None:
+            file = Path(self.inputs).expanduser()
+            dataset = load_inputs(self.inputs)
+            values["inputs"] = _hash(file.read_bytes()) if file.is_file() else dataset._fingerprint
         return values
 
 
@@ -146,30 +157,26 @@ class FunctionSampler(SamplerConfig):
         return {}
 
 
-@lru_cache(maxsize=4)
-def load_inputs(source: str) -> Any:
-    """Reads a dataset whose columns are arguments of a pipeline.
+def load_inputs(source: str) -> datasets.Dataset:
+    """Opens a dataset whose columns are arguments of a pipeline; again if its files have changed.
 
     Raises:
         FileNotFoundError: if there is no such file or dataset.
         ValueError: if it is empty.
     """
-    import datasets  # takes a second, and most runs read no dataset
+    return _opened(source, state_of(source))
 
-    path = Path(source)
-    kind = {".parquet": "parquet", ".jsonl": "json"}.get(path.suffix.lower())
-    try:
-        if kind is not None:
-            dataset = datasets.load_dataset(kind, data_files=source, split="train")
-        elif (path / "dataset_info.json").is_file():
-            dataset = datasets.load_from_disk(source)
-        else:
-            dataset = datasets.load_dataset(source, split="train")
-    except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise FileNotFoundError(f"there is no dataset sampler.inputs {source}: {str(error).splitlines()[0]}") from error
+
+@lru_cache(maxsize=4)
+def _opened(source: str, state: tuple[Any, ...]) -> datasets.Dataset:
+    dataset = open_dataset(source, f"there is no dataset sampler.inputs {source}")
     if not len(dataset):
         raise ValueError(f"sampler.inputs {source} has no rows")
     return dataset
+
+
+def _hash(contents: bytes) -> str:
+    return hashlib.blake2b(contents, digest_size=8).hexdigest()
 
 
 def set_sampler(pipeline: DiffusionPipeline, sampler: SamplerConfig) -> None:
@@ -222,6 +229,13 @@ def batches_of(seeds: range, size: int, world_size: int = 1) -> Iterator[range]:
     """Cuts seeds into batches; they are smaller than `size` if a process would otherwise get no batch."""
     size = min(size, max(1, len(seeds) // world_size))
     return (seeds[i : i + size] for i in range(0, len(seeds), size))
+
+
+def shortened(pipeline: DiffusionPipeline, sampler: SamplerConfig, **options: Any) -> SamplerConfig:
+    """The sampler with two steps, if the pipeline takes a number of steps, and other options."""
+    if "num_inference_steps" in inspect.signature(pipeline.__call__).parameters:
+        options["steps"] = 2
+    return replace(sampler, **options)
 
 
 @contextmanager

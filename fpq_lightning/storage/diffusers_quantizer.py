@@ -5,7 +5,6 @@ Importing this module makes it known, so that ``from_pretrained`` of any model o
 
 from __future__ import annotations
 
-import copy
 import gc
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,14 @@ from fpq_lightning.quantization.quantizer import ExactBuffers
 from fpq_lightning.storage import version_2
 from fpq_lightning.storage.config import FPQConfig, QuantizationMethod
 from fpq_lightning.storage.headers import STORED_TYPES, StoredTensor, read_header
-from fpq_lightning.storage.layers import check_scales, dequantize, make_layers_empty, quantize_layer, select_layers
+from fpq_lightning.storage.layers import (
+    check_scales,
+    dequantize,
+    make_layers_empty,
+    own_config,
+    quantize_layer,
+    select_layers,
+)
 from fpq_lightning.storage.opened import forget_config, know_weights, refuse_template, state_to_save
 from fpq_lightning.utils.alignment import align
 
@@ -39,11 +45,7 @@ class FPQQuantizer(DiffusersQuantizer):
 
     def __init__(self, quantization_config: FPQConfig, **kwargs: Any) -> None:
         pre_quantized = kwargs.pop("pre_quantized", quantization_config.layers is not None)
-        if not pre_quantized:
-            quantization_config = copy.deepcopy(quantization_config)  # which is the user's to use again
-        super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
-        if not pre_quantized and quantization_config.layers is not None:
-            raise ValueError("this quantization_config is that of a quantized model: give a new FPQConfig")
+        super().__init__(own_config(quantization_config, pre_quantized), pre_quantized=pre_quantized, **kwargs)
         self.files: list[str] = []
         self.selected: set[str] = set()  # weights to quantize
         self.modules: dict[str, nn.Module] = {}  # of the model, by name, while it is loaded: a network has thousands

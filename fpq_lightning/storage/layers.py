@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -26,6 +27,19 @@ SCALES = ("scale", "block_scale", "tensor_scale")
 
 SMALLEST = 2.0**-149
 """Positive number of float32."""
+
+
+def own_config(config: FPQConfig, pre_quantized: bool) -> FPQConfig:
+    """The configuration that a quantizer of a library works with: to quantize, a copy, for the user's serves again.
+
+    Raises:
+        ValueError: if a model is to be quantized by the configuration of one that is.
+    """
+    if pre_quantized:
+        return config
+    if config.layers is not None:
+        raise ValueError("this quantization_config is that of a quantized model: give a new FPQConfig")
+    return copy.deepcopy(config)
 
 
 def make_layers_empty(model: nn.Module, config: FPQConfig) -> None:

@@ -5,7 +5,6 @@ Importing this module makes it known, so that ``from_pretrained`` of any text en
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -18,7 +17,14 @@ from fpq_lightning.nn.packed_layer import packed_layers
 from fpq_lightning.quantization.quantizer import ExactBuffers
 from fpq_lightning.storage.config import FPQConfig, QuantizationMethod
 from fpq_lightning.storage.headers import STORED_TYPES
-from fpq_lightning.storage.layers import check_scales, dequantize, make_layers_empty, quantize_layer, select_layers
+from fpq_lightning.storage.layers import (
+    check_scales,
+    dequantize,
+    make_layers_empty,
+    own_config,
+    quantize_layer,
+    select_layers,
+)
 from fpq_lightning.storage.opened import state_to_save
 from fpq_lightning.utils.alignment import align
 
@@ -37,11 +43,7 @@ class FPQTransformersQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: FPQConfig, **kwargs: Any) -> None:
         pre_quantized = kwargs.pop("pre_quantized", quantization_config.layers is not None)
-        if not pre_quantized and quantization_config.layers is not None:
-            raise ValueError("this quantization_config is that of a quantized model: give a new FPQConfig")
-        if not pre_quantized:
-            quantization_config = copy.deepcopy(quantization_config)  # which is the user's to use again
-        super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
+        super().__init__(own_config(quantization_config, pre_quantized), pre_quantized=pre_quantized, **kwargs)
         self.selected: set[str] = set()  # weights to quantize
         self.exact: dict[str, torch.dtype] = {}  # types of codes and scales, which are not cast
         self.opened: frozenset[str] = frozenset()  # names of the model's tensors when it was opened

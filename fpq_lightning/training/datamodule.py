@@ -294,7 +294,7 @@ class CalibrationDataModule(pl.LightningDataModule):
         Raises:
             ValueError: if several processes would share samples of several shapes.
         """
-        if distributed.world_size() > 1 and len(cast(Tensor, self.set.group_of).unique()) > 1:
+        if distributed.world_size() > 1 and self.set.n_groups > 1:
             raise ValueError(
                 "the calibration set holds samples of several shapes (of prompts of several lengths, say), which "
                 "several processes cannot share: run on one device, or give prompts of one length"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.shards import Shard
 from fpq_lightning.calibration.trajectories import count_calls, sample_trajectories
 from fpq_lightning.diffusion.pipelines import denoiser_name
-from fpq_lightning.diffusion.sampling import SamplerConfig
+from fpq_lightning.diffusion.sampling import SamplerConfig, shortened
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.graph.units import discover_units
 from fpq_lightning.nn.calibrated import is_quantizable
@@ -123,7 +123,7 @@ def estimate_run(
         world_size: processes.
     """
     denoiser = getattr(pipeline, denoiser_name(pipeline)).eval()
-    probe = sample_trajectories(pipeline, replace(sampler, steps=2, batch_size=2), n=4)
+    probe = sample_trajectories(pipeline, shortened(pipeline, sampler, batch_size=2), n=4)
     micro_batch = min(data.micro_batch, 32)
     alike = probe.largest_group()
     rows = alike[torch.arange(micro_batch) % len(alike)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from fpq_lightning.calibration.key import CalibrationKey
 from fpq_lightning.calibration.shards import Shard
 from fpq_lightning.diffusion.pipelines import check_as_configured, check_not_compiled, denoiser_name
-from fpq_lightning.diffusion.sampling import SamplerConfig, sample, using_sampler
+from fpq_lightning.diffusion.sampling import SamplerConfig, sample, shortened, using_sampler
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.evaluation.evaluator import Evaluator
 from fpq_lightning.evaluation.report.markdown import recipe_phrase
@@ -154,7 +154,7 @@ class Run:
         pipeline, placement = self.module.pipeline, self.module.placement
         placement.to(trainer.strategy.root_device)
         with using_sampler(pipeline, self.sampler):
-            sample(pipeline, replace(self.sampler, steps=2), [self.evaluation.seed])
+            sample(pipeline, shortened(pipeline, self.sampler), [self.evaluation.seed])
 
     def _checkpoint(self, ckpt_path: str | Path | None, trainer: pl.Trainer) -> Path | None:
         if ckpt_path == "last":

@@ -60,6 +60,12 @@ def test_what_a_model_was_sampled_with_is_taken_where_nothing_else_is_given(tmp_
     assert SamplerConfig().or_else({}) == SamplerConfig()
 
 
+def test_guidance_of_zero_is_a_choice_and_not_the_want_of_one() -> None:
+    assert SamplerConfig(guidance_scale=0.0).kept() == {"guidance_scale": 0.0}
+    assert SamplerConfig().or_else({"guidance_scale": 0.0}).guidance_scale == 0
+    assert SamplerConfig(guidance_scale=0.0).or_else({"guidance_scale": 5.0}).guidance_scale == 0
+
+
 # --- what a pipeline is called with --------------------------------------------------------------------------------
 
 
@@ -81,6 +87,36 @@ def test_columns_of_a_dataset_and_constants_become_arguments(tmp_path: Path) -> 
     file.write_text("\n".join(json.dumps({"class_labels": label}) for label in (1, 2, 4)))
     found = sample(labelled(), SamplerConfig(inputs=str(file), arguments={"strength": 0.5}), [1, 2, 3])
     assert found[:, 0, 0, 0].tolist() == pytest.approx([2 * x / 20 - 1 for x in (2, 4, 1)])
+
+
+def test_inputs_that_are_edited_are_read_again_and_decide_the_images(tmp_path: Path) -> None:
+    file = tmp_path / "inputs.jsonl"
+    seen = []
+    for label in (1, 7):
+        file.write_text(json.dumps({"class_labels": label}))
+        seen.append((SamplerConfig(inputs=str(file)).inputs_of([0]), SamplerConfig(inputs=str(file)).identity()))
+    assert [inputs["class_labels"] for inputs, _ in seen] == [[1], [7]]
+    assert seen[0][1] != seen[1][1]
+    file.write_text(json.dumps({"class_labels": 1}))
+    assert SamplerConfig(inputs=str(file)).identity() == seen[0][1]
+
+
+def test_a_pipeline_that_takes_no_number_of_steps_is_calibrated_and_judged(tmp_path: Path) -> None:
+    class Distilled(DDPMPipeline):
+        def __call__(self, batch_size, generator, output_type="np"):  # type: ignore[no-untyped-def]
+            return super().__call__(batch_size, generator, num_inference_steps=2, output_type=output_type)
+
+    pipeline = tiny_pipeline()
+    pipeline = Distilled(pipeline.unet, pipeline.scheduler)
+    fpq.quantize(
+        pipeline,
+        fpq.Recipe(rounding=fpq.RoundingRecipe(start="nearest")),
+        tmp_path / "run",
+        fpq.CalibrationDataModule(n_samples=8, n_search=4),
+        evaluation=fpq.EvaluationConfig(n_images=2, features=None),
+        accelerator="cpu",
+    )
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["variants"]["quantized"]["psnr"] > 0
 
 
 def test_a_function_of_the_users_own_samples(tmp_path: Path) -> None:
