@@ -105,7 +105,8 @@ def problem_of(
             rounding errors need it.
         held_out: moments of the inputs of other samples; without them the first damping is taken.
     """
-    means = tuple(mean.float() for mean in moments.means) if centred else None
+    mean_x, mean_y = (mean.float() for mean in moments.means)
+    means = (mean_x, mean_y) if centred else None
     hessian, cross = moments.about(means)
     size = moments.yy.diagonal(dim1=1, dim2=2).mean(1) / moments.weight.float()
     judged = None if held_out is None else held_out.about(means)
