@@ -25,8 +25,9 @@ from fpq_lightning.training.callbacks.image_progress import ImageProgress
 from fpq_lightning.training.callbacks.quality_report import QualityReport
 from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.training.generation import ImageGeneration, SeedDataModule, WriteImages
-from fpq_lightning.training.run import TRAINER_DEFAULTS, Run, RunFinishedError, check_images, prepare_run
+from fpq_lightning.training.run import Run, RunFinishedError, check_images, prepare_run
 from fpq_lightning.training.run_directory import RunDirectory
+from fpq_lightning.training.strategy import TRAINER_DEFAULTS
 from fpq_lightning.training.summary import run_summary
 from fpq_lightning.utils.options import OptionParser, option_help
 from fpq_lightning.utils.tracebacks import RunError
