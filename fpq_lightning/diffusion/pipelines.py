@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import warnings
@@ -18,6 +19,15 @@ from torch import nn
 from fpq_lightning.utils.alignment import align
 
 DENOISERS = ("transformer", "unet", "prior", "decoder")
+
+_NOT_KEPT = {"dtype": "--torch_dtype", "torch_dtype": "--torch_dtype", "token": "the environment variable HF_TOKEN"}
+_HOW_TO_LOAD = {  # arguments of ``from_pretrained`` that are none of a pipeline's own
+    "cache_dir", "custom_pipeline", "custom_revision", "device_map", "disable_mmap", "force_download",
+    "local_files_only", "low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict", "provider",
+    "provider_options", "proxies", "quantization_config", "revision", "sess_options", "trust_remote_code",
+    "use_onnx", "use_safetensors", "variant",
+}  # fmt: skip
+_OF_A_CLASS = ("custom_pipeline", "custom_revision", "trust_remote_code")  # which class opens a pipeline
 
 _WEIGHTS = re.compile(  # files of weights; a part's number may come before its variant or after it
     r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?(\.(?P<variant>[a-z]\w*?))?(-\d+-of-\d+)?"
@@ -43,6 +53,9 @@ def load_pipeline(
         FileNotFoundError: if `model` looks like a path and there is no pipeline.
         ValueError: if it cannot be loaded.
     """
+    given = dict(arguments or {})
+    for name in given.keys() & _NOT_KEPT:
+        raise ValueError(f"pipeline_arguments cannot hold {name}: use {_NOT_KEPT[name]}")
     path = Path(model).expanduser()
     if path.exists():
         if not (path / "model_index.json").is_file():
@@ -53,10 +66,10 @@ def load_pipeline(
         )
     try:
         if path.exists():
-            options = {"variant": _only_variant(path), **_left_out(path), **(arguments or {})}
+            options = {"variant": _only_variant(path), **_left_out(path), **given}
             pipeline = pipeline_class.from_pretrained(str(path), dtype=dtype, **options)
         else:
-            pipeline = _from_hub(str(model), dtype, arguments or {})
+            pipeline = _from_hub(str(model), dtype, given)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError) as error:
         if not path.exists():
             raise ValueError(f"there is no directory {model}, and no pipeline of that name on the hub") from error
@@ -64,8 +77,27 @@ def load_pipeline(
         if method := _foreign_method(path):
             reason = f"its denoiser is stored for readers of {method}, which diffusers cannot be here ({reason})"
         raise ValueError(f"cannot load the pipeline {model}: {reason}") from error
+    accepted = {*inspect.signature(type(pipeline).__init__).parameters, *pipeline.components, *_HOW_TO_LOAD}
+    if unknown := sorted(given.keys() - accepted):  # of which diffusers only warns
+        raise ValueError(f"{type(pipeline).__name__} has no {unknown[0]}: leave it out of pipeline_arguments")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def arguments_to_open(pipeline: DiffusionPipeline) -> dict[str, None]:
+    """What ``from_pretrained`` is to be told so that it makes a pipeline with the same components: those it lacks."""
+    return {name: None for name, component in pipeline.components.items() if component is None}
+
+
+def arguments_of_quantized(path: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the arguments that loaded a pipeline, those for its quantized files: not which files are read, and how.
+
+    Args:
+        path: directory of the quantized pipeline.
+        arguments: that loaded the full-precision one.
+    """
+    index = json.loads((path / "model_index.json").read_text())
+    return {name: value for name, value in arguments.items() if name in index or name in _OF_A_CLASS}
 
 
 def _from_hub(model: str, dtype: torch.dtype, arguments: Mapping[str, Any]) -> DiffusionPipeline:

@@ -17,7 +17,14 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import nn
 
-from fpq_lightning.diffusion.pipelines import class_to_open, denoiser_name, load_pipeline, made_empty, quantization_of
+from fpq_lightning.diffusion.pipelines import (
+    arguments_of_quantized,
+    class_to_open,
+    denoiser_name,
+    load_pipeline,
+    made_empty,
+    quantization_of,
+)
 from fpq_lightning.nn.attention import QuantizedAttention, quantized_attention
 from fpq_lightning.nn.calibrated import QuantizedLayer, quantized_layers
 from fpq_lightning.nn.convert import make_plain, pack_attention, pack_layer, quantized_weight
@@ -153,11 +160,14 @@ def load_quantized(
         FileNotFoundError: if there is no such pipeline.
         ValueError: if a file is damaged, of another version, or does not fit the model.
     """
-    packed = _packed_config(Path(directory).expanduser())
+    path = Path(directory).expanduser()
+    packed = _packed_config(path)
     if packed is not None:
         for file in sorted(packed.parent.glob("*.safetensors")):
             read_header(file)  # its error names the tensor that is cut off, unlike that of diffusers
-    pipeline = load_pipeline(directory, pipeline_class=pipeline_class)
+    kept = pipeline_arguments_of(path) if is_quantized(path) else {}
+    arguments = arguments_of_quantized(path, kept) if kept else {}
+    pipeline = load_pipeline(directory, arguments=arguments, pipeline_class=pipeline_class)
     denoiser = getattr(pipeline, denoiser_name(pipeline)).eval().requires_grad_(False)
     if packed is None:
         dequantized.apply_inputs(denoiser, read_description(directory))
@@ -174,6 +184,11 @@ def is_quantized(directory: str | Path) -> bool:
     """Whether a directory holds a quantized pipeline that `load_quantized` opens."""
     path = Path(directory).expanduser()
     return (path / dequantized.FILE).is_file() or _packed_config(path) is not None
+
+
+def pipeline_arguments_of(directory: str | Path) -> dict[str, Any]:
+    """What ``from_pretrained`` was told when the pipeline was loaded that is quantized here."""
+    return dict(read_description(directory).get("pipeline_arguments", {}))
 
 
 def read_description(directory: str | Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from fpq_lightning.calibration.key import CalibrationKey
 from fpq_lightning.calibration.shards import Shard
-from fpq_lightning.diffusion.pipelines import check_as_configured, check_not_compiled, denoiser_name
+from fpq_lightning.diffusion.pipelines import arguments_to_open, check_as_configured, check_not_compiled, denoiser_name
 from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.evaluation.evaluator import Evaluator
@@ -171,6 +172,7 @@ def prepare_run(
     resume: bool,
     offload: bool = False,
     checkpoint_steps: int = 2500,
+    pipeline_arguments: Mapping[str, Any] | None = None,
 ) -> Run:
     """Opens a run directory and makes everything that a calibration in it needs.
 
@@ -185,6 +187,7 @@ def prepare_run(
         resume: whether to go on with a run that is there.
         offload: keep the blocks of the denoiser in host memory.
         checkpoint_steps: optimisation steps between checkpoints within a unit.
+        pipeline_arguments: that the pipeline was loaded with, besides its place and type.
 
     Raises:
         RunFinishedError: if `run_dir` holds this run, finished.
@@ -197,12 +200,14 @@ def prepare_run(
         raise ValueError("the pipeline's denoiser is quantized already: load the full-precision model again")
     check_not_compiled(pipeline, [denoiser_name(pipeline), *recipe.components])
     key = CalibrationKey.of(data, sampler, hash_weights(denoiser))
-    parts = {
+    parts: dict[str, Any] = {
         "model": {"name": name, "class": type(denoiser).__name__, "weights": key.model_weights},
         "recipe": recipe.to_dict(),
         "calibration": {**data.identity(), "sampler": key.sampler},
         "version": versions()["fpq-lightning"],
     }
+    if loaded_with := {**arguments_to_open(pipeline), **(pipeline_arguments or {})}:
+        parts["model"]["pipeline_arguments"] = loaded_with
     directory = RunDirectory(run_dir, parts)
     if (state := directory.state()) is RunState.FINISHED:
         raise RunFinishedError(

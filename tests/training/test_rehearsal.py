@@ -346,3 +346,20 @@ def test_images_that_cannot_be_judged(fit: Run, tmp_path: Path) -> None:
         return {"images": 3}
 
     _refused(fit, tmp_path, pipeline, "holds no images", sampler=sampler)
+
+
+def test_a_written_model_that_gives_other_images_is_said(
+    fit: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    def changed(*args: Any) -> DiffusionPipeline:
+        opened = load_quantized(*args)
+        opened.unet.conv_norm_out.bias.add_(1)
+        return opened
+
+    load_quantized = rehearsal.load_quantized
+    fit(tiny_pipeline(), n_images=0)
+    line = "rehearsal: the written model does not give the very images of the calibrated one when opened"
+    assert line not in [str(warning.message) for warning in recwarn]
+    monkeypatch.setattr(rehearsal, "load_quantized", changed)
+    fit(tiny_pipeline(1), n_images=0, run_dir=tmp_path / "other")
+    assert line in [str(warning.message) for warning in recwarn]

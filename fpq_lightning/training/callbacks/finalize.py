@@ -46,6 +46,8 @@ class FinalizeQuantization(pl.Callback):
             "sampler": module.data.sampler.kept(),
             "coverage": asdict(module.coverage),
         }
+        if arguments := self.run.parts["model"].get("pipeline_arguments"):
+            details["pipeline_arguments"] = arguments
         with side_work("statistics of the weights"):
             details |= weight_statistics(module.denoiser)
         return details
