@@ -12,7 +12,8 @@ from fpq_lightning.diffusion.sampling import FunctionSampler, SamplerConfig
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.training.datamodule import CalibrationDataModule
-from fpq_lightning.training.run import TRAINER_DEFAULTS, prepare_run
+from fpq_lightning.training.run import prepare_run
+from fpq_lightning.training.strategy import TRAINER_DEFAULTS
 
 
 def quantize(

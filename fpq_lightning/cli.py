@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fpq_lightning import __version__
 from fpq_lightning.utils.resources import find_config
-from fpq_lightning.utils.tracebacks import RunError, save_traceback
+from fpq_lightning.utils.tracebacks import RehearsalError, RunError, save_traceback
 
 _HELP = """usage: fpq COMMAND [options]
 
@@ -271,6 +271,8 @@ def _explain(error: BaseException) -> str:
     if "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError):
         advice = "lower data.store_budget, data.micro_batch, data.n_search or batch sizes"
         return f"out of memory ({text[:200]}): {advice}"
+    if isinstance(error, RehearsalError):
+        return f"{text}; the traceback is in {save_traceback(error, directory)}"
     if isinstance(error, (ValueError, FileNotFoundError)):
         return text
     if isinstance(error, OSError):

@@ -119,6 +119,7 @@ from fpq_lightning import cli
 import fpq_lightning.training.command_line
 from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.reconstruction import unit
+from fpq_lightning.training import run as training_run
 import fpq_lightning.training.callbacks.checkpoint as checkpoint
 import fpq_lightning.training.callbacks.finalize as finalize
 import fpq_lightning.training.callbacks.image_quality as image_quality
@@ -126,13 +127,23 @@ import fpq_lightning.training.callbacks.image_quality as image_quality
 owners = {"unit": unit.UnitTrainer, "steps": unit, "data": CalibrationDataModule, "trainer": pl.Trainer, "os": os}
 owners |= {"checkpoint": checkpoint, "finalize": finalize, "image_quality": image_quality}
 
+rehearse, rehearsing = training_run.rehearse, False
+
+def rehearse_undisturbed(*args):
+    global rehearsing
+    rehearsing = True
+    try:
+        rehearse(*args)
+    finally:
+        rehearsing = False
+
 def disturb(owner, name, call, file, halved, number, error):
     owner = owners[owner]
     original, calls = getattr(owner, name), 0
     def disturbed(*args, **kwargs):
         nonlocal calls
         paths = [a for a in args if isinstance(a, (str, os.PathLike))]
-        if file and file not in map(os.path.basename, paths):
+        if rehearsing or file and file not in map(os.path.basename, paths):
             return original(*args, **kwargs)
         calls += 1
         if error and calls >= call:
@@ -147,6 +158,7 @@ def disturb(owner, name, call, file, halved, number, error):
     setattr(owner, name, disturbed)
 
 def run(scenario):
+    training_run.rehearse = rehearse_undisturbed if scenario["rehearses"] else lambda *args: None
     if scenario["disturbance"]:
         disturb(**scenario["disturbance"])
     os.environ.update(scenario["environment"])
@@ -192,7 +204,7 @@ def disturbance(
     number: int = signal.SIGKILL,
     error: int = 0,
 ) -> dict[str, Any]:
-    """What happens to a command of `scenario` at the n-th call of a function.
+    """What happens to a command of `scenario` at the n-th call of a function, not counting those of a rehearsal.
 
     Args:
         owner: of the function: ``unit``, ``steps``, ``data``, ``trainer``, ``checkpoint``, ``finalize``,
@@ -222,6 +234,7 @@ def scenario(
     file_size: int = 0,
     environment: dict[str, str] | None = None,
     directory: Path | None = None,
+    rehearses: bool = True,
 ) -> dict[str, Any]:
     """A command for `run_scenarios` or a `Driver`.
 
@@ -232,6 +245,7 @@ def scenario(
         file_size: bytes that a file may have at most, 0 for any; writing beyond fails as on a full disk.
         environment: variables to set.
         directory: to run in.
+        rehearses: whether a run is rehearsed, as it is outside of tests.
     """
     return {
         "log": str(log),
@@ -240,6 +254,7 @@ def scenario(
         "file_size": file_size,
         "environment": environment or {},
         "directory": directory and str(directory),
+        "rehearses": rehearses,
     }
 
 

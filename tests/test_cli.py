@@ -561,6 +561,7 @@ def test_an_unforeseen_error_ends_in_one_line_that_names_a_file_with_its_traceba
         assert file_of(run_fpq(capsys, fit_arguments(model, run))).parent == temporary
     assert not run.exists()
     with monkeypatch.context() as patch:
+        patch.setattr("fpq_lightning.training.run.rehearse", lambda *args: None)  # which would find it before the run
         patch.setattr("fpq_lightning.training.callbacks.image_quality.ImageQuality.on_train_end", fail)
         outcome = run_fpq(capsys, fit_arguments(model, run, n_images=2))
         assert file_of(outcome).parent == run
@@ -660,8 +661,8 @@ def test_predict_without_images_or_onto_a_file_ends_in_one_line(
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(model: str, tmp_path: Path) -> None:
-    # Files of at most so many bytes: what is written first, later and last fails.
-    limits = [3_000, 60_000, 75_000]
+    # Files of at most so many bytes: what a rehearsal writes first and later fails, then what the run does.
+    limits = [3_000, 75_000, 90_000, 97_500]
     outcomes = run_scenarios(
         [scenario(tmp_path / f"log{n}", fit_arguments(model, tmp_path / f"run{n}"), file_size=n) for n in limits]
     )
@@ -672,4 +673,5 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(model: str
         assert len(outcome.errors) == 1
         assert not (run / "quantized").exists()
         assert not (run / "report.json").exists()
-        assert [f.name for f in run.iterdir() if f.name.startswith(".")] == []
+        assert [f.name for f in run.glob(".*")] == []
+        assert run.exists() == (limit > 75_000)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
@@ -18,19 +20,42 @@ from fpq_lightning.utils.alignment import align
 
 DENOISERS = ("transformer", "unet", "prior", "decoder")
 
+_NOT_KEPT = {"dtype": "--torch_dtype", "torch_dtype": "--torch_dtype", "token": "the environment variable HF_TOKEN"}
+_HOW_TO_LOAD = {  # arguments of ``from_pretrained`` that are none of a pipeline's own
+    "cache_dir", "custom_pipeline", "custom_revision", "device_map", "disable_mmap", "force_download",
+    "local_files_only", "low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict", "provider",
+    "provider_options", "proxies", "quantization_config", "revision", "sess_options", "trust_remote_code",
+    "use_onnx", "use_safetensors", "variant",
+}  # fmt: skip
+_OF_A_CLASS = ("custom_pipeline", "custom_revision", "trust_remote_code")  # which class opens a pipeline
+
 _WEIGHTS = re.compile(  # files of weights; a part's number may come before its variant or after it
     r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?(\.(?P<variant>[a-z]\w*?))?(-\d+-of-\d+)?"
     r"\.(safetensors|bin)"
 )
 
 
-def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+def load_pipeline(
+    model: str | Path,
+    dtype: torch.dtype = torch.float32,
+    arguments: Mapping[str, Any] | None = None,
+    pipeline_class: type[DiffusionPipeline] = DiffusionPipeline,
+) -> DiffusionPipeline:
     """Loads a pipeline from a directory or the hub.
+
+    Args:
+        model: the directory or hub id.
+        dtype: of its weights.
+        arguments: further ones of ``from_pretrained``, such as a component or ``None`` for one to do without.
+        pipeline_class: whose ``from_pretrained`` loads it, of `class_to_open` for one that diffusers does not know.
 
     Raises:
         FileNotFoundError: if `model` looks like a path and there is no pipeline.
         ValueError: if it cannot be loaded.
     """
+    given = dict(arguments or {})
+    for name in given.keys() & _NOT_KEPT:
+        raise ValueError(f"pipeline_arguments cannot hold {name}: use {_NOT_KEPT[name]}")
     path = Path(model).expanduser()
     if path.exists():
         if not (path / "model_index.json").is_file():
@@ -41,10 +66,10 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Diff
         )
     try:
         if path.exists():
-            options = {"variant": _only_variant(path), **_left_out(path)}
-            pipeline = DiffusionPipeline.from_pretrained(str(path), dtype=dtype, **options)
+            options = {"variant": _only_variant(path), **_left_out(path), **given}
+            pipeline = pipeline_class.from_pretrained(str(path), dtype=dtype, **options)
         else:
-            pipeline = _from_hub(str(model), dtype)
+            pipeline = _from_hub(str(model), dtype, given)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError) as error:
         if not path.exists():
             raise ValueError(f"there is no directory {model}, and no pipeline of that name on the hub") from error
@@ -52,16 +77,35 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Diff
         if method := _foreign_method(path):
             reason = f"its denoiser is stored for readers of {method}, which diffusers cannot be here ({reason})"
         raise ValueError(f"cannot load the pipeline {model}: {reason}") from error
+    accepted = {*inspect.signature(type(pipeline).__init__).parameters, *pipeline.components, *_HOW_TO_LOAD}
+    if unknown := sorted(given.keys() - accepted):  # of which diffusers only warns
+        raise ValueError(f"{type(pipeline).__name__} has no {unknown[0]}: leave it out of pipeline_arguments")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _from_hub(model: str, dtype: torch.dtype) -> DiffusionPipeline:
+def arguments_to_open(pipeline: DiffusionPipeline) -> dict[str, None]:
+    """What ``from_pretrained`` is to be told so that it makes a pipeline with the same components: those it lacks."""
+    return {name: None for name, component in pipeline.components.items() if component is None}
+
+
+def arguments_of_quantized(path: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the arguments that loaded a pipeline, those for its quantized files: not which files are read, and how.
+
+    Args:
+        path: directory of the quantized pipeline.
+        arguments: that loaded the full-precision one.
+    """
+    index = json.loads((path / "model_index.json").read_text())
+    return {name: value for name, value in arguments.items() if name in index or name in _OF_A_CLASS}
+
+
+def _from_hub(model: str, dtype: torch.dtype, arguments: Mapping[str, Any]) -> DiffusionPipeline:
     try:
-        return DiffusionPipeline.from_pretrained(model, dtype=dtype)
+        return DiffusionPipeline.from_pretrained(model, dtype=dtype, **arguments)
     except (OSError, ValueError) as error:
         try:  # some repositories hold nothing but half precision
-            return DiffusionPipeline.from_pretrained(model, dtype=dtype, variant="fp16")
+            return DiffusionPipeline.from_pretrained(model, dtype=dtype, **{"variant": "fp16", **arguments})
         except (OSError, ValueError):
             raise error from None
 
@@ -103,6 +147,12 @@ def quantization_of(path: Path) -> tuple[Path, str] | None:
 def _foreign_method(path: Path) -> str | None:
     found = quantization_of(path)
     return None if found is None or found[1] == "fpq" else found[1]
+
+
+def class_to_open(pipeline: DiffusionPipeline) -> type[DiffusionPipeline]:
+    """The class whose ``from_pretrained`` opens what a pipeline writes: its own, if diffusers does not know that."""
+    kind = type(pipeline)
+    return DiffusionPipeline if getattr(diffusers, kind.__name__, None) is kind else kind
 
 
 def denoiser_name(pipeline: DiffusionPipeline) -> str:
@@ -151,19 +201,26 @@ def check_not_compiled(pipeline: DiffusionPipeline, names: Sequence[str]) -> Non
             raise ValueError(f"the pipeline's {name} is compiled: load the model again, quantize it, then compile it")
 
 
+def made_empty(denoiser: Any) -> nn.Module | None:
+    """A model without weights in memory, made from the configuration of a denoiser; None if it has none to make it."""
+    if not hasattr(denoiser, "from_config"):
+        return None
+    # Arguments that were given by position are among those whose defaults `from_config` would take; files hold them.
+    left_out = ("_use_default_values", "quantization_config")
+    config = {name: value for name, value in denoiser.config.items() if name not in left_out}
+    with torch.random.fork_rng(devices=[]), init_empty_weights():
+        fresh = type(denoiser).from_config(config)
+    return fresh if type(fresh) is type(denoiser) else None  # it may be a class of an older diffusers
+
+
 def check_as_configured(denoiser: Any) -> None:
     """Finds out that a model has other tensors than its configuration makes: what is saved of it could not be opened.
 
     Raises:
         ValueError: if it has.
     """
-    if not hasattr(denoiser, "from_config"):
-        return
-    # Arguments that were given by position are among those whose defaults `from_config` would take; files hold them.
-    config = {name: value for name, value in denoiser.config.items() if name != "_use_default_values"}
-    with torch.random.fork_rng(devices=[]), init_empty_weights():
-        fresh = type(denoiser).from_config(config)
-    if type(fresh) is not type(denoiser):  # a class of an older diffusers
+    fresh = made_empty(denoiser)
+    if fresh is None:
         return
     made, found = ({k: tuple(v.shape) for k, v in model.state_dict().items()} for model in (fresh, denoiser))
     if changed := next((name for name in {**found, **made} if found.get(name) != made.get(name)), None):

@@ -8,6 +8,7 @@ made from, and every concatenation of the outputs of different units (a UNet's s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fpq_lightning.graph.chain import Chain, chained
+from fpq_lightning.graph.passes import Passes, ShapePasses
 from fpq_lightning.graph.units import Unit, layer_count
-from fpq_lightning.graph.whole import record, settle_units
+from fpq_lightning.graph.whole import Pass, record, settle_units
 from fpq_lightning.nn.calibrated import input_of, is_quantizable
 
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
@@ -81,7 +83,19 @@ class _Tracer(TorchFunctionMode):
         return out
 
 
-@torch.no_grad()
+def _watched(
+    model: nn.Module, inputs: Mapping[str, Any], others: Sequence[tuple[int, Mapping[str, Any]]]
+) -> tuple[Passes, list[Pass]]:
+    """Passes of a network that it can do, of shapes alone if possible, and what was seen in some."""
+
+    def seen(passes: Passes) -> tuple[Passes, list[Pass]]:
+        return passes, [record(model, passes, inputs), *(record(model, passes, more, n) for n, more in others)]
+
+    with suppress(Exception):  # whatever a network raises that needs values
+        return seen(ShapePasses(model))
+    return seen(Passes(model))
+
+
 def trace_units(
     model: nn.Module,
     units: list[Unit],
@@ -101,9 +115,9 @@ def trace_units(
         The units that ran, in execution order, with `sources` filled in and layers in execution order; and for
         every layer that reads a concatenation the sizes of its pieces.
     """
-    passes = [record(model, inputs), *(record(model, more, n) for n, more in others)]
-    units, maybe = settle_units(model, units, passes)
-    maybe |= {module for found in passes for module in found.calls}
+    passes, found = _watched(model, inputs, others)
+    units, maybe = settle_units(model, units, found)
+    maybe |= {module for one in found for module in one.calls}
     tracer = _Tracer()
     order: list[Unit] = []
     layer_order: dict[int, int] = {}
@@ -143,8 +157,8 @@ def trace_units(
 
         return hook
 
-    def read(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def read(name: str, module: nn.Module) -> Callable:
+        def hook(runs: nn.Module, args: tuple, kwargs: dict) -> None:
             layer_order.setdefault(id(module), len(layer_order))
             x = input_of(args, kwargs)
             pieces = tracer.pieces.get(id(x))
@@ -155,15 +169,15 @@ def trace_units(
         return hook
 
     for unit in units:
-        handles.append(unit.module.register_forward_pre_hook(enter(unit), with_kwargs=True))
-        handles.append(unit.module.register_forward_hook(leave(unit)))
+        runs = passes.runs_as(unit.module)
+        handles.append(runs.register_forward_pre_hook(enter(unit), with_kwargs=True))
+        handles.append(runs.register_forward_hook(leave(unit)))
     for name, module in model.named_modules():
         if is_quantizable(module):
-            handles.append(module.register_forward_pre_hook(read(name), with_kwargs=True))
+            handles.append(passes.runs_as(module).register_forward_pre_hook(read(name, module), with_kwargs=True))
     try:
-        # What compiles itself, as flex attention does, cannot be traced.
-        with torch.compiler.set_stance("force_eager"), tracer:
-            model(**inputs)
+        with tracer:
+            passes(inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from fpq_lightning.graph.passes import Passes
 from fpq_lightning.graph.units import Unit, layer_count, walk
 
 RUN_AGAIN = "layers that run more than once in a pass of the network"
@@ -53,32 +54,33 @@ def _shapes(tree: Any) -> list[_Shape]:
     return [tuple(x.shape) if isinstance(x, Tensor) else None for x in tree_leaves(tree)]
 
 
-@torch.no_grad()
-def record(model: nn.Module, inputs: Mapping[str, Any], n: int | None = None) -> Pass:
-    """Runs the network once and notes how its modules are called.
+def record(model: nn.Module, passes: Passes, inputs: Mapping[str, Any], n: int | None = None) -> Pass:
+    """Runs a network once and notes how its modules are called.
 
     Args:
         model: the network.
+        passes: of it.
         inputs: keyword arguments of the pass.
         n: samples in it, if that is known.
     """
     found = Pass(n, {})
     running: list[tuple[nn.Module, _Call]] = []
 
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(module: nn.Module, runs: nn.Module, args: Any, kwargs: Any) -> None:
         call = _Call(tuple(m for m, _ in running), _shapes((args, kwargs)))
         found.calls.setdefault(module, []).append(call)
         running.append((module, call))
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(runs: nn.Module, args: Any, output: Any) -> None:
         running.pop()[1].shapes.extend(_shapes(output))
 
     handles = []
     for module in model.modules():
-        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(leave))
+        runs = passes.runs_as(module)
+        handles.append(runs.register_forward_pre_hook(partial(enter, module), with_kwargs=True))
+        handles.append(runs.register_forward_hook(leave))
     try:
-        model(**inputs)
+        passes(inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -246,5 +246,16 @@ def _check_tensors(modules: Mapping[str, nn.Module], found: Mapping[str, StoredT
                 raise ValueError(f"{tensor} is {found[tensor]} in the files, but should be {wanted}")
 
 
+def check_fits(model: Any, empty: nn.Module) -> None:
+    """Compares a packed model with an empty one of its configuration, as files of it would be.
+
+    Raises:
+        ValueError: if its files could not be opened.
+    """
+    make_layers_empty(empty, model.config.quantization_config)
+    found = {k: StoredTensor(STORED_TYPES.get(v.dtype, ""), tuple(v.shape)) for k, v in model.state_dict().items()}
+    _check_tensors(dict(empty.named_modules(remove_duplicate=False)), found)
+
+
 AUTO_QUANTIZER_MAPPING[QuantizationMethod.FPQ.value] = FPQQuantizer
 AUTO_QUANTIZATION_CONFIG_MAPPING[QuantizationMethod.FPQ.value] = FPQConfig

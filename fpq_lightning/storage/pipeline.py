@@ -17,7 +17,14 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import nn
 
-from fpq_lightning.diffusion.pipelines import denoiser_name, load_pipeline, quantization_of
+from fpq_lightning.diffusion.pipelines import (
+    arguments_of_quantized,
+    class_to_open,
+    denoiser_name,
+    load_pipeline,
+    made_empty,
+    quantization_of,
+)
 from fpq_lightning.nn.attention import QuantizedAttention, quantized_attention
 from fpq_lightning.nn.calibrated import QuantizedLayer, quantized_layers
 from fpq_lightning.nn.convert import make_plain, pack_attention, pack_layer, quantized_weight
@@ -25,7 +32,8 @@ from fpq_lightning.nn.packed_layer import PackedLayer, packed_layers
 from fpq_lightning.nn.swap import SwappedModule
 from fpq_lightning.storage import dequantized
 from fpq_lightning.storage.config import FPQConfig, QuantizationMethod
-from fpq_lightning.storage.exports.registry import EXPORTS
+from fpq_lightning.storage.diffusers_quantizer import check_fits
+from fpq_lightning.storage.exports.registry import EXPORTS, Export
 from fpq_lightning.storage.headers import read_header
 from fpq_lightning.utils.files import atomic_directory
 
@@ -78,23 +86,8 @@ def save_quantized(pipeline: DiffusionPipeline, directory: Path, details: Mappin
     Raises:
         ValueError: if there is no such export, a quantized weight holds NaN or Inf, or no layer fits the export.
     """
-    export, denoiser = EXPORTS[form], getattr(pipeline, denoiser_name(pipeline))
-    calibrated = {name: layer for name, layer in quantized_layers(denoiser).items() if "quantized" in layer.variants}
-    stored: dict[str, QuantizedLayer | PackedLayer] = {**calibrated, **packed_layers(denoiser)}
-    for name, layer in stored.items():
-        if not quantized_weight(layer).isfinite().all():
-            raise ValueError(f"{name}: its quantized weight holds NaN or Inf; nothing was written")
-    components = [c for c in pipeline.components.values() if isinstance(c, nn.Module)]
-    with atomic_directory(directory) as temporary, _restored(components):
-        for chosen in calibrated.values():
-            pack_layer(chosen, chosen.variants["quantized"])
-        for attention in quantized_attention(denoiser).values():
-            if isinstance(attention, QuantizedAttention) and "quantized" in attention.variants:
-                pack_attention(attention)
-        for component in components:
-            for left in quantized_layers(component).values():
-                make_plain(left)
-        export.convert(pipeline, details, temporary)
+    export = EXPORTS[form]
+    with atomic_directory(directory) as temporary, _in_form(pipeline, details, export, temporary):
         try:
             pipeline.save_pretrained(temporary)
         except SafetensorError as error:
@@ -103,18 +96,78 @@ def save_quantized(pipeline: DiffusionPipeline, directory: Path, details: Mappin
         (temporary / "README.md").write_text(_README.format(**names, usage=export.usage))
 
 
-def load_quantized(directory: str | Path) -> DiffusionPipeline:
+@contextmanager
+def _in_form(
+    pipeline: DiffusionPipeline, details: Mapping[str, Any], export: Export, directory: Path
+) -> Iterator[None]:
+    """Within the block the pipeline is what `save_pretrained` writes in the form of an export."""
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    calibrated = {name: layer for name, layer in quantized_layers(denoiser).items() if "quantized" in layer.variants}
+    stored: dict[str, QuantizedLayer | PackedLayer] = {**calibrated, **packed_layers(denoiser)}
+    for name, layer in stored.items():
+        if not quantized_weight(layer).isfinite().all():
+            raise ValueError(f"{name}: its quantized weight holds NaN or Inf; nothing was written")
+    components = [c for c in pipeline.components.values() if isinstance(c, nn.Module)]
+    with _restored(components):
+        for chosen in calibrated.values():
+            pack_layer(chosen, chosen.variants["quantized"])
+        for attention in quantized_attention(denoiser).values():
+            if isinstance(attention, QuantizedAttention) and "quantized" in attention.variants:
+                pack_attention(attention)
+        for component in components:
+            for left in quantized_layers(component).values():
+                make_plain(left)
+        export.convert(pipeline, details, directory)
+        yield
+
+
+def check_form(pipeline: DiffusionPipeline, directory: Path, details: Mapping[str, Any]) -> None:
+    """Finds out that what `save_quantized` would write cannot be opened, without writing weights.
+
+    The denoiser is compared with an empty one of its configuration. The rest of the pipeline is written and opened, but
+    for its networks, which the opened one shares.
+
+    Args:
+        pipeline: as `save_quantized` takes it.
+        directory: a scratch directory.
+        details: as `save_quantized` takes them.
+
+    Raises:
+        ValueError: if it cannot be opened.
+    """
+    with _in_form(pipeline, details, EXPORTS["fpq"], directory):
+        denoiser = getattr(pipeline, denoiser_name(pipeline))
+        if (empty := made_empty(denoiser)) is not None:
+            check_fits(denoiser, empty)
+        pipeline.save_config(directory)
+        networks = {name: c for name, c in pipeline.components.items() if isinstance(c, nn.Module)}
+        for name, component in pipeline.components.items():
+            if name not in networks and hasattr(component, "save_pretrained"):
+                component.save_pretrained(directory / name)
+        load_pipeline(directory, arguments=networks, pipeline_class=class_to_open(pipeline))
+
+
+def load_quantized(
+    directory: str | Path, pipeline_class: type[DiffusionPipeline] = DiffusionPipeline
+) -> DiffusionPipeline:
     """Opens a packed or dequantized pipeline, with all activation formats in force.
+
+    Args:
+        directory: of the pipeline.
+        pipeline_class: its class, if diffusers does not know it.
 
     Raises:
         FileNotFoundError: if there is no such pipeline.
         ValueError: if a file is damaged, of another version, or does not fit the model.
     """
-    packed = _packed_config(Path(directory).expanduser())
+    path = Path(directory).expanduser()
+    packed = _packed_config(path)
     if packed is not None:
         for file in sorted(packed.parent.glob("*.safetensors")):
             read_header(file)  # its error names the tensor that is cut off, unlike that of diffusers
-    pipeline = load_pipeline(directory)
+    kept = pipeline_arguments_of(path) if is_quantized(path) else {}
+    arguments = arguments_of_quantized(path, kept) if kept else {}
+    pipeline = load_pipeline(directory, arguments=arguments, pipeline_class=pipeline_class)
     denoiser = getattr(pipeline, denoiser_name(pipeline)).eval().requires_grad_(False)
     if packed is None:
         dequantized.apply_inputs(denoiser, read_description(directory))
@@ -131,6 +184,11 @@ def is_quantized(directory: str | Path) -> bool:
     """Whether a directory holds a quantized pipeline that `load_quantized` opens."""
     path = Path(directory).expanduser()
     return (path / dequantized.FILE).is_file() or _packed_config(path) is not None
+
+
+def pipeline_arguments_of(directory: str | Path) -> dict[str, Any]:
+    """What ``from_pretrained`` was told when the pipeline was loaded that is quantized here."""
+    return dict(read_description(directory).get("pipeline_arguments", {}))
 
 
 def read_description(directory: str | Path) -> dict[str, Any]:

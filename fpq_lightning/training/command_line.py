@@ -25,8 +25,9 @@ from fpq_lightning.training.callbacks.image_progress import ImageProgress
 from fpq_lightning.training.callbacks.quality_report import QualityReport
 from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.training.generation import ImageGeneration, SeedDataModule, WriteImages
-from fpq_lightning.training.run import TRAINER_DEFAULTS, Run, RunFinishedError, check_images, prepare_run
+from fpq_lightning.training.run import Run, RunFinishedError, check_images, prepare_run
 from fpq_lightning.training.run_directory import RunDirectory
+from fpq_lightning.training.strategy import TRAINER_DEFAULTS
 from fpq_lightning.training.summary import run_summary
 from fpq_lightning.utils.options import OptionParser, option_help
 from fpq_lightning.utils.tracebacks import RunError
@@ -81,6 +82,12 @@ class FPQCommandLine(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what the command at hand needs."""
         parser.add_argument("--model", type=str, help="Directory or hub id of a diffusers pipeline.")
+        parser.add_argument(
+            "--pipeline_arguments",
+            type=dict[str, Any],
+            default={},
+            help="Further arguments of from_pretrained, such as {text_encoder_3: null}; a quantized model keeps them.",
+        )
         if self._preparing == "fit":
             parser.add_argument("--run_dir", type=str | None, default=None, help="Default: runs/<model>-<formats>.")
             parser.add_argument(
@@ -156,14 +163,14 @@ class FPQCommandLine(LightningCLI):
     def _prepare_fit(self, options: Namespace) -> list[pl.Callback]:
         if is_quantized(options.model):
             raise ValueError(f"{options.model} is quantized already: give the full-precision model")
-        pipeline = load_pipeline(options.model, _DTYPES[options.torch_dtype])
+        pipeline = load_pipeline(options.model, _DTYPES[options.torch_dtype], options.pipeline_arguments)
         run_dir = options.run_dir or default_run_dir(options.model, options.recipe)
         options.run_dir = self.config[self.subcommand].run_dir = run_dir
         try:
             self.run = prepare_run(
                 pipeline, options.model, options.recipe, options.data, options.sampler, options.evaluation, run_dir,
                 resume=options.ckpt_path is not None, offload=options.offload,
-                checkpoint_steps=options.checkpoint_steps,
+                checkpoint_steps=options.checkpoint_steps, pipeline_arguments=options.pipeline_arguments,
             )  # fmt: skip
         except RunFinishedError:
             logger.info("%s is finished: see %s. To run it again, delete it.", run_dir, Path(run_dir) / "report.md")
@@ -177,14 +184,14 @@ class FPQCommandLine(LightningCLI):
         output = Path(options.output or default_test_directory(options.model))
         if options.evaluation.images is None:
             options.evaluation.images = str(output / "images")
-        self.model = ImageGeneration(options.model, options.sampler, options.evaluation)
+        self.model = ImageGeneration(options.model, options.sampler, options.evaluation, options.pipeline_arguments)
         self.datamodule = SeedDataModule(options.evaluation.seeds, options.sampler.batch_size)
         return [*([ImageProgress()] if _shows_progress(options) else []), QualityReport(options.model, output)]
 
     def _prepare_predict(self, options: Namespace) -> list[pl.Callback]:
         if options.n_images < 1:
             raise ValueError(f"--n_images must be at least 1, got {options.n_images}")
-        self.model = ImageGeneration(options.model, options.sampler)
+        self.model = ImageGeneration(options.model, options.sampler, pipeline_arguments=options.pipeline_arguments)
         if options.prompts and len(options.prompts) != options.n_images:
             raise ValueError(
                 f"{len(options.prompts)} prompts for --n_images {options.n_images}: give one for each image"

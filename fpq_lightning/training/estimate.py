@@ -51,14 +51,19 @@ class Estimate:
     store_budget: int
     disk_bytes: int
 
+    @property
+    def seconds(self) -> float:
+        """Of the run."""
+        return self.sampling_seconds + self.calibration_seconds + self.evaluation_seconds
+
     def lines(self) -> list[str]:
         """For the terminal."""
-        seconds = (self.sampling_seconds, self.calibration_seconds, self.evaluation_seconds)
-        sampling, calibration, evaluation = (_duration(s) for s in seconds)
+        parts = (self.sampling_seconds, self.calibration_seconds, self.evaluation_seconds)
+        sampling, calibration, evaluation = map(_duration, parts)
         beyond = max(0, self.store_bytes - self.store_budget)
         spilled = f", {format_size(beyond)} of them beyond data.store_budget" if beyond else ""
         return [
-            f"estimated time: {_duration(sum(seconds))} (calibration set {sampling}, calibration {calibration}, "
+            f"estimated time: {_duration(self.seconds)} (calibration set {sampling}, calibration {calibration}, "
             f"images {evaluation}); a rough guess",
             f"estimated memory: weights {format_size(self.model_bytes)}, captured activations "
             f"{format_size(self.store_bytes)}{spilled}; a pass needs more",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from fpq_lightning.evaluation.evaluator import Evaluator
 from fpq_lightning.evaluation.metrics import METRICS
 from fpq_lightning.evaluation.sampling import SHOWN, image_settings, sample_images
 from fpq_lightning.nn.hashing import hash_quantization, hash_weights
-from fpq_lightning.storage.pipeline import is_quantized, load_quantized, read_description
+from fpq_lightning.storage.pipeline import is_quantized, load_quantized, pipeline_arguments_of, read_description
 from fpq_lightning.utils import distributed
 from fpq_lightning.utils.provenance import fingerprint
 from fpq_lightning.utils.tf32 import using_tf32
@@ -67,13 +67,26 @@ class ImageGeneration(pl.LightningModule):
         model: directory or hub id of a pipeline, quantized or not.
         sampler: how images are sampled.
         evaluation: what quality is measured on, for ``test`` only.
+        pipeline_arguments: of ``from_pretrained``, for a full-precision model; a quantized one has kept its own.
+
+    Raises:
+        ValueError: if they are given for a quantized model, or one cannot be loaded.
     """
 
-    def __init__(self, model: str, sampler: SamplerConfig, evaluation: EvaluationConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        sampler: SamplerConfig,
+        evaluation: EvaluationConfig | None = None,
+        pipeline_arguments: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.sampler = sampler
         self.quantized = is_quantized(model)
-        self.pipeline = load_quantized(model) if self.quantized else load_pipeline(model)
+        arguments = pipeline_arguments_of(model) if self.quantized else dict(pipeline_arguments or {})
+        if self.quantized and pipeline_arguments:
+            raise ValueError("pipeline_arguments are kept by a quantized model: leave them out")
+        self.pipeline = load_quantized(model) if self.quantized else load_pipeline(model, arguments=arguments)
         self.reference: DiffusionPipeline | None = None
         if evaluation is not None:
             reference = evaluation.reference
@@ -81,7 +94,7 @@ class ImageGeneration(pl.LightningModule):
                 reference = read_description(model).get("base_model")
             if reference is not None:
                 try:
-                    self.reference = load_pipeline(reference)
+                    self.reference = load_pipeline(reference, arguments=arguments)
                 except (FileNotFoundError, ValueError) as error:
                     raise ValueError(
                         f"the full-precision model to compare with cannot be loaded ({error}): give its place with "

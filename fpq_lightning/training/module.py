@@ -31,7 +31,7 @@ from fpq_lightning.training.calibration_callback import CalibrationCallback
 from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.training.placement import Placement
 from fpq_lightning.training.plan import Plan
-from fpq_lightning.training.units import find_units
+from fpq_lightning.training.units import Found, find_units
 from fpq_lightning.utils import distributed
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class BlockReconstruction(pl.LightningModule):
         self.placement.to(device)
         if self.units:
             return
-        self.units, splits, left_out = find_units(self.denoiser, self._found, self.data.set, device)
+        self.units, splits, left_out = self._find_units(device)
         self._say_coverage(left_out)
         granularity, unfit = self.recipe.granularity(), []
         for unit in self.units:
@@ -169,6 +169,9 @@ class BlockReconstruction(pl.LightningModule):
         learns = self.recipe.rounding.learned and bool(self.recipe.weight_formats())
         iterations = self.recipe.rounding.iterations if learns else 0
         self.plan.steps = [iterations if unit.layers else 0 for unit in self.units]
+
+    def _find_units(self, device: torch.device) -> Found:
+        return find_units(self.denoiser, self._found, self.data.set, device)
 
     def _say_coverage(self, left_out: Mapping[str, str]) -> None:
         """Says how much is going to be quantized, and warns of what one would expect to be and is not."""

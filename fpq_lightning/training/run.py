@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from fpq_lightning.calibration.key import CalibrationKey
 from fpq_lightning.calibration.shards import Shard
-from fpq_lightning.diffusion.pipelines import check_as_configured, check_not_compiled, denoiser_name
-from fpq_lightning.diffusion.sampling import SamplerConfig, sample, shortened, using_sampler
+from fpq_lightning.diffusion.pipelines import arguments_to_open, check_as_configured, check_not_compiled, denoiser_name
+from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.evaluation.evaluator import Evaluator
 from fpq_lightning.evaluation.report.markdown import recipe_phrase
@@ -32,21 +33,12 @@ from fpq_lightning.training.callbacks.report import RunReport
 from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.training.estimate import estimate_run
 from fpq_lightning.training.module import BlockReconstruction
+from fpq_lightning.training.rehearsal import rehearse
 from fpq_lightning.training.run_directory import RunDirectory, RunState
 from fpq_lightning.training.strategy import calibration_trainer, together
 from fpq_lightning.utils.provenance import versions
 
 logger = logging.getLogger(__name__)
-
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "devices": 1,
-    "max_epochs": -1,
-    "reload_dataloaders_every_n_epochs": 1,
-    "num_sanity_val_steps": 0,
-    "log_every_n_steps": 10,
-    "enable_model_summary": False,
-    "use_distributed_sampler": False,
-}
 
 
 class RunFinishedError(ValueError):
@@ -64,6 +56,7 @@ class Run:
         sampler: how images are sampled.
         evaluation: what image quality is measured on.
         callbacks: what the run does besides optimising.
+        estimated_seconds: that the run takes, once `log_estimate` has found out.
     """
 
     directory: RunDirectory
@@ -72,6 +65,7 @@ class Run:
     sampler: SamplerConfig
     evaluation: EvaluationConfig
     callbacks: list[pl.Callback]
+    estimated_seconds: float = 0.0
 
     def trainer(self, trainer_class: type[pl.Trainer] = pl.Trainer, **options: Any) -> pl.Trainer:
         """A trainer with the callbacks of the run.
@@ -113,6 +107,7 @@ class Run:
             estimate = estimate_run(
                 module.pipeline, module.recipe, self.data, self.sampler, self.evaluation, device, trainer.world_size
             )
+            self.estimated_seconds = estimate.seconds
             for line in estimate.lines():
                 logger.info(line)
         except Exception as error:  # whatever the model or its scheduler may raise
@@ -133,7 +128,11 @@ class Run:
             ValueError: if the checkpoint does not fit, or the run was stopped before its end.
         """
         checkpoint = self._checkpoint(ckpt_path, trainer)
-        self._try_an_image(trainer)
+        # The other processes start after it, or wait for this one where something else has started them.
+        if checkpoint is None and trainer.is_global_zero:
+            rehearse(
+                self.module, self.data, self.sampler, self.evaluation, self.directory, trainer, self.estimated_seconds
+            )
         working = self.directory.working() if trainer.is_global_zero else nullcontext()
         with working, together(trainer):
             path = None if checkpoint is None else str(checkpoint)
@@ -146,15 +145,6 @@ class Run:
             )
         self.module.use_quantized()
         self.module.placement.release()
-
-    def _try_an_image(self, trainer: pl.Trainer) -> None:
-        """Samples an image in two steps: what cannot be sampled or judged shows before minutes are spent."""
-        if not self.evaluation.n_images:
-            return
-        pipeline, placement = self.module.pipeline, self.module.placement
-        placement.to(trainer.strategy.root_device)
-        with using_sampler(pipeline, self.sampler):
-            sample(pipeline, shortened(pipeline, self.sampler), [self.evaluation.seed])
 
     def _checkpoint(self, ckpt_path: str | Path | None, trainer: pl.Trainer) -> Path | None:
         if ckpt_path == "last":
@@ -182,6 +172,7 @@ def prepare_run(
     resume: bool,
     offload: bool = False,
     checkpoint_steps: int = 2500,
+    pipeline_arguments: Mapping[str, Any] | None = None,
 ) -> Run:
     """Opens a run directory and makes everything that a calibration in it needs.
 
@@ -196,6 +187,7 @@ def prepare_run(
         resume: whether to go on with a run that is there.
         offload: keep the blocks of the denoiser in host memory.
         checkpoint_steps: optimisation steps between checkpoints within a unit.
+        pipeline_arguments: that the pipeline was loaded with, besides its place and type.
 
     Raises:
         RunFinishedError: if `run_dir` holds this run, finished.
@@ -208,12 +200,14 @@ def prepare_run(
         raise ValueError("the pipeline's denoiser is quantized already: load the full-precision model again")
     check_not_compiled(pipeline, [denoiser_name(pipeline), *recipe.components])
     key = CalibrationKey.of(data, sampler, hash_weights(denoiser))
-    parts = {
+    parts: dict[str, Any] = {
         "model": {"name": name, "class": type(denoiser).__name__, "weights": key.model_weights},
         "recipe": recipe.to_dict(),
         "calibration": {**data.identity(), "sampler": key.sampler},
         "version": versions()["fpq-lightning"],
     }
+    if loaded_with := {**arguments_to_open(pipeline), **(pipeline_arguments or {})}:
+        parts["model"]["pipeline_arguments"] = loaded_with
     directory = RunDirectory(run_dir, parts)
     if (state := directory.state()) is RunState.FINISHED:
         raise RunFinishedError(

@@ -6,10 +6,11 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import torch
 
 from fpq_lightning.utils.files import differences, shorten, write_json
 from fpq_lightning.utils.provenance import fingerprint
+
+_REHEARSAL = "rehearsal"  # directories of it
 
 
 class _UnreadableError(ValueError):
@@ -149,28 +152,54 @@ class RunDirectory:
         Raises:
             ValueError: if it cannot be written to, or another process works in it.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise ValueError(f"cannot write to {self.path} ({error.strerror}): choose another --run_dir") from error
-        try:
-            self._take(lock)
+        with self._locked():
             self._clean()
             self.state()
             try:
                 write_json(self._fingerprint_file, {"fingerprint": self.fingerprint, "parts": self.parts})
             except OSError as error:
-                raise ValueError(f"cannot write to {self.path} ({error.strerror}): choose another --run_dir") from error
+                raise self._unwritable(error) from error
             yield
             self._clean()
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[RunDirectory]:
+        """A directory within this one for the rehearsal of the run; of both nothing is left that was not there before.
+
+        Raises:
+            ValueError: if it cannot be written to, or another process works in it.
+        """
+        with self._locked():
+            made = Path(tempfile.mkdtemp(prefix=f".{_REHEARSAL}-", dir=self.path))
+            try:
+                yield RunDirectory(made, self.parts)
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
+                with suppress(OSError):  # it holds something else
+                    self.path.rmdir()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Makes the directory, and keeps other commands out meanwhile."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            self._take(lock)
+            yield
         finally:
             os.close(lock)
 
+    def _unwritable(self, error: OSError) -> ValueError:
+        return ValueError(f"cannot write to {self.path} ({error.strerror}): choose another --run_dir")
+
     def _clean(self) -> None:
         """Removes what processes that were killed have left half-written."""
-        for target in (self.quantized, self.path / "calibration", self.report, self._fingerprint_file):
-            for left in self.path.glob(f".{target.stem}-*"):
+        written = (self.quantized, self.path / "calibration", self.report, self._fingerprint_file)
+        for name in (*(target.stem for target in written), _REHEARSAL):
+            for left in self.path.glob(f".{name}-*"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         shutil.rmtree(self.activations, ignore_errors=True)
 

@@ -19,6 +19,16 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from fpq_lightning.training.watchdog import Watchdog
 
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "devices": 1,
+    "max_epochs": -1,
+    "reload_dataloaders_every_n_epochs": 1,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+
 _STOPPED = (130, 143)  # by a signal, on which all processes stop together
 
 

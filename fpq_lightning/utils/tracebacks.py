@@ -21,6 +21,10 @@ class RunError(Exception):
         self.directory = directory
 
 
+class RehearsalError(ValueError):
+    """The rehearsal of a run has failed for a reason that nobody foresaw: its cause."""
+
+
 def save_traceback(error: BaseException, directory: Path | None = None) -> Path | None:
     """Writes the whole traceback of an error into a new file.
 

@@ -37,6 +37,7 @@ from fpq_lightning.calibration.disk import load_calibration_set
 from fpq_lightning.cli import main
 from fpq_lightning.nn.calibrated import QuantizedLayer
 from fpq_lightning.reconstruction import backward, unit
+from fpq_lightning.training import run as training_run
 from fpq_lightning.training.strategy import CalibrationStrategy, calibration_trainer
 from fpq_lightning.training.watchdog import Watchdog
 from fpq_lightning.utils import distributed
@@ -126,6 +127,7 @@ def leave_gradients_unsummed() -> None:
 
 def fpq(change: Callable[[], None] | None, arguments: Sequence[str]) -> None:
     if change is not None:
+        training_run.rehearse = lambda *args: None  # changes count what the run itself does
         change()
     main(list(arguments))
 
@@ -392,6 +394,7 @@ sys.path[:0] = [{tests!r}, os.path.dirname({tests!r})]
 from pathlib import Path
 import test_distributed as shared
 
+shared.training_run.rehearse = lambda *args: None  # steps of the run itself are counted
 if os.environ.get("LOCAL_RANK") == "1":
     shared.signal_at({step}, 1, shared.signal.SIGKILL, Path({file!r}))
 elif {silent}:
@@ -798,3 +801,24 @@ def test_more_processes_than_samples_of_a_batch_end_in_one_line(commands: Comman
     assert "Traceback" not in outcome.err
     assert len(outcome.errors) == 1, outcome.errors
     assert "recipe.rounding.batch_size" in outcome.errors[0]
+
+
+# --- the rehearsal ---------------------------------------------------------------------------------------------
+
+
+def test_one_process_rehearses_and_the_others_wait(lab: Lab) -> None:
+    arguments = lab.arguments("rehearsed", "--recipe.include=['conv_in']")
+    outcomes = lab.run_fpq("log-rehearsed", arguments, 2)
+    finished(outcomes, lab.root / "rehearsed")
+    assert ["rehearsed in" in outcome.out for outcome in outcomes] == [True, False]
+    assert not list((lab.root / "rehearsed").glob(".*"))
+
+
+def test_a_rehearsal_that_fails_ends_all_processes_in_one_line(lab: Lab) -> None:
+    options = lab.arguments("failing", *TWO, "--sampler.arguments={eta: none}")
+    for name, command in {"own": [script("fpq")], "torchrun": torchrun("--standalone", "--nproc_per_node=2")}.items():
+        outcome = Command(lab.root / f"log-failing-{name}", [*command, *options]).wait()
+        assert outcome.code
+        (line,) = outcome.errors
+        assert line.startswith("fpq: rehearsal: sampling two short trajectories failed: ")
+        assert not (lab.root / "failing").exists()

@@ -34,14 +34,20 @@ class FinalizeQuantization(pl.Callback):
         assert isinstance(pl_module, BlockReconstruction)
         if not pl_module.plan.finished:
             return
+        save_quantized(pl_module.pipeline, self.run.quantized, self.details(pl_module))
+
+    def details(self, module: BlockReconstruction) -> dict[str, Any]:
+        """What the files say of where they come from."""
         details: dict[str, Any] = {
             "base_model": self.base_model,
-            "recipe": pl_module.recipe.to_dict(),
+            "recipe": module.recipe.to_dict(),
             "version": version("fpq-lightning"),
             "fingerprint": self.run.fingerprint,
-            "sampler": pl_module.data.sampler.kept(),
-            "coverage": asdict(pl_module.coverage),
+            "sampler": module.data.sampler.kept(),
+            "coverage": asdict(module.coverage),
         }
+        if arguments := self.run.parts["model"].get("pipeline_arguments"):
+            details["pipeline_arguments"] = arguments
         with side_work("statistics of the weights"):
-            details |= weight_statistics(pl_module.denoiser)
-        save_quantized(pl_module.pipeline, self.run.quantized, details)
+            details |= weight_statistics(module.denoiser)
+        return details
