@@ -17,7 +17,8 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import nn
 
-from fpq_lightning.diffusion.pipelines import denoiser_name, load_pipeline, quantization_of
+from fpq_lightning.diffusion.denoisers import as_one, find_denoisers, quantized_denoisers
+from fpq_lightning.diffusion.pipelines import load_pipeline, quantized_files
 from fpq_lightning.nn.attention import QuantizedAttention, quantized_attention
 from fpq_lightning.nn.calibrated import QuantizedLayer, quantized_layers
 from fpq_lightning.nn.convert import make_plain, pack_attention, pack_layer, quantized_weight
@@ -66,19 +67,30 @@ def _restored(models: Sequence[nn.Module]) -> Iterator[None]:
             model.hf_quantizer = quantizer
 
 
-def save_quantized(pipeline: DiffusionPipeline, directory: Path, details: Mapping[str, Any], form: str = "fpq") -> None:
+def save_quantized(
+    pipeline: DiffusionPipeline,
+    directory: Path,
+    details: Mapping[str, Any],
+    form: str = "fpq",
+    of_each: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
     """Writes a quantized pipeline, whole or not at all; the pipeline stays as it is.
 
     Args:
-        pipeline: its denoiser's layers have the variant ``quantized`` or are packed.
+        pipeline: its denoisers' layers have the variant ``quantized`` or are packed.
         directory: replaced if it exists.
         details: where it comes from: ``base_model``, ``recipe``, ``version``, ``fingerprint``.
         form: the name of an export.
+        of_each: further details of each denoiser that is quantized, by component; None finds these out.
 
     Raises:
         ValueError: if there is no such export, a quantized weight holds NaN or Inf, or no layer fits the export.
     """
-    export, denoiser = EXPORTS[form], getattr(pipeline, denoiser_name(pipeline))
+    export = EXPORTS[form]
+    if of_each is None:
+        of_each = {name: {} for name in quantized_denoisers(pipeline)}
+    details = {**details, **(next(iter(of_each.values())) if len(of_each) == 1 else {"denoisers": of_each})}
+    denoiser = as_one({name: getattr(pipeline, name) for name in of_each})
     calibrated = {name: layer for name, layer in quantized_layers(denoiser).items() if "quantized" in layer.variants}
     stored: dict[str, QuantizedLayer | PackedLayer] = {**calibrated, **packed_layers(denoiser)}
     for name, layer in stored.items():
@@ -110,37 +122,57 @@ def load_quantized(directory: str | Path) -> DiffusionPipeline:
         FileNotFoundError: if there is no such pipeline.
         ValueError: if a file is damaged, of another version, or does not fit the model.
     """
-    packed = _packed_config(Path(directory).expanduser())
-    if packed is not None:
-        for file in sorted(packed.parent.glob("*.safetensors")):
+    files = _packed_files(Path(directory).expanduser())
+    for config in files.values():
+        for file in sorted(config.parent.glob("*.safetensors")):
             read_header(file)  # its error names the tensor that is cut off, unlike that of diffusers
     pipeline = load_pipeline(directory)
-    denoiser = getattr(pipeline, denoiser_name(pipeline)).eval().requires_grad_(False)
-    if packed is None:
-        dequantized.apply_inputs(denoiser, read_description(directory))
+    for denoiser in quantized_denoisers(pipeline).values():
+        denoiser.eval().requires_grad_(False)
+    if not files:
+        for _, denoiser, description in described_denoisers(pipeline, directory):
+            dequantized.apply_inputs(denoiser.eval().requires_grad_(False), description)
     return pipeline
 
 
-def _packed_config(directory: Path) -> Path | None:
-    """The configuration of the packed denoiser of a pipeline, None if it has none."""
-    found = quantization_of(directory)
-    return found[0] if found is not None and found[1] == QuantizationMethod.FPQ.value else None
+def _packed_files(directory: Path) -> dict[str, Path]:
+    """The configurations of the packed denoisers of a pipeline, by component."""
+    found = quantized_files(directory)
+    return {name: file for name, (file, method) in found.items() if method == QuantizationMethod.FPQ.value}
 
 
 def is_quantized(directory: str | Path) -> bool:
     """Whether a directory holds a quantized pipeline that `load_quantized` opens."""
     path = Path(directory).expanduser()
-    return (path / dequantized.FILE).is_file() or _packed_config(path) is not None
+    return (path / dequantized.FILE).is_file() or bool(_packed_files(path))
+
+
+def read_descriptions(directory: str | Path) -> dict[str, dict[str, Any]]:
+    """The descriptions of the denoisers of a quantized pipeline, by component.
+
+    Each has formats of its ``layers``, ``base_model``, ``recipe``, ``version``. The name of an only one may be empty.
+
+    Raises:
+        ValueError: if one is damaged or of another version.
+    """
+    path = Path(directory).expanduser()
+    files = _packed_files(path)
+    if not files:
+        return dequantized.read_descriptions(path)
+    configs = {name: json.loads(file.read_text())["quantization_config"] for name, file in files.items()}
+    return {name: FPQConfig.from_dict(config).to_dict() for name, config in configs.items()}
 
 
 def read_description(directory: str | Path) -> dict[str, Any]:
-    """The description of a quantized pipeline: formats of its ``layers``, ``base_model``, ``recipe``, ``version``.
+    """The first of `read_descriptions`: what the denoisers have in common is in all of them."""
+    return next(iter(read_descriptions(directory).values()))
 
-    Raises:
-        ValueError: if it is damaged or of another version.
-    """
-    path = Path(directory).expanduser()
-    config = _packed_config(path)
-    if config is None:
-        return dequantized.read_description(path)
-    return FPQConfig.from_dict(json.loads(config.read_text())["quantization_config"]).to_dict()
+
+def described_denoisers(
+    pipeline: DiffusionPipeline, directory: str | Path
+) -> list[tuple[str, nn.Module, dict[str, Any]]]:
+    """The denoisers of an opened pipeline by component, with the descriptions in its files."""
+    found = read_descriptions(directory)
+    if dequantized.ONLY in found:
+        found = {next(iter(find_denoisers(pipeline))): found[dequantized.ONLY]}
+    return [(name, getattr(pipeline, name), description) for name, description in found.items()]

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from fpq_lightning.evaluation.statistics import weight_statistics
 from fpq_lightning.storage.pipeline import save_quantized
+from fpq_lightning.training.denoisers import Denoiser
 from fpq_lightning.training.module import BlockReconstruction
 from fpq_lightning.training.run_directory import RunDirectory
 from fpq_lightning.utils.side_work import side_work
@@ -40,8 +41,14 @@ class FinalizeQuantization(pl.Callback):
             "version": version("fpq-lightning"),
             "fingerprint": self.run.fingerprint,
             "sampler": pl_module.data.sampler.kept(),
-            "coverage": asdict(pl_module.coverage),
         }
-        with side_work("statistics of the weights"):
-            details |= weight_statistics(pl_module.denoiser)
-        save_quantized(pl_module.pipeline, self.run.quantized, details)
+        each = {denoiser.name: _of(denoiser) for denoiser in pl_module.denoisers}
+        save_quantized(pl_module.pipeline, self.run.quantized, details, of_each=each)
+
+
+def _of(denoiser: Denoiser) -> dict[str, Any]:
+    """What the files say of one denoiser."""
+    found: dict[str, Any] = {"coverage": asdict(denoiser.coverage)}
+    with side_work("statistics of the weights"):
+        found |= weight_statistics(denoiser.network)
+    return found
