@@ -377,7 +377,7 @@ class _Collector:
         self.images = 0  # of it
         self.batch = range(0)  # that is sampled
         self._calls: int | None = None
-        self._taken: list[tuple[int, dict[str, Any], float]] = []  # first trajectory of its batch, leaves, weight
+        self._taken: list[tuple[int, dict[str, Any], float]] = []  # trajectory, leaves, weight
         self._first: list[tuple[dict[str, Any], Tensor | None]] = []  # leaves and sensitivity of its calls
         self._seen = 0  # calls of this batch
         self._other: set[str] = set()
@@ -455,10 +455,10 @@ class _Collector:
             weight = 1.0
             if sensitivity is not None:
                 weight = sensitivity[chosen % len(sensitivity), image].item() ** 2
-            self._taken.append((batch.start, own | shared, weight))
+            self._taken.append((trajectory, own | shared, weight))
 
     def calibration_set(self, denoiser: Any) -> CalibrationSet:
-        """All samples, in an order that makes every part of the set representative."""
+        """All samples, in the order of `_shuffled`."""
         everything = [sample for part in distributed.all_gather_objects(self._taken) for sample in part]
         everything.sort(key=lambda sample: sample[0])
         if len(everything) != self.n:
@@ -466,7 +466,7 @@ class _Collector:
                 f"{len(everything)} samples were recorded where {self.n} were asked for: please report this"
             )
         weight = torch.tensor([sample[2] for sample in everything])
-        order = np.random.default_rng(self.seed).permutation(self.n).tolist()
+        order = _shuffled([sample[0] for sample in everything], np.random.default_rng(self.seed))
         axes = dict(self.plan.axes)
         inputs: dict[str, Any] = {}
         constants: dict[str, Any] = {}
@@ -521,6 +521,22 @@ class _Collector:
             if all(map(_are_halves, found, first, second)):
                 return Axis("dim", 0, folded)
         return SHARED
+
+
+def _shuffled(trajectories: Sequence[int], rng: np.random.Generator) -> list[int]:
+    """An order of samples in which every part is representative and a tail is made of whole trajectories.
+
+    What is held out for validation is a tail. It says more if nothing else of its trajectories was learned from.
+
+    Args:
+        trajectories: of each sample.
+        rng: decides the order.
+    """
+    different = rng.permutation(sorted(set(trajectories)))
+    place = {int(trajectory): i for i, trajectory in enumerate(different)}
+    last = len(place) - max(1, len(place) // 4)
+    order = rng.permutation(len(trajectories)).tolist()
+    return sorted(order, key=lambda i: max(last - 1, place[trajectories[i]]))
 
 
 def _own(leaf: Any) -> Any:

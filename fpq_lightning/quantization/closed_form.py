@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, count
 
 import torch
 from torch import Tensor
@@ -26,7 +27,9 @@ from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 from fpq_lightning.quantization.search import search_output_error
 
 _SWEEPS = 1  # of coordinate descent, before the scales are refined and after
-_DAMPING = 1e-2  # of the mean diagonal of H
+DAMPINGS = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # of the mean diagonal of H
+
+_TIE = 1e-8  # of the outputs' energy; less is rounding of float32
 
 
 @dataclass(frozen=True)
@@ -80,38 +83,65 @@ def _times(rows: Tensor, matrices: Tensor) -> Tensor:
 
 
 def problem_of(
-    weight: Tensor, moments: Moments, columns: Sequence[int], centred: bool, damping: float = _DAMPING
+    weight: Tensor,
+    moments: Moments,
+    columns: Sequence[int],
+    centred: bool,
+    dampings: Sequence[float] = DAMPINGS,
+    held_out: Moments | None = None,
 ) -> Problem:
     """The least-squares problem of a weight.
 
-    The target is damped towards the weight itself, so that inputs that were not seen keep their weights.
+    The target is damped towards the weight itself (ridge regression), so that inputs that were not seen keep their
+    weights. How much is right depends on how many samples there are and on what they are to teach: of some dampings the
+    one whose target has the least output error on held-out samples is taken.
 
     Args:
         weight: full precision, float32 `[out, n]`.
         moments: of the inputs.
         columns: of each part of the weight.
         centred: whether a bias takes the means.
-        damping: added to the diagonal of H, relative to its mean; more where rounding errors need it.
+        dampings: to choose from, ascending, added to the diagonal of H, relative to its mean; more than the last where
+            rounding errors need it.
+        held_out: moments of the inputs of other samples; without them the first damping is taken.
     """
-    total = moments.weight.float()
-    hessian, cross = moments.yy / total, moments.xy / total
-    size = hessian.diagonal(dim1=1, dim2=2).mean(1)
-    if centred:
-        mean_x, mean_y = (mean.float() for mean in moments.means)
-        hessian.baddbmm_(mean_y[:, :, None], mean_y[:, None], alpha=-1)
-        cross.baddbmm_(mean_x[:, :, None], mean_y[:, None], alpha=-1)
+    mean_x, mean_y = (mean.float() for mean in moments.means)
+    means = (mean_x, mean_y) if centred else None
+    hessian, cross = moments.about(means)
+    size = moments.yy.diagonal(dim1=1, dim2=2).mean(1) / moments.weight.float()
+    judged = None if held_out is None else held_out.about(means)
     # Of inputs that hardly vary around a large mean rounding errors alone are left, which may be negative.
     mean = torch.maximum(hessian.diagonal(dim1=1, dim2=2).mean(1), 1e-6 * size)
-    factor, ridge = None, torch.zeros_like(mean)
-    while factor is None:
+    wanted, ridge = cross, torch.zeros_like(mean)
+    best: tuple[float, Tensor, Tensor] | None = None  # error, target, ridge
+    further = (10.0**power for power in count(1))
+    for damping in chain(dampings, (max(dampings[-1], DAMPINGS[0]) * factor for factor in further)):
         more = (damping * mean).clamp(min=1e-12) - ridge
-        for matrix in (hessian, cross):
+        for matrix in (hessian, wanted):
             matrix.diagonal(dim1=1, dim2=2).add_(more[:, None])
-        ridge, damping = ridge + more, max(10 * damping, _DAMPING)
+        ridge = ridge + more
         factor, info = torch.linalg.cholesky_ex(hessian)
-        factor = None if info.any() else factor
-    wanted = _times(weight, cross).unflatten(0, (len(hessian), -1))
-    return Problem(torch.cholesky_solve(wanted.mT, factor).mT.flatten(0, 1), hessian, tuple(columns))
+        if info.any():
+            continue
+        target = torch.cholesky_solve(_times(weight, wanted).unflatten(0, (len(hessian), -1)).mT, factor).mT.flatten(
+            0, 1
+        )
+        error = 0.0 if judged is None else _error_of(target, weight, *judged)
+        if best is None or error < best[0] - _TIE:
+            best = error, target, ridge
+        if judged is None or damping >= dampings[-1]:
+            break
+    assert best is not None
+    _, target, chosen = best
+    hessian.diagonal(dim1=1, dim2=2).add_((chosen - ridge)[:, None])
+    return Problem(target, hessian, tuple(columns))
+
+
+def _error_of(target: Tensor, weight: Tensor, hessian: Tensor, cross: Tensor) -> float:
+    """Squared error of a target's outputs, less that of the weight itself, relative to the outputs' energy."""
+    change, own = target - weight, _times(weight, hessian)
+    error = (_times(change, hessian) - 2 * (_times(weight, cross) - own)) * change
+    return float(error.sum() / (own * weight).sum().clamp(min=1e-30))
 
 
 class Grid:

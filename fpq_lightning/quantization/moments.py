@@ -67,6 +67,22 @@ class Moments:
         """Of x and y, float64 `[groups, n]`."""
         return self.x / self.weight, self.y / self.weight
 
+    def about(self, means: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Second moments ``E[y y^T]`` and ``E[x y^T]`` about some means of x and y, or about zero.
+
+        Args:
+            means: float32 `[groups, n]` each; of other inputs, perhaps.
+        """
+        total = self.weight.float()
+        found = self.yy / total, self.xy / total
+        if means is not None:
+            own_x, own_y = (mean.float() for mean in self.means)
+            x, y = means
+            for matrix, own, about in zip(found, (own_y, own_x), (y, x), strict=True):
+                matrix.baddbmm_(own[:, :, None], y[:, None], alpha=-1)
+                matrix.baddbmm_(about[:, :, None], (own_y - y)[:, None], alpha=-1)
+        return found
+
     def mean_shift(self, weight: Tensor, q: Tensor) -> Tensor:
         """The difference that a weight `q` on y makes to the mean output of `weight` on x, float32 `[out]`."""
         x, y = self.means

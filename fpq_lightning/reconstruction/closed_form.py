@@ -55,7 +55,9 @@ class _Readers:
 
 
 @torch.no_grad()
-def solve_unit(replay: NetworkReplay, layers: dict[str, QuantizedLayer], rows: Tensor, recipe: Recipe) -> None:
+def solve_unit(
+    replay: NetworkReplay, layers: dict[str, QuantizedLayer], rows: Tensor, held_out: Tensor, recipe: Recipe
+) -> None:
     """Gives the layers of the current unit the variant ``closed_form``.
 
     Each layer sees what the quantized layers before it give, and so makes up for their errors and for those of its own
@@ -66,6 +68,7 @@ def solve_unit(replay: NetworkReplay, layers: dict[str, QuantizedLayer], rows: T
         replay: at the unit; it keeps the reference inputs.
         layers: of the unit, with the variant ``nearest``.
         rows: samples of this process to learn from.
+        held_out: samples of this process that decide how much targets are damped.
         recipe: candidate formats, and whether biases are corrected.
     """
     for layer in layers.values():
@@ -73,15 +76,18 @@ def solve_unit(replay: NetworkReplay, layers: dict[str, QuantizedLayer], rows: T
     budget = replay.store.budgets["device"]
     for stage in _stages(replay, {name: layer for name, layer in layers.items() if layer.variants["nearest"].weights}):
         for batch in _within_budget(stage, budget):
-            _solve_together(replay, batch, rows, recipe)
+            _solve_together(replay, batch, rows, held_out, recipe)
 
 
-def _solve_together(replay: NetworkReplay, stage: list[_Readers], rows: Tensor, recipe: Recipe) -> None:
-    moments = _moments(replay, stage, rows)
-    solvable: dict[str, tuple[QuantizedLayer, Moments]] = {}
-    for readers, found in zip(stage, moments, strict=True):
+def _solve_together(
+    replay: NetworkReplay, stage: list[_Readers], rows: Tensor, held_out: Tensor, recipe: Recipe
+) -> None:
+    moments, others = (_moments(replay, stage, of) for of in (rows, held_out))
+    solvable: dict[str, tuple[QuantizedLayer, Moments, Moments | None]] = {}
+    for readers, found, other in zip(stage, moments, others, strict=True):
         if found.are_usable:
-            solvable |= {name: (layer, found) for name, layer in readers.layers.items()}
+            judge = other if other.are_usable else None
+            solvable |= {name: (layer, found, judge) for name, layer in readers.layers.items()}
         else:
             _warn_of_nearest(readers, "no finite statistics of their inputs")
     by_size = sorted(solvable, key=lambda name: -solvable[name][0].weight.numel())
@@ -156,7 +162,7 @@ def _within_budget(stage: list[_Readers], budget: int) -> Iterator[list[_Readers
     part: list[_Readers] = []
     used = 0
     for readers in stage:
-        size = Moments.size(*readers.shape)
+        size = 2 * Moments.size(*readers.shape)  # of what is learned from, and of what is held out
         if size > budget:
             _warn_of_nearest(readers, f"moments of {size / 2**30:.1f} GiB are more than data.store_budget")
             continue
@@ -244,13 +250,13 @@ def _add(moments: Moments, layer: QuantizedLayer, full: Tensor, other: Tensor, w
 
 
 @using_tf32(False)
-def _solve(layer: QuantizedLayer, moments: Moments, recipe: Recipe) -> LayerQuantization:
+def _solve(layer: QuantizedLayer, moments: Moments, held_out: Moments | None, recipe: Recipe) -> LayerQuantization:
     """A layer's quantization in closed form: formats, scales, codes and bias."""
     nearest = layer.variants["nearest"]
     weight = layer.weight.detach().float().flatten(1)
     columns = [n * layer.weight[0, 0].numel() for n in layer.splits]
     corrects = layer.bias is not None and recipe.correct_biases
-    problem = problem_of(weight, moments, columns, centred=corrects)
+    problem = problem_of(weight, moments, columns, centred=corrects, held_out=held_out)
     quantizers = list(nearest.weights)
     if recipe.weights.objective == "output":
         quantizers = search_formats(problem, weight, recipe.weight_formats(), layer.granularity)

@@ -117,7 +117,8 @@ class UnitTrainer:
 
     def _solve(self) -> None:
         reached = {name: layer for name, layer in self.layers.items() if name not in self.unreached}
-        solve_unit(self.replay, reached, self.samples.local(self.samples.train), self.recipe)
+        rows, held_out = (self.samples.local(of) for of in (self.samples.train, self.samples.held_out))
+        solve_unit(self.replay, reached, rows, held_out, self.recipe)
         without = [self.layers[name] for name in self.unreached]
         for module in [*without, *self.attention.values()]:
             module.variants["closed_form"] = cast(LayerQuantization, module.variants["nearest"]).copy()

@@ -111,6 +111,19 @@ def test_samples_of_one_trajectory_do_not_stand_together(weighted: CalibrationSe
     assert len(set(weighted.inputs["timestep"][:6].tolist())) > 2
 
 
+def test_a_tail_is_made_of_whole_trajectories_and_what_comes_first_is_of_many(pipeline: DDPMPipeline) -> None:
+    found = sample_trajectories(pipeline, SAMPLER, 36, seed=7).inputs["sample"]
+    trajectory = []
+    calls = {seed: _seen_by_the_denoiser([seed]) for seed in range(7, 16)}
+    for sample in found:
+        near = {seed: min((sample - other).abs().max() for _, other in calls[seed]) for seed in calls}
+        trajectory.append(min(near, key=near.__getitem__))
+    assert Counter(trajectory) == dict.fromkeys(calls, 4)
+    assert len(set(trajectory[-4:])) == len(set(trajectory[-8:-4])) == 1
+    assert not {*trajectory[:-4]} & {*trajectory[-4:]}
+    assert len(set(trajectory[:9])) > 3
+
+
 def test_sensitivity_weights_are_the_squared_ddim_coefficient_of_the_noise_prediction(
     weighted: CalibrationSet,
 ) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fpq_lightning.formats.numbers import parse_format, parse_formats
 from fpq_lightning.formats.scales import SCALE_FORMATS
 from fpq_lightning.quantization.closed_form import (
+    DAMPINGS,
     Grid,
     Problem,
     coordinate_descent,
@@ -61,8 +62,34 @@ def test_the_target_is_weighted_least_squares_as_numpy_solves_it(centred: bool) 
     design = np.concatenate([design, np.ones((300, 1))], 1) if centred else design
     root = weights.double().sqrt().numpy()[:, None]
     expected = np.linalg.lstsq(design * root, (x.double() @ weight.double().T).numpy() * root, rcond=None)[0].T[:, :6]
-    problem = problem_of(weight, moments, [6], centred, damping=0.0)
+    problem = problem_of(weight, moments, [6], centred, dampings=(0.0,))
     assert np.allclose(problem.target.numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("positions", [20, 20_000])
+def test_the_damping_is_that_of_least_error_on_held_out_samples(positions: int, centred: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(4, 12, generator=generator)
+
+    def made(n: int) -> tuple[Tensor, Tensor, Moments]:
+        x = torch.randn(n, 12, generator=generator) + 0.3
+        y = x + 0.5 * torch.randn(n, 12, generator=generator)
+        moments = Moments.zeros(1, 12, CPU)
+        moments.add(x[:, None], y[:, None], torch.ones(n))
+        return x, y, moments
+
+    (seen_x, seen_y, moments), (x, y, held_out) = made(positions), made(500)
+    errors = {}
+    for damping in DAMPINGS:
+        target = problem_of(weight, moments, [12], centred, (damping,)).target
+        bias = (seen_x.mean(0) @ weight.T - seen_y.mean(0) @ target.T) if centred else 0.0
+        errors[damping] = float((x @ weight.T - y @ target.T - bias).square().mean())
+    best = min(errors, key=errors.__getitem__)
+    assert best == DAMPINGS[0] if positions > 1000 else best > DAMPINGS[1]
+    expected, found = (problem_of(weight, moments, [12], centred, *rest) for rest in [((best,),), (DAMPINGS, held_out)])
+    assert torch.allclose(found.target, expected.target, atol=1e-5)
+    assert torch.allclose(found.hessian, expected.hessian, atol=1e-5)
 
 
 def test_inputs_that_were_never_seen_keep_their_weights_and_break_nothing() -> None:

@@ -23,6 +23,7 @@ from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 from fpq_lightning.reconstruction.closed_form import _stages, solve_unit
 
 SAMPLES, TOKENS, WIDTH = 24, 10, 12
+HELD_OUT = 8
 CHANNEL = Granularity("channel")
 RECIPE = Recipe(WeightRecipe("fp4"), ActivationRecipe("fp8"))
 
@@ -84,7 +85,7 @@ def test_the_unit_is_much_closer_than_with_nearest_rounding_and_the_unused_layer
     replay, layers, x = attention
     module = replay.unit.module
     with pytest.warns(UserWarning, match="unused: no finite statistics of their inputs, so rounded to nearest"):
-        solve_unit(replay, layers, torch.arange(SAMPLES), RECIPE)
+        solve_unit(replay, layers, torch.arange(HELD_OUT, SAMPLES), torch.arange(HELD_OUT), RECIPE)
     assert layers["unused"].variants["closed_form"].codes is None
     outputs = {}
     for mode in ("full_precision", "nearest", "closed_form"):
@@ -98,11 +99,11 @@ def test_biases_take_the_mean_error_of_a_layer(attention: Any) -> None:
     replay, layers, x = attention
     shortcut = layers["shortcut"]
     with pytest.warns(UserWarning, match="unused"):
-        solve_unit(replay, layers, torch.arange(SAMPLES), RECIPE)
+        solve_unit(replay, layers, torch.arange(HELD_OUT, SAMPLES), torch.arange(HELD_OUT), RECIPE)
     means = {}
     for mode in ("full_precision", "nearest", "closed_form"):
         with running(shortcut, cast(Any, mode)):
-            means[mode] = shortcut(x).mean((0, 1))
+            means[mode] = shortcut(x[HELD_OUT:]).mean((0, 1))
     shift, before = (means[mode] - means["full_precision"] for mode in ("closed_form", "nearest"))
     assert shift.abs().max() < 1e-5 < before.abs().max()
 
@@ -110,9 +111,9 @@ def test_biases_take_the_mean_error_of_a_layer(attention: Any) -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_inputs_that_are_not_finite_leave_nearest_rounding_and_a_line(attention: Any, value: float) -> None:
     replay, layers, x = attention
-    x[3, 2, 1] = value
+    x[HELD_OUT + 3, 2, 1] = value
     with pytest.warns(UserWarning, match="query, key, value, shortcut: no finite statistics"):
-        solve_unit(replay, layers, torch.arange(SAMPLES), RECIPE)
+        solve_unit(replay, layers, torch.arange(HELD_OUT, SAMPLES), torch.arange(HELD_OUT), RECIPE)
     assert all(layer.variants["closed_form"].codes is None for layer in layers.values())
 
 
@@ -120,7 +121,7 @@ def test_moments_beyond_the_budget_leave_nearest_rounding_and_a_line(attention: 
     replay, layers, _ = attention
     replay.store.budgets["device"] = 1000
     with pytest.warns(UserWarning, match=r"are more than data\.store_budget, so rounded to nearest"):
-        solve_unit(replay, layers, torch.arange(SAMPLES), RECIPE)
+        solve_unit(replay, layers, torch.arange(HELD_OUT, SAMPLES), torch.arange(HELD_OUT), RECIPE)
     assert all(layer.variants["closed_form"].codes is None for layer in layers.values())
 
 
@@ -129,7 +130,7 @@ def test_one_sample_and_dead_inputs_are_enough_for_a_sound_answer(attention: Any
     x[:, :, 4:] = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        solve_unit(replay, layers, torch.arange(1), RECIPE)
+        solve_unit(replay, layers, torch.arange(1), torch.arange(1, 2), RECIPE)
     with running(replay.unit.module, "closed_form"):
         assert replay.unit.module(x).isfinite().all()
 
@@ -173,7 +174,7 @@ def test_experts_that_few_samples_need_are_solved_from_those() -> None:
     replay = replay_of(module, x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        solve_unit(replay, quantized_layers(module), torch.arange(SAMPLES), RECIPE)
+        solve_unit(replay, quantized_layers(module), torch.arange(HELD_OUT, SAMPLES), torch.arange(HELD_OUT), RECIPE)
     outputs = {}
     for mode in ("full_precision", "nearest", "closed_form"):
         with running(module, cast(Any, mode)):
@@ -205,7 +206,8 @@ def test_a_layer_called_for_two_kinds_of_tokens_is_solved_as_if_it_was_called_fo
         module = TwoStreams(at_once).requires_grad_(False)
         torch.manual_seed(1)
         module.shared.weight.copy_(torch.randn(WIDTH, WIDTH))
-        solve_unit(replay_of(module, x), quantized_layers(module), torch.arange(SAMPLES), RECIPE)
+        learned_from, held_out = torch.arange(SAMPLES).split([SAMPLES - HELD_OUT, HELD_OUT])
+        solve_unit(replay_of(module, x), quantized_layers(module), learned_from, held_out, RECIPE)
         found.append(cast(Any, module.shared).variants["closed_form"])
     separate, together = found
     assert torch.equal(separate.codes[0], together.codes[0])

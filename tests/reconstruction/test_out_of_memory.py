@@ -128,7 +128,7 @@ def run(directory: Path, n_search: int = MICRO_BATCH, ckpt_path: str | None = No
             }
         ),
     )
-    data = CalibrationDataModule(n_samples=16, n_search=n_search, micro_batch=MICRO_BATCH, held_out_fraction=0.25)
+    data = CalibrationDataModule(n_samples=32, n_search=n_search, micro_batch=MICRO_BATCH, held_out_fraction=0.125)
     sampler = SamplerConfig(steps=4, batch_size=4)
     options: dict[str, Any] = {"accelerator": "cpu", "callbacks": [keep], "enable_progress_bar": False}
     options |= {"base_model": "tiny", "ckpt_path": ckpt_path}

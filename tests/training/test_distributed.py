@@ -515,7 +515,7 @@ def test_the_closed_form_is_the_same_on_two_processes_until_a_rounding_error_tip
     options = ("--recipe.rounding.start=closed_form", "--recipe.rounding.learned=false")
     one, two = (json.loads((lab.fit(f"solved-{n}", n, *options) / "report.json").read_text()) for n in (1, 2))
     errors = [[block["error_closed_form"] for block in report["blocks"]] for report in (one, two)]
-    assert errors[1][:2] == pytest.approx(errors[0][:2], rel=1e-5)  # sums in another order, and nothing else
+    assert errors[1][:2] == pytest.approx(errors[0][:2], rel=1e-3)  # sums in another order tip a weight or two
     assert errors[1] == pytest.approx(errors[0], rel=0.25)
     assert "closed_form" in {block["kept"] for block in two["blocks"]}
 
