@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import chain
 from typing import Any, cast
@@ -196,7 +196,10 @@ class BlockReconstruction(pl.LightningModule):
     @property
     def denoiser_in_work(self) -> Denoiser:
         """The denoiser that holds the unit in work."""
-        return next(denoiser for denoiser in reversed(self.denoisers) if denoiser.start <= self.plan.unit)
+        return self._denoiser_of(self.plan.unit)
+
+    def _denoiser_of(self, number: int) -> Denoiser:
+        return next(denoiser for denoiser in reversed(self.denoisers) if denoiser.start <= number)
 
     def _begin_unit(self) -> None:
         replay, recipe = self._replay_at_unit(), self.denoiser_in_work.recipe
@@ -289,26 +292,36 @@ class BlockReconstruction(pl.LightningModule):
         """Nothing to load."""
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
-    def _known_modules(self) -> Iterator[tuple[str, QuantizedModule]]:
-        """Layers and attention of the units that are finished or in work, by their full names."""
-        for denoiser in self.denoisers:
-            for unit in denoiser.units[: max(0, self.plan.unit + 1 - denoiser.start)]:
-                for name, module in cast(dict[str, QuantizedModule], {**unit.layers, **unit.attention}).items():
-                    yield denoiser.full(name), module
+    def _modules_of(self, number: int) -> dict[str, QuantizedModule]:
+        """Layers and attention of a unit, by their full names."""
+        denoiser, unit = self._denoiser_of(number), self.units[number]
+        modules = cast(dict[str, QuantizedModule], {**unit.layers, **unit.attention})
+        return {denoiser.full(name): module for name, module in modules.items()}
+
+    def unit_state(self, number: int) -> dict[str, Any]:
+        """The quantization of a unit's layers, plain types and tensors: of each the variants that are not learned."""
+        found = {}
+        for name, module in self._modules_of(number).items():
+            variants = cast(dict[str, LayerQuantization], module.variants)
+            found[name] = {mode: q.to_state() for mode, q in variants.items() if mode == "nearest" or not q.roundings}
+        return found
+
+    def load_unit_state(self, number: int, state: Mapping[str, Any]) -> None:
+        """Restores what `unit_state` gave."""
+        for name, module in self._modules_of(number).items():
+            for mode, variant in state.get(name, {}).items():
+                device = next(chain(module.parameters(), self.denoiser.parameters())).device
+                module.variants[mode] = LayerQuantization.from_state(variant, device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the quantization of finished units and the variables of the one in work."""
-        layers = {}
-        for name, module in self._known_modules():
-            variants = cast(dict[str, LayerQuantization], module.variants)
-            layers[name] = {mode: q.to_state() for mode, q in variants.items() if mode == "nearest" or not q.roundings}
+        """Adds the quantization and variables of the unit in work; `RunCheckpoint` adds the finished ones."""
         if self.unit_trainer is not None:
             self.unit_trainer.lap()
         checkpoint["fpq"] = {
             "made_from": self.made_from,
             "unit": self.plan.unit,
             "step": self.plan.step,
-            "layers": layers,
+            "layers": {} if self.plan.finished else self.unit_state(self.plan.unit),
             "variables": None if self.unit_trainer is None else self.unit_trainer.learning_state(),
             "reports": [asdict(r) for r in self.reports],
         }
@@ -320,7 +333,5 @@ class BlockReconstruction(pl.LightningModule):
         self.reports = [UnitReport(**r) for r in state["reports"]]
         if state["variables"] is not None:
             self._resumed = {"variables": state["variables"], "optimizer_states": checkpoint["optimizer_states"]}
-        for name, module in self._known_modules():
-            for mode, variant in state["layers"].get(name, {}).items():
-                device = next(chain(module.parameters(), self.denoiser.parameters())).device
-                module.variants[mode] = LayerQuantization.from_state(variant, device)
+        if not self.plan.finished:
+            self.load_unit_state(self.plan.unit, state["layers"])
