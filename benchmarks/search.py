@@ -11,7 +11,8 @@ import time
 import torch
 from diffusers import UNet2DModel
 
-from fpq_lightning.diffusion.pipelines import denoiser_name, load_pipeline
+from fpq_lightning.diffusion.denoisers import find_denoisers
+from fpq_lightning.diffusion.pipelines import load_pipeline
 from fpq_lightning.formats.numbers import parse_formats
 from fpq_lightning.nn.calibrated import is_quantizable
 from fpq_lightning.quantization.quantizer import Granularity
@@ -40,7 +41,7 @@ def main() -> None:
         model = UNet2DModel(**CIFAR10)
     else:
         pipeline = load_pipeline(args.model)
-        model = getattr(pipeline, denoiser_name(pipeline))
+        model = next(iter(find_denoisers(pipeline).values()))
     weights = [m.weight.detach().float().to(device) for m in model.modules() if is_quantizable(m)]
     total = sum(w.numel() for w in weights)
     search_tensor_error(weights[0].reshape(1, -1), parse_formats("fp4"))  # start the device's libraries

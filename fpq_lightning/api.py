@@ -28,7 +28,7 @@ def quantize(
     offload: bool = False,
     **trainer_options: Any,
 ) -> DiffusionPipeline:
-    """Quantizes the denoiser of a pipeline in place.
+    """Quantizes the denoisers of a pipeline in place.
 
     Args:
         pipeline: a diffusers pipeline in full precision.
@@ -40,11 +40,11 @@ def quantize(
         evaluation: what image quality is measured on; left out by default.
         base_model: name of the model in the reports.
         ckpt_path: ``"last"`` goes on with an interrupted run.
-        offload: keep the blocks of the denoiser in host memory, and only the one that runs on the device.
+        offload: keep the blocks of the denoisers in host memory, and only the one that runs on the device.
         trainer_options: of `lightning.pytorch.Trainer`, such as ``accelerator="cpu"``.
 
     Returns:
-        The pipeline, its denoiser quantized, also in ``run_dir/quantized``.
+        The pipeline, its denoisers quantized, also in ``run_dir/quantized``.
 
     Raises:
         ValueError: if `run_dir` holds another, a finished or (without `ckpt_path`) an unfinished run.

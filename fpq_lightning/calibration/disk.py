@@ -24,17 +24,32 @@ _TENSOR = "tensor:"  # begins what stands for a tensor in JSON
 MADE_FROM = "made_from.json"  # what decides a set, beside it
 
 
-def save_calibration_set(
-    calibration: CalibrationSet, directory: str | Path, made_from: Mapping[str, Any] | None = None
+def save_calibration_sets(
+    sets: Mapping[str, CalibrationSet], directory: str | Path, made_from: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes a calibration set as a `datasets` dataset (Arrow) with a column for each input of one shape.
-
-    The rest goes into its description as JSON, tensors among it into a safetensors file beside it.
+    """Writes the set of each denoiser into a directory of its name, all or none.
 
     Args:
-        calibration: the set.
+        sets: by name; that of an only denoiser, whose name is empty, is `directory` itself.
         directory: where to.
-        made_from: what decides the set (`CalibrationKey.to_dict`), written to ``made_from.json``.
+        made_from: what decides the sets (`CalibrationKey.to_dict`), written to ``made_from.json``.
+    """
+    with atomic_directory(Path(directory)) as temporary:
+        for name, calibration in sets.items():
+            _save(calibration, temporary / name)
+        if made_from is not None:
+            write_json(temporary / MADE_FROM, made_from)
+
+
+def save_calibration_set(calibration: CalibrationSet, directory: str | Path) -> None:
+    """Writes a set that `load_calibration_set` reads."""
+    save_calibration_sets({"": calibration}, directory)
+
+
+def _save(calibration: CalibrationSet, directory: Path) -> None:
+    """Writes a set as a `datasets` dataset (Arrow) with a column for each input of one shape.
+
+    The rest goes into its description as JSON, tensors among it into a safetensors file beside it.
     """
     import datasets  # takes a second, and opening a packed model does not need it
 
@@ -53,11 +68,8 @@ def save_calibration_set(
     features = datasets.Features({name: _feature(value) for name, value in columns.items()})
     info = datasets.DatasetInfo(description=json.dumps(description), features=features)
     dataset = datasets.Dataset.from_dict({k: v.numpy() for k, v in columns.items()}, features=features, info=info)
-    with atomic_directory(Path(directory)) as temporary:
-        dataset.save_to_disk(str(temporary))
-        save_file(tensors, temporary / _TENSORS)
-        if made_from is not None:
-            write_json(temporary / MADE_FROM, made_from)
+    dataset.save_to_disk(str(directory))
+    save_file(tensors, directory / _TENSORS)
 
 
 def _without_tensors(values: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -100,8 +112,23 @@ def _feature(value: Tensor) -> Any:
     return getattr(datasets, f"Array{len(shape)}D")(shape=tuple(shape), dtype=dtype)
 
 
+def load_calibration_sets(directory: str | Path, names: Sequence[str]) -> dict[str, CalibrationSet]:
+    """Reads those of the sets that `save_calibration_sets` wrote.
+
+    Raises:
+        FileNotFoundError: if there is none of them.
+        ValueError: if one is empty or damaged.
+    """
+    there = [name for name in names if (Path(directory) / name).is_dir()]
+    if not there:
+        raise FileNotFoundError(
+            f"there is no calibration set of {', '.join(names)} at {directory}: delete it to sample a new one"
+        )
+    return {name: load_calibration_set(Path(directory) / name) for name in there}
+
+
 def load_calibration_set(directory: str | Path) -> CalibrationSet:
-    """Reads a set that `save_calibration_set` wrote.
+    """Reads the set of one denoiser.
 
     Raises:
         FileNotFoundError: if there is no dataset.

@@ -17,7 +17,7 @@ class CalibrationKey:
     """Everything that decides a calibration set: two sets with equal keys are equal.
 
     Attributes:
-        model_weights: hash of the denoiser's weights.
+        model_weights: hash of the weights of all denoisers.
         n_samples: size of the set.
         seed: of the first trajectory's noise.
         source: ``trajectories``, or a dataset of real images.
@@ -50,7 +50,7 @@ class CalibrationKey:
         Args:
             options: has the attributes `n_samples` to `weighting`, as `CalibrationDataModule` does.
             sampler: how images are sampled.
-            model_weights: hash of the denoiser's weights.
+            model_weights: hash of the weights of all denoisers.
         """
         values = {name: getattr(options, name) for name in cls._OPTIONS}
         return cls(model_weights, **values, sampler={**sampler.identity(), "batch_size": sampler.batch_size})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
 from fpq_lightning.calibration.calibration_set import CalibrationSet
+from fpq_lightning.diffusion.denoisers import find_denoisers
 from fpq_lightning.diffusion.images import image_tensor, load_images
-from fpq_lightning.diffusion.pipelines import denoiser_name
 
 
 @torch.no_grad()
@@ -27,10 +28,15 @@ def noise_real_images(pipeline: DiffusionPipeline, source: str, column: str, n: 
         The set, on the CPU, with equal weights.
 
     Raises:
-        ValueError: if the dataset is empty, lacks the column, or the pipeline is conditioned.
+        ValueError: if the dataset is empty, lacks the column, or the pipeline is conditioned or has several denoisers.
         FileNotFoundError: if there is no such dataset.
     """
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    denoisers = find_denoisers(pipeline)
+    if len(denoisers) > 1:
+        raise ValueError(
+            f"{type(pipeline).__name__} has several denoisers ({', '.join(denoisers)}): calibrate it on trajectories"
+        )
+    denoiser: Any = next(iter(denoisers.values()))
     if "prompt" in inspect.signature(pipeline.__call__).parameters or hasattr(pipeline, "vae"):
         raise ValueError(f"{type(pipeline).__name__} is conditioned or latent: calibrate it on trajectories")
     images = load_images(source, column)

@@ -1,20 +1,20 @@
-"""What a denoiser is called with while its pipeline samples."""
+"""What denoisers are called with while their pipeline samples."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fpq_lightning.diffusion.pipelines import denoiser_name
 from fpq_lightning.graph.tree import named_leaves, output_leaves
 
 PLAIN = (bool, int, float, str, type(None))
@@ -22,7 +22,7 @@ PLAIN = (bool, int, float, str, type(None))
 
 @dataclass
 class Call:
-    """One call of the denoiser.
+    """One call of a denoiser.
 
     Attributes:
         arguments: its keyword arguments as they came in.
@@ -36,60 +36,59 @@ class Call:
     sensitivity: Tensor | None = None
 
 
-class Enough(Exception):  # noqa: N818
-    """Ends sampling once all is known that was asked for."""
-
-
 class Recorder:
-    """Records the calls of a pipeline's denoiser.
+    """Records the calls of a pipeline's denoisers.
 
     Args:
         pipeline: it samples within the context.
-        on_call: takes each call when it is complete: at the step of the scheduler after it, or at the end.
+        denoisers: by name.
+        on_step: takes the calls of each denoiser, by name, since the last step of a scheduler, and the scheduler that
+            makes a step now; None for the calls that no step followed. An exception of it ends sampling.
         measures: whether the sensitivity of the scheduler is measured.
-        one_step: whether sampling ends, with `Enough`, at the first step of the scheduler.
     """
 
     def __init__(
         self,
         pipeline: DiffusionPipeline,
-        on_call: Callable[[Call], None],
+        denoisers: Mapping[str, nn.Module],
+        on_step: Callable[[dict[str, list[Call]], Any], None],
         measures: bool = False,
-        one_step: bool = False,
     ) -> None:
-        self.scheduler = getattr(pipeline, "scheduler", None)
-        self.denoiser = getattr(pipeline, denoiser_name(pipeline))
-        self.signature = inspect.signature(type(self.denoiser).forward)
-        self.on_call, self.measures, self.one_step = on_call, measures, one_step
+        schedulers = [c for c in pipeline.components.values() if callable(getattr(c, "step", None))]
+        self.schedulers = list({id(c): c for c in schedulers}.values())  # of several pipelines in one, each has its own
+        self.denoisers = denoisers
+        self.on_step, self.measures = on_step, measures
         self.images = 1  # of the batch that is sampled
-        self._pending: list[Call] = []
+        self._pending: dict[str, list[Call]] = {}
 
     def __enter__(self) -> Recorder:
-        self._handles = [
-            self.denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.denoiser.register_forward_hook(self._after),
-        ]
-        if self.scheduler is not None:
-            self._step = self.scheduler.step
-            self.scheduler.step = self._measured_step
+        self._handles = []
+        for name, denoiser in self.denoisers.items():
+            self._handles.append(denoiser.register_forward_pre_hook(partial(self._before, name), with_kwargs=True))
+            self._handles.append(denoiser.register_forward_hook(partial(self._after, name)))
+        for scheduler in self.schedulers:
+            scheduler.step = partial(self._measured_step, scheduler, scheduler.step)
         return self
 
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
-        if self.scheduler is not None:
-            vars(self.scheduler).pop("step", None)
+        for scheduler in self.schedulers:
+            vars(scheduler).pop("step", None)
         if error[0] is None:
             self.finish()
 
     def finish(self) -> None:
-        """Hands over the calls that no step of the scheduler followed."""
-        pending, self._pending = self._pending, []
-        for call in pending:
-            self.on_call(call)
+        """Hands over the calls that no step of a scheduler followed."""
+        if self._pending:
+            self._hand_over(None)
 
-    def _before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        arguments = bound_arguments(self.signature, module, args, kwargs)
+    def _hand_over(self, scheduler: Any) -> None:
+        pending, self._pending = self._pending, {}
+        self.on_step(pending, scheduler)
+
+    def _before(self, name: str, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        arguments = bound_arguments(inspect.signature(type(module).forward), module, args, kwargs)
         for path, leaf in named_leaves(arguments):
             if not isinstance(leaf, (Tensor, *PLAIN)):
                 raise ValueError(
@@ -98,37 +97,47 @@ class Recorder:
                 )
         # What the network changes in place is kept as it came in.
         copied = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, arguments)
-        self._pending.append(Call(copied))
+        self._pending.setdefault(name, []).append(Call(copied))
 
-    def _after(self, module: Any, args: tuple, output: Any) -> None:
-        self._pending[-1].output = [x.detach() for x in output_leaves(output)]
+    def _after(self, name: str, module: Any, args: tuple, output: Any) -> None:
+        self._pending[name][-1].output = [x.detach() for x in output_leaves(output)]
 
-    def _measured_step(self, *args: Any, **kwargs: Any) -> Any:
+    def _measured_step(self, scheduler: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.measures and self._pending:
-            self._measure(args, kwargs)
-        self.finish()
-        if self.one_step:
-            raise Enough
-        return self._step(*args, **kwargs)
+            self._measure(scheduler, step, args, kwargs)
+        self._hand_over(scheduler)
+        return step(*args, **kwargs)
 
-    def _measure(self, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _measure(self, scheduler: Any, step: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:
+        calls = [call for some in self._pending.values() for call in some]
         try:
-            options = dict(inspect.signature(self._step).bind(*args, **kwargs).arguments)
-            step = tuple(options.pop(name) for name in ("model_output", "timestep", "sample"))
-            sensitivity = output_sensitivity(self.scheduler, step, options).reshape(self.images, -1).mean(1)
-            passes = [_rows(call.output).unflatten(0, (-1, len(step[0]))) for call in self._pending]
-            shares = guidance_shares([x for some in passes for x in some], step[0]).split([len(x) for x in passes])
+            options = dict(inspect.signature(step).bind(*args, **kwargs).arguments)
+            given = tuple(options.pop(name) for name in ("model_output", "timestep", "sample"))
+            sensitivity = output_sensitivity(scheduler, given, options).reshape(self.images, -1).mean(1)
+            # What another network reads, such as the residuals of a ControlNet, weighs like what that one predicts.
+            predicted = [call for call in calls if _predicts(call, given[0])] or calls
+            passes = [_rows(call.output).unflatten(0, (-1, len(given[0]))) for call in predicted]
+            shares = guidance_shares([x for some in passes for x in some], given[0]).split([len(x) for x in passes])
         except Exception as error:  # whatever a scheduler may do with what it is given: its steps go on without weights
             reason = " ".join(str(error).split())[:150]
             warnings.warn(
-                f"how strongly {type(self.scheduler).__name__} passes errors on cannot be measured ({reason}): its "
+                f"how strongly {type(scheduler).__name__} passes errors on cannot be measured ({reason}): its "
                 "samples weigh alike",
                 stacklevel=2,
             )
             self.measures = False
             return
-        for call, share in zip(self._pending, shares, strict=True):
+        for call in calls:
+            call.sensitivity = sensitivity[None]
+        for call, share in zip(predicted, shares, strict=True):
             call.sensitivity = share[:, None] * sensitivity[None]
+
+
+def _predicts(call: Call, combined: Tensor) -> bool:
+    """Whether a scheduler is given something made of the outputs of a call."""
+    first = call.output[0] if call.output else combined[:0]
+    shape = first.shape if len(call.output) == 1 else (len(call.output), *first.shape)
+    return len(shape) == combined.ndim and shape[2:] == combined.shape[2:] and len(shape) > 1
 
 
 def _rows(output: list[Tensor]) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -11,13 +12,13 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fpq_lightning.calibration.axes import LEADING, SHARED, Axis, find_axes, images_of, joined
 from fpq_lightning.calibration.calibration_set import CalibrationSet
-from fpq_lightning.calibration.recorder import Call, Enough, Recorder
-from fpq_lightning.diffusion.pipelines import denoiser_name
+from fpq_lightning.calibration.recorder import Call, Recorder
+from fpq_lightning.diffusion.denoisers import find_denoisers
 from fpq_lightning.diffusion.sampling import SamplerConfig, batches_of, generate, using_sampler, warn_of_long_prompts
 from fpq_lightning.graph.tree import output_leaves
 from fpq_lightning.utils import distributed
@@ -65,40 +66,74 @@ def sample_trajectories(
     on_batch: Callable[[int, int], None] = lambda done, total: None,
     on_plan: Callable[[str], None] = lambda text: None,
 ) -> CalibrationSet:
-    """Samples images and records the arguments of the denoiser's calls.
+    """`sample_calibration_sets` of a pipeline with one denoiser."""
+    (found,) = sample_calibration_sets(
+        pipeline, find_denoisers(pipeline), sampler, n, seed, timesteps, weighting, on_batch, on_plan
+    ).values()
+    return found
+
+
+@torch.no_grad()
+def sample_calibration_sets(
+    pipeline: DiffusionPipeline,
+    denoisers: Mapping[str, nn.Module],
+    sampler: SamplerConfig,
+    n: int,
+    seed: int = 0,
+    timesteps: Literal["uniform", "late", "early"] = "uniform",
+    weighting: Literal["uniform", "sensitivity"] = "uniform",
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+    on_plan: Callable[[str], None] = lambda text: None,
+    required: bool = True,
+) -> dict[str, CalibrationSet]:
+    """Samples images and records the arguments of the calls of all denoisers.
 
     A call gives one sample for each image, from its guidance passes in turn. Each process of a distributed run samples
-    a part of the trajectories; all of them return the whole set.
+    a part of the trajectories; all of them return the whole sets. There are as many trajectories as the denoiser needs
+    that is called least.
 
     Args:
         pipeline: in full precision.
+        denoisers: of the pipeline, by name.
         sampler: how images are sampled.
-        n: number of samples to keep.
+        n: number of samples to keep of each denoiser.
         seed: seed of the first trajectory's noise; the next ones are seed + 1, seed + 2, ...
         timesteps: how often each call of a trajectory is kept.
         weighting: equal weights, or the square of `output_sensitivity`.
         on_batch: called with the number of finished trajectories and of all trajectories.
-        on_plan: called once, on the first process, with what will be sampled, in words.
+        on_plan: called on the first process with what will be sampled, in words: for each denoiser before sampling,
+            and once more for one that turns out to be called more or less often.
+        required: whether every denoiser must be called; else one that never is gets a warning, and no set.
 
     Returns:
-        The set, on the CPU.
+        The set of each denoiser, on the CPU.
 
     Raises:
-        ValueError: if `n` is not positive, the trajectories hold NaN or Inf, or the calls cannot be recorded.
+        ValueError: if `n` is not positive, the trajectories hold NaN or Inf, a denoiser is never called, or the calls
+            cannot be recorded.
     """
     if n < 1:
         raise ValueError(f"the calibration set would be empty: ask for at least 1 sample, got {n}")
     with using_sampler(pipeline, sampler):
-        plan = _look_ahead(pipeline, sampler, seed, n, on_plan)
-        collector = _Collector(plan, n, timesteps, seed % 2**64)
-        with Recorder(pipeline, collector.take, measures=weighting == "sensitivity") as recorder:
-            for batch in collector.batches(plan.batch_size):
+        plans = _look_ahead(pipeline, denoisers, sampler, seed, n, on_plan, required)
+        denoisers = {name: denoisers[name] for name in plans}
+        collectors = {name: _Collector(plan, n, timesteps, seed % 2**64) for name, plan in plans.items()}
+        batches = _Batches(list(collectors.values()), sampler.batch_size, n, on_plan)
+
+        def take(calls: dict[str, list[Call]], scheduler: Any) -> None:
+            for name, some in calls.items():
+                for call in some:
+                    collectors[name].take(call)
+
+        with Recorder(pipeline, denoisers, take, measures=weighting == "sensitivity") as recorder:
+            for batch in batches:
                 recorder.images = len(batch)
                 generate(pipeline, sampler, [seed + trajectory for trajectory in batch])
                 recorder.finish()
-                collector.end_batch()
-                on_batch(min(batch.stop, collector.trajectories), collector.trajectories)
-        return collector.calibration_set(getattr(pipeline, denoiser_name(pipeline)))
+                for collector in collectors.values():
+                    collector.end_batch()
+                on_batch(min(batch.stop, batches.trajectories), batches.trajectories)
+        return {name: collector.calibration_set(denoisers[name]) for name, collector in collectors.items()}
 
 
 # --- what a trajectory is ------------------------------------------------------------------------------------------
@@ -106,97 +141,171 @@ def sample_trajectories(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is known before sampling.
+    """What is known of a denoiser before sampling.
 
     Attributes:
-        network: name of the denoiser's class.
+        network: its class, and its name if it is not the only one.
         axes: where images lie in its arguments.
         structure: of the first call's arguments, with the path of each leaf in its place.
-        calls: of a trajectory, as the scheduler says.
-        batch_size: images that are sampled at once.
+        calls: of a trajectory, as the schedulers say.
+        alone: whether images are sampled one by one.
     """
 
     network: str
     axes: dict[str, Axis]
     structure: Any
     calls: int
-    batch_size: int
+    alone: bool
+
+
+class _Enough(Exception):  # noqa: N818
+    """Ends sampling once all is known that was asked for."""
+
+
+@dataclass
+class _Ahead:
+    """What the beginning of a trajectory says of a denoiser.
+
+    Attributes:
+        first: its calls in the first step in which it is called.
+        scheduler: that makes this step.
+        calls: of the whole trajectory, if it goes on as it began.
+    """
+
+    first: list[Call]
+    scheduler: Any
+    calls: int = 0
+
+
+def _begin(
+    pipeline: DiffusionPipeline,
+    denoisers: Mapping[str, nn.Module],
+    sampler: SamplerConfig,
+    seeds: Sequence[int],
+    prompts: list[str] | None,
+) -> dict[str, _Ahead]:
+    """Samples until every denoiser has been called, or to the end; all images have one prompt."""
+    found: dict[str, _Ahead] = {}
+    steps: Counter[int] = Counter()
+
+    def on_step(calls: dict[str, list[Call]], scheduler: Any) -> None:
+        scheduler = getattr(pipeline, "scheduler", None) if scheduler is None else scheduler
+        steps[id(scheduler)] += 1
+        left = _steps_of(scheduler, sampler) - steps[id(scheduler)]
+        for name, some in calls.items():
+            found.setdefault(name, _Ahead(some, scheduler)).calls += len(some)
+        if len(found) == len(denoisers):
+            for name, some in calls.items():
+                found[name].calls += max(0, left) * len(some)
+            raise _Enough
+
+    alike = None if prompts is None else prompts[:1] * len(seeds)
+    with suppress(_Enough), Recorder(pipeline, denoisers, on_step):
+        generate(pipeline, sampler, seeds, alike)
+    return found
 
 
 def _look_ahead(
-    pipeline: DiffusionPipeline, sampler: SamplerConfig, seed: int, n: int, on_plan: Callable[[str], None]
-) -> _Plan:
-    """Calls the pipeline for the first step of some images, and says what will be calibrated."""
+    pipeline: DiffusionPipeline,
+    denoisers: Mapping[str, nn.Module],
+    sampler: SamplerConfig,
+    seed: int,
+    n: int,
+    on_plan: Callable[[str], None],
+    required: bool,
+) -> dict[str, _Plan]:
+    """Calls the pipeline for the first steps of some images, and says what will be calibrated."""
     images = min(2, sampler.batch_size)
     prompts = sampler.prompts_of([seed])
-    small, large = (_first_step(pipeline, sampler, seed, k, prompts) for k in (images, images + 1))
-    network = type(getattr(pipeline, denoiser_name(pipeline))).__name__
-    if not small or len(small) != len(large):
+    small, large = (_begin(pipeline, denoisers, sampler, range(seed, seed + k), prompts) for k in (images, images + 1))
+    if never := [name for name in denoisers if name not in small]:
+        text = f"{type(pipeline).__name__} never calls its {', '.join(never)} along a trajectory of this sampler"
+        if required or not small:
+            raise ValueError(f"{text}: leave it out of recipe.denoisers, or sample otherwise")
+        if distributed.rank() == 0:
+            warnings.warn(f"{text}: it stays in full precision", stacklevel=3)
+    denoisers = {name: module for name, module in denoisers.items() if name in small}
+    networks = {name: type(module).__name__ for name, module in denoisers.items()}
+    if len(denoisers) > 1:
+        networks = {name: f"{name} ({kind})" for name, kind in networks.items()}
+    axes = {name: _axes(networks[name], small[name], large.get(name), pipeline, images) for name in denoisers}
+    prompts = sampler.prompts_of(range(seed, seed + max(-(-n // ahead.calls) for ahead in small.values()))) or []
+    if distributed.rank() == 0:
+        for name in denoisers:
+            on_plan(f"{networks[name]} with {n} samples along {_described(small[name], sampler)}")
+        warn_of_long_prompts(pipeline, prompts)
+    alone = sampler.batch_size > 1 and _lengths_differ(pipeline, denoisers, sampler, seed, prompts, axes)
+    return {
+        name: _Plan(
+            networks[name], axes[name], collapsed(small[name].first[0].arguments, axes[name])[0],
+            small[name].calls, alone,
+        )
+        for name in denoisers
+    }  # fmt: skip
+
+
+def _axes(
+    network: str, small: _Ahead, large: _Ahead | None, pipeline: DiffusionPipeline, images: int
+) -> dict[str, Axis]:
+    """Where images lie in the arguments of a denoiser."""
+    n_large = 0 if large is None else len(large.first)
+    if large is None or len(small.first) != n_large:
         raise ValueError(
-            f"{type(pipeline).__name__} calls its denoiser {len(small)} times in the first step of {images} images and "
-            f"{len(large)} times in that of {images + 1}: such pipelines cannot be calibrated"
+            f"{type(pipeline).__name__} calls {network} {len(small.first)} times in the first step of {images} images "
+            f"and {n_large} times in that of {images + 1}: such pipelines cannot be calibrated"
         )
     axes: dict[str, Axis] = {}
-    for a, b in zip(small, large, strict=True):
+    for a, b in zip(small.first, large.first, strict=True):
         axes = find_axes(network, a.arguments, b.arguments, images) | axes
     if not axes:
         raise ValueError(
             f"{network} is called with nothing that grows with the images: such pipelines cannot be calibrated"
         )
-    structure, _ = collapsed(small[0].arguments, axes)
-    calls = _steps_of(pipeline, sampler) * len(small)
-    prompts = sampler.prompts_of(range(seed, seed + -(-n // calls))) or []
-    if distributed.rank() == 0:
-        on_plan(f"{network} with {n} samples along {_described(pipeline, sampler, calls)}")
-        warn_of_long_prompts(pipeline, prompts)
-    alone = sampler.batch_size > 1 and _lengths_differ(pipeline, sampler, seed, prompts, axes)
-    return _Plan(network, axes, structure, calls, 1 if alone else sampler.batch_size)
+    return axes
 
 
-def count_calls(pipeline: DiffusionPipeline, sampler: SamplerConfig) -> int:
-    """How often the denoiser is called for an image, by what the scheduler says; takes the first step of one image."""
+def count_calls(
+    pipeline: DiffusionPipeline, denoisers: Mapping[str, nn.Module], sampler: SamplerConfig
+) -> dict[str, int]:
+    """How often each denoiser is called for an image, by what the schedulers say; samples the beginning of one image.
+
+    One that is never called is left out.
+    """
     with torch.no_grad(), using_sampler(pipeline, sampler):
-        calls = _first_step(pipeline, sampler, 0, 1, sampler.prompts_of([0]))
-        return _steps_of(pipeline, sampler) * max(1, len(calls))
+        found = _begin(pipeline, denoisers, sampler, [0], sampler.prompts_of([0]))
+        return {name: ahead.calls for name, ahead in found.items()}
 
 
-def _steps_of(pipeline: DiffusionPipeline, sampler: SamplerConfig) -> int:
+def _steps_of(scheduler: Any, sampler: SamplerConfig) -> int:
     """Steps of a trajectory that has begun."""
-    timesteps = getattr(pipeline.scheduler, "timesteps", None)
+    timesteps = getattr(scheduler, "timesteps", None)
     return sampler.steps or 1 if timesteps is None or not len(timesteps) else len(timesteps)
 
 
-def _described(pipeline: DiffusionPipeline, sampler: SamplerConfig, calls: int) -> str:
+def _described(ahead: _Ahead, sampler: SamplerConfig) -> str:
     """What is sampled, in words."""
-    timesteps = getattr(pipeline.scheduler, "timesteps", None)
+    timesteps = getattr(ahead.scheduler, "timesteps", None)
     span = "" if timesteps is None or not len(timesteps) else f", timesteps {timesteps[0]:.4g} to {timesteps[-1]:.4g}"
     guidance = "guidance of the pipeline" if sampler.guidance_scale is None else f"guidance {sampler.guidance_scale:g}"
-    return f"{type(pipeline.scheduler).__name__}: {calls} calls a trajectory{span}, {guidance}"
-
-
-def _first_step(
-    pipeline: DiffusionPipeline, sampler: SamplerConfig, seed: int, images: int, prompts: list[str] | None
-) -> list[Call]:
-    """The calls of the denoiser before the first step of the scheduler; all images have one prompt."""
-    calls: list[Call] = []
-    alike = None if prompts is None else prompts[:1] * images
-    with Recorder(pipeline, calls.append, one_step=True), suppress(Enough):
-        generate(pipeline, sampler, range(seed, seed + images), alike)
-    return calls
+    return f"{type(ahead.scheduler).__name__}: {ahead.calls} calls a trajectory{span}, {guidance}"
 
 
 def _lengths_differ(
-    pipeline: DiffusionPipeline, sampler: SamplerConfig, seed: int, prompts: list[str], axes: Mapping[str, Axis]
+    pipeline: DiffusionPipeline,
+    denoisers: Mapping[str, nn.Module],
+    sampler: SamplerConfig,
+    seed: int,
+    prompts: list[str],
+    axes: Mapping[str, Mapping[str, Axis]],
 ) -> bool:
     """Whether the length of a prompt shows in the shape of an argument: a batch would pad it to its longest."""
     if len(set(prompts)) < 2:
         return False
-    ends = min(prompts, key=len), max(prompts, key=len)
-    short, long = (_first_step(pipeline, sampler, seed, 1, [prompt])[0].arguments for prompt in ends)
-    shapes = [
-        {path: [x.shape for x in tree_flatten(leaf)[0] if isinstance(x, Tensor)] for path, leaf in leaves.items()}
-        for _, leaves in (collapsed(arguments, axes) for arguments in (short, long))
-    ]
+    shapes = []
+    for prompt in (min(prompts, key=len), max(prompts, key=len)):
+        begun = _begin(pipeline, denoisers, sampler, [seed], [prompt])
+        leaves = {name: collapsed(ahead.first[0].arguments, axes[name])[1] for name, ahead in begun.items()}
+        shapes.append(tree_map(lambda leaf: leaf.shape if isinstance(leaf, Tensor) else None, leaves))
     return shapes[0] != shapes[1]
 
 
@@ -220,8 +329,43 @@ def collapsed(arguments: Any, axes: Mapping[str, Axis]) -> tuple[Any, dict[str, 
 # --- collecting ----------------------------------------------------------------------------------------------------
 
 
+class _Batches:
+    """The batches of trajectories of this process, all processes together making what every denoiser needs."""
+
+    def __init__(
+        self, collectors: Sequence[_Collector], batch_size: int, n: int, on_plan: Callable[[str], None]
+    ) -> None:
+        self.collectors, self.n, self.on_plan = collectors, n, on_plan
+        self.batch_size = 1 if any(collector.plan.alone for collector in collectors) else batch_size
+
+    @property
+    def trajectories(self) -> int:
+        """How many there are; a guess before the first batch is done."""
+        return max(collector.trajectories for collector in self.collectors)
+
+    def __iter__(self) -> Iterator[range]:
+        rank, world = distributed.rank(), distributed.world_size()
+        guessed = self.trajectories
+        planned = list(batches_of(range(guessed), self.batch_size, world))
+        first = planned[:world]
+        yield from map(self._begun, first[rank : rank + 1])
+        for collector in self.collectors:
+            calls, plan = collector.choose(), collector.plan
+            if len(self.collectors) > 1 and calls != plan.calls and rank == 0:
+                self.on_plan(f"{plan.network}: {calls} calls a trajectory, not {plan.calls}")
+        rest = planned[world:]
+        if self.trajectories != guessed:
+            rest = list(batches_of(range(first[-1].stop, self.trajectories), self.batch_size, world))
+        yield from map(self._begun, rest[rank::world])
+
+    def _begun(self, batch: range) -> range:
+        for collector in self.collectors:
+            collector.batch = batch
+        return batch
+
+
 class _Collector:
-    """Keeps the samples of a calibration set from the calls of all batches.
+    """Keeps the samples of a denoiser's calibration set from its calls in all batches.
 
     How many calls a trajectory has is known once the first batch is done, so all of its calls are kept till then.
     """
@@ -231,40 +375,28 @@ class _Collector:
         self.keep: list[list[int]] = []
         self.ends: list[Call] = []  # the first and the last call of the first batch
         self.images = 0  # of it
+        self.batch = range(0)  # that is sampled
         self._calls: int | None = None
         self._taken: list[tuple[int, dict[str, Any], float]] = []  # trajectory, leaves, weight
         self._first: list[tuple[dict[str, Any], Tensor | None]] = []  # leaves and sensitivity of its calls
-        self._batch = range(0)
         self._seen = 0  # calls of this batch
         self._other: set[str] = set()
         self._of_first: dict[str, Any] = {}  # what all images of the first call have in common
         self._varied: set[str] = set()  # what differs between calls
 
-    def batches(self, size: int) -> Any:
-        """The batches of trajectories of this process, all processes together making what is needed."""
-        rank, world = distributed.rank(), distributed.world_size()
-        guessed = -(-self.n // self.plan.calls)
-        planned = list(batches_of(range(guessed), size, world))
-        first = planned[:world]
-        if rank < len(first):
-            self._batch = first[rank]
-            yield self._batch
-        self._calls = distributed.broadcast_from_rank0(self._calls)
-        self.keep = steps_to_keep(self.n, cast(int, self._calls), self.timesteps, self.seed)
+    @property
+    def trajectories(self) -> int:
+        """How many it needs; a guess before the first batch is done."""
+        return len(self.keep) or -(-self.n // (self._calls or self.plan.calls))
+
+    def choose(self) -> int:
+        """Chooses the calls to keep, once the first batch is done, and gives how many a trajectory has."""
+        self._calls = cast(int, distributed.broadcast_from_rank0(self._calls))
+        self.keep = steps_to_keep(self.n, self._calls, self.timesteps, self.seed)
         for index, (leaves, sensitivity) in enumerate(self._first):
             self._collect(leaves, sensitivity, index)
         self._first = []
-        rest = planned[world:]
-        if len(self.keep) != guessed:
-            rest = list(batches_of(range(first[-1].stop, len(self.keep)), size, world))
-        for batch in rest[rank::world]:
-            self._batch = batch
-            yield batch
-
-    @property
-    def trajectories(self) -> int:
-        """How many there are; a guess before the first batch is done."""
-        return len(self.keep) or -(-self.n // (self._calls or self.plan.calls))
+        return self._calls
 
     def take(self, call: Call) -> None:
         """A call of the batch that is sampled."""
@@ -277,7 +409,7 @@ class _Collector:
         self._varied |= {path for path, leaf in shared.items() if not _equal(leaf, self._of_first[path])}
         if self._calls is None:
             self._first.append((_on_host(leaves), call.sensitivity))
-            self.ends, self.images = [*self.ends[:1], call], len(self._batch)
+            self.ends, self.images = [*self.ends[:1], call], len(self.batch)
         else:
             self._collect(leaves, call.sensitivity, self._seen)
         self._seen += 1
@@ -305,7 +437,7 @@ class _Collector:
         self._seen = 0
 
     def _collect(self, leaves: dict[str, Any], sensitivity: Tensor | None, index: int) -> None:
-        batch = self._batch
+        batch = self.batch
         kept = [(i, t) for i, t in enumerate(batch) if t < len(self.keep) for _ in range(self.keep[t].count(index))]
         if not kept:
             return

@@ -6,7 +6,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from fpq_lightning.diffusion.pipelines import denoiser_name
+from fpq_lightning.diffusion.denoisers import find_denoisers
 from fpq_lightning.nn.calibrated import LayerQuantization, is_quantizable
 from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.quantization.quantizer import Granularity
@@ -18,11 +18,10 @@ def check_components(pipeline: DiffusionPipeline, recipe: Recipe) -> None:
     """Finds components that cannot be quantized.
 
     Raises:
-        ValueError: if one is not there, is the denoiser, or has no layer to quantize.
+        ValueError: if one is not there, is a denoiser, or has no layer to quantize.
     """
-    modules = {
-        k: v for k, v in pipeline.components.items() if isinstance(v, nn.Module) and k != denoiser_name(pipeline)
-    }
+    denoisers = find_denoisers(pipeline, recipe.denoisers)
+    modules = {k: v for k, v in pipeline.components.items() if isinstance(v, nn.Module) and k not in denoisers}
     for name in recipe.components:
         if name not in modules:
             there = f"it has {', '.join(modules)}" if modules else "it has none besides its denoiser"

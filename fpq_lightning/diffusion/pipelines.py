@@ -1,11 +1,10 @@
-"""diffusers pipelines: loading, and finding the denoiser."""
+"""diffusers pipelines: loading, moving, and what keeps one from being quantized."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from fpq_lightning.diffusion.denoisers import may_denoise
 from fpq_lightning.utils.alignment import align
-
-DENOISERS = ("transformer", "unet", "prior", "decoder")
 
 _NOT_KEPT = {"dtype": "--torch_dtype", "torch_dtype": "--torch_dtype", "token": "the environment variable HF_TOKEN"}
 _HOW_TO_LOAD = {  # arguments of ``from_pretrained`` that are none of a pipeline's own
@@ -133,50 +131,28 @@ def _instead_of(path: Path) -> str:
     return f"{part}give the directory of a diffusers pipeline"
 
 
-def quantization_of(path: Path) -> tuple[Path, str] | None:
-    """The configuration file of a pipeline's quantized denoiser and the name of its method; None if not quantized."""
-    for name in DENOISERS:
-        file = path / name / "config.json"
+def quantized_files(path: Path) -> dict[str, tuple[Path, str]]:
+    """Of each quantized denoiser of a pipeline its configuration file and the name of its method, by component."""
+    found = {}
+    for file in sorted(path.glob("*/config.json")):
         try:
-            return file, str(json.loads(file.read_text())["quantization_config"]["quant_method"])
+            config = json.loads(file.read_text())
+            method, kind = config["quantization_config"]["quant_method"], config.get("_class_name")
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return None
+        if may_denoise(file.parent.name, getattr(diffusers, str(kind), None)):
+            found[file.parent.name] = (file, str(method))
+    return found
 
 
 def _foreign_method(path: Path) -> str | None:
-    found = quantization_of(path)
-    return None if found is None or found[1] == "fpq" else found[1]
+    return next((method for _, method in quantized_files(path).values() if method != "fpq"), None)
 
 
 def class_to_open(pipeline: DiffusionPipeline) -> type[DiffusionPipeline]:
     """The class whose ``from_pretrained`` opens what a pipeline writes: its own, if diffusers does not know that."""
     kind = type(pipeline)
     return DiffusionPipeline if getattr(diffusers, kind.__name__, None) is kind else kind
-
-
-def denoiser_name(pipeline: DiffusionPipeline) -> str:
-    """The name of the pipeline's denoiser: the first of `DENOISERS` that it has.
-
-    Raises:
-        ValueError: if it has none.
-    """
-    for name in DENOISERS:
-        if isinstance(getattr(pipeline, name, None), nn.Module):
-            return name
-    raise ValueError(f"{type(pipeline).__name__} has no denoiser: it needs one of {', '.join(DENOISERS)}")
-
-
-def warn_of_further_denoisers(pipeline: DiffusionPipeline) -> None:
-    """Names components of the denoiser's class, such as Wan 2.2's second transformer, which stay in full precision."""
-    name = denoiser_name(pipeline)
-    kind = type(getattr(pipeline, name))
-    further = [key for key, component in pipeline.components.items() if key != name and type(component) is kind]
-    if further:
-        warnings.warn(
-            f"{', '.join(further)}: only the pipeline's {name} is quantized, so this denoiser stays in full precision",
-            stacklevel=3,
-        )
 
 
 def move_pipeline(pipeline: DiffusionPipeline, device: torch.device) -> None:

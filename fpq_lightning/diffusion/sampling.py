@@ -201,7 +201,15 @@ def set_sampler(pipeline: DiffusionPipeline, sampler: SamplerConfig) -> None:
             f"sampler.scheduler {sampler.scheduler} does not fit the pipeline's {type(own).__name__}: leave it out, or "
             "use one that is compatible with it"
         )
-    pipeline.scheduler = scheduler_class.from_config(own.config)
+    _replace_scheduler(pipeline, scheduler_class.from_config(own.config))
+
+
+def _replace_scheduler(pipeline: DiffusionPipeline, scheduler: Any) -> None:
+    """Gives a pipeline a scheduler, and with it the pipelines inside of it that run with its own one."""
+    own = pipeline.scheduler
+    for part in (pipeline, *vars(pipeline).values()):
+        if isinstance(part, DiffusionPipeline) and getattr(part, "scheduler", None) is own:
+            part.scheduler = scheduler
 
 
 def warn_of_long_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> None:
@@ -232,21 +240,27 @@ def batches_of(seeds: range, size: int, world_size: int = 1) -> Iterator[range]:
 
 
 def shortened(pipeline: DiffusionPipeline, sampler: SamplerConfig, **options: Any) -> SamplerConfig:
-    """The sampler with two steps, if the pipeline takes a number of steps, and other options."""
-    if "num_inference_steps" in inspect.signature(pipeline.__call__).parameters:
+    """The sampler with two steps, if the pipeline takes a number of steps, and other options.
+
+    Pipelines of several stages take a number for each.
+    """
+    accepted = inspect.signature(pipeline.__call__).parameters
+    if "num_inference_steps" in accepted:
         options["steps"] = 2
-    return replace(sampler, **options)
+    stages = {name: 2 for name in accepted if name.endswith("_num_inference_steps")}
+    return replace(sampler, arguments=sampler.arguments | stages, **options)
 
 
 @contextmanager
 def using_sampler(pipeline: DiffusionPipeline, sampler: SamplerConfig) -> Iterator[None]:
     """Within the block the pipeline has the sampler's scheduler."""
-    own = pipeline.scheduler
+    own = getattr(pipeline, "scheduler", None)
     set_sampler(pipeline, sampler)
     try:
         yield
     finally:
-        pipeline.scheduler = own
+        if own is not None:
+            _replace_scheduler(pipeline, own)
 
 
 @contextmanager

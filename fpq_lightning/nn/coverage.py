@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,6 +77,24 @@ class Coverage:
     def from_dict(cls, values: Mapping[str, Any]) -> Coverage:
         """The inverse of `dataclasses.asdict`."""
         return cls(values["parameters"], values["quantized"], [Kept(**kept) for kept in values["kept"]])
+
+
+def total(networks: Mapping[str, Coverage]) -> Coverage:
+    """What several networks come to together; the names of one that stay begin with its name."""
+    kept: dict[tuple[str, bool], list[Kept]] = {}
+    for network, found in networks.items():
+        for one in found.kept:
+            named = replace(one, names=[f"{network}.{name}" for name in one.names])
+            kept.setdefault((one.kind, one.expected), []).append(named)
+    kinds = [
+        Kept(kind, sum(one.parameters for one in some), [name for one in some for name in one.names], expected)
+        for (kind, expected), some in kept.items()
+    ]
+    return Coverage(
+        sum(found.parameters for found in networks.values()),
+        sum(found.quantized for found in networks.values()),
+        sorted(kinds, key=lambda k: -k.parameters),
+    )
 
 
 def coverage(model: nn.Module, quantized: Collection[str], reasons: Mapping[str, str] | None = None) -> Coverage:

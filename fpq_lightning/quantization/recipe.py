@@ -119,7 +119,10 @@ class Recipe:
         activations: how the layers' inputs are quantized.
         attention: how the products of attention are quantized.
         rounding: how the weights are rounded.
-        include: glob patterns of the names of layers, and of modules that compute attention, to quantize.
+        denoisers: components of the pipeline that are called along the trajectory and quantized, such as
+            ``[transformer, transformer_2]``; null takes all but ControlNets.
+        include: glob patterns of the names of layers, and of modules that compute attention, to quantize. Where
+            several denoisers are quantized, ``transformer_2.*`` are names of this one alone.
         exclude: glob patterns of names that stay in full precision.
         components: weight format or family of other components by name, such as ``text_encoder: fp8``. They are
             rounded to nearest with a scale for each output channel.
@@ -136,6 +139,7 @@ class Recipe:
     activations: ActivationRecipe = field(default_factory=ActivationRecipe)
     attention: AttentionRecipe = field(default_factory=AttentionRecipe)
     rounding: RoundingRecipe = field(default_factory=RoundingRecipe)
+    denoisers: list[str] | str | None = None
     include: list[str] | str = field(default_factory=lambda: ["*"])
     exclude: list[str] | str = field(default_factory=list)
     components: dict[str, str] = field(default_factory=dict)
@@ -147,6 +151,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self.include, self.exclude = _patterns(self.include), _patterns(self.exclude)
+        self.denoisers = None if self.denoisers is None else _patterns(self.denoisers)
+        if self.denoisers == []:
+            raise ValueError("recipe.denoisers is empty: name components of the pipeline, or leave it out")
         self.weight_formats()
         for name in self.components:
             self.component_formats(name)
@@ -231,5 +238,5 @@ class Recipe:
         return parse_formats(items)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only."""
-        return asdict(self)
+        """Plain types only; what chooses denoisers only if it is given, for there mostly is one."""
+        return {name: value for name, value in asdict(self).items() if name != "denoisers" or value is not None}

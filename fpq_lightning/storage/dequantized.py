@@ -22,17 +22,29 @@ from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 FILE = "quantization.json"
 FORMAT_VERSION = 1
 
+ONLY = ""
+"""The name of a pipeline's only denoiser, which its file does not tell."""
 
-def describe(denoiser: nn.Module, details: Mapping[str, Any]) -> dict[str, Any]:
+
+def describe(denoisers: Mapping[str, nn.Module], details: Mapping[str, Any]) -> dict[str, Any]:
     """The contents of ``quantization.json``.
 
     Args:
-        denoiser: its quantized layers and attention are packed.
-        details: where it comes from.
+        denoisers: by component, or an `ONLY` one; their quantized layers and attention are packed.
+        details: where they come from.
 
     Returns:
         For each layer its parts, weight formats and input quantizers; for attention the quantizers of its operands.
+        Those of several denoisers are under ``denoisers``.
     """
+    described = {"format_version": FORMAT_VERSION, **details}
+    if list(denoisers) == [ONLY]:
+        return {**described, **_describe_one(denoisers[ONLY])}
+    own = details.get("denoisers", {})
+    return {**described, "denoisers": {n: {**own.get(n, {}), **_describe_one(one)} for n, one in denoisers.items()}}
+
+
+def _describe_one(denoiser: nn.Module) -> dict[str, Any]:
     layers = {
         name: {
             "splits": list(layer.splits),
@@ -42,8 +54,7 @@ def describe(denoiser: nn.Module, details: Mapping[str, Any]) -> dict[str, Any]:
         for name, layer in packed_layers(denoiser).items()
     }
     attention = {name: [_describe(q) for q in module.operands] for name, module in packed_attention(denoiser).items()}
-    described = {"format_version": FORMAT_VERSION, **details, "layers": layers}
-    return {**described, "attention": attention} if attention else described
+    return {"layers": layers, "attention": attention} if attention else {"layers": layers}
 
 
 def _describe(quantizer: Quantizer) -> dict[str, Any]:
@@ -52,21 +63,23 @@ def _describe(quantizer: Quantizer) -> dict[str, Any]:
     return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in state.items()}
 
 
-def read_description(directory: Path) -> dict[str, Any]:
-    """Reads `quantization.json`.
+def read_descriptions(directory: Path) -> dict[str, dict[str, Any]]:
+    """Reads `quantization.json`: what it says of each denoiser, by component, or of the `ONLY` one.
 
     Raises:
         ValueError: if it is damaged or of another version.
     """
     file = directory / FILE
     try:
-        description = json.loads(file.read_text())
-        version, _ = description["format_version"], description["layers"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        shared = json.loads(file.read_text())
+        several = shared.pop("denoisers", {ONLY: {}})
+        found = {name: {**shared, **own} for name, own in several.items()}
+        versions = [(one["format_version"], one["layers"])[0] for one in found.values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} cannot be read ({error}): quantize the model again") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{file} has format version {version}; this fpq_lightning reads version {FORMAT_VERSION}")
-    return description
+    if wrong := [version for version in versions if version != FORMAT_VERSION]:
+        raise ValueError(f"{file} has format version {wrong[0]}; this fpq_lightning reads version {FORMAT_VERSION}")
+    return found
 
 
 def apply_inputs(denoiser: nn.Module, description: Mapping[str, Any]) -> None:

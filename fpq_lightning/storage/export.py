@@ -10,14 +10,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fpq_lightning.diffusion.pipelines import denoiser_name
 from fpq_lightning.formats.numbers import Format, parse_format
 from fpq_lightning.formats.scales import FLOAT32, ScaleFormat, parse_scale_format
 from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 from fpq_lightning.storage.dequantized import FILE
 from fpq_lightning.storage.exports.registry import EXPORTS
-from fpq_lightning.storage.pipeline import is_quantized, load_quantized, read_description, save_quantized
+from fpq_lightning.storage.pipeline import described_denoisers, is_quantized, load_quantized, save_quantized
+
+_OF_FILES = ("quant_method", "format_version", "layers", "attention")
+"""Entries of a description that say how the files are written."""
 
 
 def export(directory: str | Path, output: str | Path, form: str) -> None:
@@ -38,15 +40,16 @@ def export(directory: str | Path, output: str | Path, form: str) -> None:
         raise FileNotFoundError(f"there is no quantized pipeline at {directory}: give the quantized/ of a run")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} exists already: choose another --output")
-    description = read_description(directory)
     pipeline = load_quantized(directory)
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
-    if needs_codes and "quant_method" not in description:
-        find_codes(denoiser, description)
-    details = {
-        k: v for k, v in description.items() if k not in ("quant_method", "format_version", "layers", "attention")
-    }
-    save_quantized(pipeline, target, details, form)
+    of_each: dict[str, dict[str, Any]] = {}
+    for name, denoiser, description in described_denoisers(pipeline, directory):
+        if needs_codes and "quant_method" not in description:
+            find_codes(denoiser, description)
+        of_each[name] = {k: v for k, v in description.items() if k not in _OF_FILES}
+    first = next(iter(of_each.values()))
+    shared = {k: v for k, v in first.items() if all(k in own and own[k] == v for own in of_each.values())}
+    rest = {name: {k: v for k, v in own.items() if k not in shared} for name, own in of_each.items()}
+    save_quantized(pipeline, target, shared, form, rest)
 
 
 @torch.no_grad()

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from fpq_lightning.diffusion.pipelines import denoiser_name, load_pipeline
-from fpq_lightning.diffusion.sampling import SamplerConfig, sample, using_sampler
+from fpq_lightning.diffusion.denoisers import find_denoisers, quantized_denoisers
+from fpq_lightning.diffusion.pipelines import load_pipeline
+from fpq_lightning.diffusion.sampling import SamplerConfig, generate, shortened, using_sampler
 from fpq_lightning.nn.backends.hardware import Hardware
 from fpq_lightning.nn.backends.paths import PATHS, choose
 from fpq_lightning.nn.calibrated import input_of
 from fpq_lightning.nn.coverage import Coverage
 from fpq_lightning.nn.packed_layer import PackedLayer, packed_layers
-from fpq_lightning.storage.pipeline import is_quantized, load_quantized, read_description
+from fpq_lightning.storage.pipeline import is_quantized, load_quantized, read_descriptions
 
 
 @dataclass(frozen=True)
@@ -47,46 +51,93 @@ class LayerSummary:
 
 
 class _CalledError(Exception):
-    """The denoiser was called."""
+    """All denoisers were called."""
 
 
-def _first_call(pipeline: DiffusionPipeline, denoiser: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a pipeline calls its denoiser with, for one image."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+@dataclass
+class _Seen:
+    """What the layers of a denoiser do in its first call.
 
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((args, kwargs))
-        raise _CalledError
+    Attributes:
+        elements: of the input of each layer, by name.
+        operations: of its products.
+    """
 
-    handle = denoiser.register_forward_pre_hook(stop, with_kwargs=True)
+    elements: Counter[str] = field(default_factory=Counter)
+    operations: Counter[str] = field(default_factory=Counter)
+
+    def look(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        """A forward hook of a packed layer."""
+        shape = cast(PackedLayer, layer).shape
+        self.elements[name] = max(self.elements[name], input_of(args, kwargs).numel())
+        positions = output.numel() // shape[0]
+        self.operations[name] += 2 * positions * int(torch.Size(shape).numel())
+
+
+def _first_calls(pipeline: DiffusionPipeline, denoisers: Mapping[str, nn.Module]) -> dict[str, _Seen]:
+    """Calls a pipeline for one image, with denoisers that compute nothing, until each of them was called."""
+    seen: dict[str, _Seen] = {}
+
+    def stand_in(name: str, *args: Any, **kwargs: Any) -> Any:
+        denoiser, found = denoisers[name], _Seen()
+        with ExitStack() as stack, _without_data(denoiser):
+            for layer_name, layer in packed_layers(denoiser).items():
+                hook = partial(found.look, layer_name)
+                stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+            try:
+                output = type(denoiser).forward(denoiser, *_on("meta", args), **_on("meta", kwargs))
+            except (RuntimeError, TypeError) as error:
+                kind, reason = type(denoiser).__name__, " ".join(str(error).split())[:200]
+                raise ValueError(f"{kind} cannot run without data, to be inspected: {reason}") from error
+        seen.setdefault(name, found)
+        if len(seen) == len(denoisers):
+            raise _CalledError
+        return tree_map(lambda x: torch.zeros_like(x, device="cpu") if isinstance(x, Tensor) else x, output)
+
+    with ExitStack() as stack:
+        for name, denoiser in denoisers.items():
+            denoiser.forward = partial(stand_in, name)  # hides that of the class
+            stack.callback(delattr, denoiser, "forward")
+        own = SamplerConfig(scheduler=None)
+        for sampler in (shortened(pipeline, own), own):  # a denoiser may be called late
+            with suppress(_CalledError):
+                _call(pipeline, sampler)
+            if len(seen) == len(denoisers):
+                return seen
+    never = ", ".join(name for name in denoisers if name not in seen)
+    raise ValueError(f"{type(pipeline).__name__} does not call its {never}: its layers cannot be inspected")
+
+
+def _call(pipeline: DiffusionPipeline, sampler: SamplerConfig) -> None:
     prompts = ["an image"] if "prompt" in inspect.signature(pipeline.__call__).parameters else None
-    sampler = SamplerConfig(scheduler=None, steps=2)
     try:
         with using_sampler(pipeline, sampler):
-            sample(pipeline, sampler, [0], prompts)
-    except _CalledError:
-        pass
+            generate(pipeline, sampler, [0], prompts)
     except TypeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{type(pipeline).__name__} cannot be called to be inspected: {reason}") from error
+
+
+@contextmanager
+def _without_data(model: nn.Module) -> Iterator[None]:
+    """Within the block the tensors of a model have shapes alone."""
+    held = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+    model.to("meta")
+    try:
+        yield
     finally:
-        handle.remove()
-    if not calls:
-        raise ValueError(f"{type(pipeline).__name__} does not call its denoiser: its layers cannot be inspected")
-    return calls[0]
+        for module, parameters, buffers in held:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
 
 
-def _to_meta(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to("meta")
-    if isinstance(value, dict):
-        return {key: _to_meta(v) for key, v in value.items()}
-    return type(value)(map(_to_meta, value)) if isinstance(value, (list, tuple)) else value
+def _on(device: str, value: Any) -> Any:
+    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, value)
 
 
 @torch.no_grad()
 def inspect_pipeline(directory: str | Path, hardware: Hardware, dtype: torch.dtype) -> list[LayerSummary]:
-    """Looks at the layers of a packed pipeline during one call of its denoiser, which computes nothing.
+    """Looks at the layers of a packed pipeline during one call of each denoiser, which computes nothing.
 
     Args:
         directory: of the pipeline.
@@ -95,55 +146,31 @@ def inspect_pipeline(directory: str | Path, hardware: Hardware, dtype: torch.dty
 
     Raises:
         FileNotFoundError: if there is no pipeline.
-        ValueError: if no layer of its denoiser is packed, or a file is damaged.
+        ValueError: if no layer of its denoisers is packed, or a file is damaged.
     """
     quantized = is_quantized(directory)
     pipeline = load_quantized(directory) if quantized else load_pipeline(directory)
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
-    layers = packed_layers(denoiser)
-    if not layers:
+    denoisers = {name: one for name, one in quantized_denoisers(pipeline).items() if packed_layers(one)}
+    if not denoisers:
         how = "write them with fpq export DIR --format fpq" if quantized else "quantize it with fpq fit"
         raise ValueError(f"{directory} holds no packed layers: {how}")
-    size = {
-        name: sum(t.numel() * t.element_size() for t in layer.state_dict().values()) for name, layer in layers.items()
-    }
-    args, kwargs = _first_call(pipeline, denoiser)
-    denoiser.to("meta")
-    elements: Counter[str] = Counter()
-    operations: Counter[str] = Counter()
-
-    def look(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            layer = cast(PackedLayer, module)
-            elements[name] = max(elements[name], input_of(args, kwargs).numel())
-            positions = output.numel() // layer.shape[0]
-            operations[name] += 2 * positions * int(torch.Size(layer.shape).numel())
-
-        return hook
-
-    handles = [layer.register_forward_hook(look(name), with_kwargs=True) for name, layer in layers.items()]
-    try:
-        denoiser(*_to_meta(args), **_to_meta(kwargs))
-    except (RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{type(denoiser).__name__} cannot run without data, to be inspected: {reason}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
+    seen = _first_calls(pipeline, {**find_denoisers(pipeline), **denoisers})
     found = []
-    for name, layer in layers.items():
-        plan = choose(layer.paths, hardware, dtype, layer.arithmetic)
-        found.append(
-            LayerSummary(
-                name,
-                layer.shape,
-                tuple(w.format.name for w in layer.weights),
-                tuple(q.format.name for q in layer.inputs),
-                size[name],
-                next(path for path in plan if PATHS[path].takes_rows(elements[name], layer.shape[1])),
-                operations[name],
+    for component, denoiser in denoisers.items():
+        prefix, call = f"{component}." if len(denoisers) > 1 else "", seen[component]
+        for name, layer in packed_layers(denoiser).items():
+            plan = choose(layer.paths, hardware, dtype, layer.arithmetic)
+            found.append(
+                LayerSummary(
+                    prefix + name,
+                    layer.shape,
+                    tuple(w.format.name for w in layer.weights),
+                    tuple(q.format.name for q in layer.inputs),
+                    sum(t.numel() * t.element_size() for t in layer.state_dict().values()),
+                    next(path for path in plan if PATHS[path].takes_rows(call.elements[name], layer.shape[1])),
+                    call.operations[name],
+                )
             )
-        )
     return found
 
 
@@ -175,6 +202,11 @@ def render(layers: Sequence[LayerSummary]) -> str:
 
 
 def coverage_lines(directory: str | Path) -> list[str]:
-    """How much of a quantized pipeline's denoiser is quantized, and what is not; empty if its files do not say."""
-    found = read_description(directory).get("coverage")
-    return Coverage.from_dict(found).lines() if found else []
+    """How much of each denoiser of a quantized pipeline is quantized, and what is not, as far as its files say."""
+    found = read_descriptions(directory)
+    return [
+        f"{name}: {line}" if len(found) > 1 else line
+        for name, description in found.items()
+        if description.get("coverage")
+        for line in Coverage.from_dict(description["coverage"]).lines()
+    ]

@@ -17,13 +17,13 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import nn
 
+from fpq_lightning.diffusion.denoisers import as_one, find_denoisers, quantized_denoisers
 from fpq_lightning.diffusion.pipelines import (
     arguments_of_quantized,
     class_to_open,
-    denoiser_name,
     load_pipeline,
     made_empty,
-    quantization_of,
+    quantized_files,
 )
 from fpq_lightning.nn.attention import QuantizedAttention, quantized_attention
 from fpq_lightning.nn.calibrated import QuantizedLayer, quantized_layers
@@ -74,20 +74,27 @@ def _restored(models: Sequence[nn.Module]) -> Iterator[None]:
             model.hf_quantizer = quantizer
 
 
-def save_quantized(pipeline: DiffusionPipeline, directory: Path, details: Mapping[str, Any], form: str = "fpq") -> None:
+def save_quantized(
+    pipeline: DiffusionPipeline,
+    directory: Path,
+    details: Mapping[str, Any],
+    form: str = "fpq",
+    of_each: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
     """Writes a quantized pipeline, whole or not at all; the pipeline stays as it is.
 
     Args:
-        pipeline: its denoiser's layers have the variant ``quantized`` or are packed.
+        pipeline: its denoisers' layers have the variant ``quantized`` or are packed.
         directory: replaced if it exists.
         details: where it comes from: ``base_model``, ``recipe``, ``version``, ``fingerprint``.
         form: the name of an export.
+        of_each: further details of each denoiser that is quantized, by component; None finds these out.
 
     Raises:
         ValueError: if there is no such export, a quantized weight holds NaN or Inf, or no layer fits the export.
     """
     export = EXPORTS[form]
-    with atomic_directory(directory) as temporary, _in_form(pipeline, details, export, temporary):
+    with atomic_directory(directory) as temporary, _in_form(pipeline, details, of_each, export, temporary):
         try:
             pipeline.save_pretrained(temporary)
         except SafetensorError as error:
@@ -98,10 +105,17 @@ def save_quantized(pipeline: DiffusionPipeline, directory: Path, details: Mappin
 
 @contextmanager
 def _in_form(
-    pipeline: DiffusionPipeline, details: Mapping[str, Any], export: Export, directory: Path
+    pipeline: DiffusionPipeline,
+    details: Mapping[str, Any],
+    of_each: Mapping[str, Mapping[str, Any]] | None,
+    export: Export,
+    directory: Path,
 ) -> Iterator[None]:
     """Within the block the pipeline is what `save_pretrained` writes in the form of an export."""
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    if of_each is None:
+        of_each = {name: {} for name in quantized_denoisers(pipeline)}
+    details = {**details, **(next(iter(of_each.values())) if len(of_each) == 1 else {"denoisers": of_each})}
+    denoiser = as_one({name: getattr(pipeline, name) for name in of_each})
     calibrated = {name: layer for name, layer in quantized_layers(denoiser).items() if "quantized" in layer.variants}
     stored: dict[str, QuantizedLayer | PackedLayer] = {**calibrated, **packed_layers(denoiser)}
     for name, layer in stored.items():
@@ -121,24 +135,30 @@ def _in_form(
         yield
 
 
-def check_form(pipeline: DiffusionPipeline, directory: Path, details: Mapping[str, Any]) -> None:
+def check_form(
+    pipeline: DiffusionPipeline,
+    directory: Path,
+    details: Mapping[str, Any],
+    of_each: Mapping[str, Mapping[str, Any]],
+) -> None:
     """Finds out that what `save_quantized` would write cannot be opened, without writing weights.
 
-    The denoiser is compared with an empty one of its configuration. The rest of the pipeline is written and opened, but
-    for its networks, which the opened one shares.
+    Each denoiser is compared with an empty one of its configuration. The rest of the pipeline is written and opened,
+    but for its networks, which the opened one shares.
 
     Args:
         pipeline: as `save_quantized` takes it.
         directory: a scratch directory.
         details: as `save_quantized` takes them.
+        of_each: as `save_quantized` takes it.
 
     Raises:
         ValueError: if it cannot be opened.
     """
-    with _in_form(pipeline, details, EXPORTS["fpq"], directory):
-        denoiser = getattr(pipeline, denoiser_name(pipeline))
-        if (empty := made_empty(denoiser)) is not None:
-            check_fits(denoiser, empty)
+    with _in_form(pipeline, details, of_each, EXPORTS["fpq"], directory):
+        for denoiser in (getattr(pipeline, name) for name in of_each):
+            if (empty := made_empty(denoiser)) is not None:
+                check_fits(denoiser, empty)
         pipeline.save_config(directory)
         networks = {name: c for name, c in pipeline.components.items() if isinstance(c, nn.Module)}
         for name, component in pipeline.components.items():
@@ -161,29 +181,47 @@ def load_quantized(
         ValueError: if a file is damaged, of another version, or does not fit the model.
     """
     path = Path(directory).expanduser()
-    packed = _packed_config(path)
-    if packed is not None:
-        for file in sorted(packed.parent.glob("*.safetensors")):
+    files = _packed_files(path)
+    for config in files.values():
+        for file in sorted(config.parent.glob("*.safetensors")):
             read_header(file)  # its error names the tensor that is cut off, unlike that of diffusers
     kept = pipeline_arguments_of(path) if is_quantized(path) else {}
     arguments = arguments_of_quantized(path, kept) if kept else {}
     pipeline = load_pipeline(directory, arguments=arguments, pipeline_class=pipeline_class)
-    denoiser = getattr(pipeline, denoiser_name(pipeline)).eval().requires_grad_(False)
-    if packed is None:
-        dequantized.apply_inputs(denoiser, read_description(directory))
+    for denoiser in quantized_denoisers(pipeline).values():
+        denoiser.eval().requires_grad_(False)
+    if not files:
+        for _, denoiser, description in described_denoisers(pipeline, directory):
+            dequantized.apply_inputs(denoiser.eval().requires_grad_(False), description)
     return pipeline
 
 
-def _packed_config(directory: Path) -> Path | None:
-    """The configuration of the packed denoiser of a pipeline, None if it has none."""
-    found = quantization_of(directory)
-    return found[0] if found is not None and found[1] == QuantizationMethod.FPQ.value else None
+def _packed_files(directory: Path) -> dict[str, Path]:
+    """The configurations of the packed denoisers of a pipeline, by component."""
+    found = quantized_files(directory)
+    return {name: file for name, (file, method) in found.items() if method == QuantizationMethod.FPQ.value}
 
 
 def is_quantized(directory: str | Path) -> bool:
     """Whether a directory holds a quantized pipeline that `load_quantized` opens."""
     path = Path(directory).expanduser()
-    return (path / dequantized.FILE).is_file() or _packed_config(path) is not None
+    return (path / dequantized.FILE).is_file() or bool(_packed_files(path))
+
+
+def read_descriptions(directory: str | Path) -> dict[str, dict[str, Any]]:
+    """The descriptions of the denoisers of a quantized pipeline, by component.
+
+    Each has formats of its ``layers``, ``base_model``, ``recipe``, ``version``. The name of an only one may be empty.
+
+    Raises:
+        ValueError: if one is damaged or of another version.
+    """
+    path = Path(directory).expanduser()
+    files = _packed_files(path)
+    if not files:
+        return dequantized.read_descriptions(path)
+    configs = {name: json.loads(file.read_text())["quantization_config"] for name, file in files.items()}
+    return {name: FPQConfig.from_dict(config).to_dict() for name, config in configs.items()}
 
 
 def pipeline_arguments_of(directory: str | Path) -> dict[str, Any]:
@@ -192,13 +230,15 @@ def pipeline_arguments_of(directory: str | Path) -> dict[str, Any]:
 
 
 def read_description(directory: str | Path) -> dict[str, Any]:
-    """The description of a quantized pipeline: formats of its ``layers``, ``base_model``, ``recipe``, ``version``.
+    """The first of `read_descriptions`: what the denoisers have in common is in all of them."""
+    return next(iter(read_descriptions(directory).values()))
 
-    Raises:
-        ValueError: if it is damaged or of another version.
-    """
-    path = Path(directory).expanduser()
-    config = _packed_config(path)
-    if config is None:
-        return dequantized.read_description(path)
-    return FPQConfig.from_dict(json.loads(config.read_text())["quantization_config"]).to_dict()
+
+def described_denoisers(
+    pipeline: DiffusionPipeline, directory: str | Path
+) -> list[tuple[str, nn.Module, dict[str, Any]]]:
+    """The denoisers of an opened pipeline by component, with the descriptions in its files."""
+    found = read_descriptions(directory)
+    if dequantized.ONLY in found:
+        found = {next(iter(find_denoisers(pipeline))): found[dequantized.ONLY]}
+    return [(name, getattr(pipeline, name), description) for name, description in found.items()]

@@ -15,8 +15,9 @@ from diffusers import DiffusionPipeline
 
 from fpq_lightning.api import quantize
 from fpq_lightning.calibration.key import CalibrationKey
+from fpq_lightning.diffusion.denoisers import as_one, find_denoisers, quantized_denoisers
 from fpq_lightning.diffusion.images import ImageDirectory
-from fpq_lightning.diffusion.pipelines import denoiser_name, load_pipeline, move_pipeline
+from fpq_lightning.diffusion.pipelines import load_pipeline, move_pipeline
 from fpq_lightning.evaluation.evaluator import Evaluator
 from fpq_lightning.evaluation.sampling import image_settings, sample_variant
 from fpq_lightning.evaluation.statistics import weight_statistics
@@ -55,7 +56,7 @@ class Study:
         self.evaluator = Evaluator(config.evaluation, config.sampler)
         self.evaluator.check()
         pipeline = load_pipeline(config.model)
-        self._weights = hash_weights(getattr(pipeline, denoiser_name(pipeline)))
+        self._weights = hash_weights(as_one(find_denoisers(pipeline)))
         self.scratch = Path(config.scratch) / self._weights[:8]
         self.settings = {key: self._settings(*key) for key in self._keys()}
         for key, settings in self.settings.items():
@@ -154,7 +155,7 @@ class Study:
         seeds = self.config.evaluation.seeds
         reference = self._images(pipeline, "full_precision", seeds)
         shared = {
-            **weight_statistics(getattr(pipeline, denoiser_name(pipeline))),
+            **weight_statistics(as_one(quantized_denoisers(pipeline))),
             "weights": recipe.weights.formats,
             "activations": recipe.activations.formats,
             "iterations": recipe.rounding.iterations if recipe.rounding.learned else 0,
@@ -170,7 +171,8 @@ class Study:
             self._write(name, variant, values)
 
     def _calibrate(self, name: str, pipeline: DiffusionPipeline, recipe: Recipe, data: CalibrationDataModule) -> None:
-        key = CalibrationKey.of(data, self.config.sampler, self._weights)
+        weights = hash_weights(as_one(find_denoisers(pipeline, recipe.denoisers)))
+        key = CalibrationKey.of(data, self.config.sampler, weights)
         data.directory = data.directory or str(self.scratch / f"calibration-{key.digest}")
         run_dir = self.scratch / "runs" / fingerprint(self._settings(name, "quantized"))
         (run_dir / "report.json").unlink(missing_ok=True)  # reopens a finished run whose rows were not written

@@ -61,7 +61,7 @@ class FPQCommandLine(LightningCLI):
     """LightningCLI whose ``--model`` is a diffusers pipeline."""
 
     run: Run
-    finished: tuple[RunDirectory, int] | None = None  # a run, and the parameters of its denoiser
+    finished: tuple[RunDirectory, int] | None = None  # a run, and the parameters of its denoisers
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

@@ -1,4 +1,4 @@
-"""The calibration set as a LightningDataModule, spread over the processes of a run."""
+"""The calibration sets as a LightningDataModule, spread over the processes of a run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from fpq_lightning.calibration.calibration_set import CalibrationSet
-from fpq_lightning.calibration.disk import MADE_FROM, load_calibration_set, save_calibration_set
+from fpq_lightning.calibration.disk import MADE_FROM, load_calibration_sets, save_calibration_sets
 from fpq_lightning.calibration.key import CalibrationKey
 from fpq_lightning.calibration.noised_images import noise_real_images
 from fpq_lightning.calibration.shards import Samples, Shard
 from fpq_lightning.calibration.store import ActivationStore, parse_bytes
-from fpq_lightning.calibration.trajectories import sample_trajectories
+from fpq_lightning.calibration.trajectories import sample_calibration_sets
 from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.training.placement import Placement
 from fpq_lightning.training.plan import Plan
@@ -101,10 +101,10 @@ class HeldOutBatch:
 
 
 class CalibrationDataModule(pl.LightningDataModule):
-    """Samples what the denoiser sees along the sampler's trajectories and serves it a unit at a time.
+    """Samples what the denoisers see along the sampler's trajectories and serves it a unit at a time.
 
     Args:
-        n_samples: size of the calibration set, over all timesteps.
+        n_samples: size of the calibration set of each denoiser, over all its timesteps.
         seed: of its noise and of the order of batches.
         source: ``trajectories`` of the full-precision model, or the name or directory of a `datasets` dataset, or a
             parquet file, of real images that are noised to random timesteps.
@@ -115,7 +115,8 @@ class CalibrationDataModule(pl.LightningDataModule):
         held_out_fraction: share of the set that decides between learned and nearest rounding.
         n_search: samples that the search of formats and clips sees.
         micro_batch: samples a forward pass outside the optimisation.
-        directory: where the set is kept as a `datasets` dataset; None leaves the choice to the run.
+        directory: where the set is kept as a `datasets` dataset, the sets of several denoisers in directories of
+            their names; None leaves the choice to the run.
         store_budget: bytes of each compute device that captured activations may take, such as ``4GiB``.
         store_host_budget: bytes of host memory that they may take beyond, for each GPU; what is left goes to
             memory-mapped files.
@@ -169,7 +170,8 @@ class CalibrationDataModule(pl.LightningDataModule):
         self.placement: Placement
         self.plan = Plan()
         self._batch_size = 1
-        self._set: CalibrationSet | None = None
+        self._required = True
+        self._sets: dict[str, CalibrationSet] = {}
         self.key: CalibrationKey | None = None  # of a run
         self.sampling_seconds = 0.0
 
@@ -187,31 +189,45 @@ class CalibrationDataModule(pl.LightningDataModule):
         )
         return {name: getattr(self, name) for name in (*names, "store_dtype")}
 
-    def attach(self, placement: Placement, batch_size: int, plan: Plan) -> None:
+    def attach(self, placement: Placement, batch_size: int, plan: Plan, required: bool) -> None:
         """Takes what the set is sampled with, and what is to be served.
 
         Args:
             placement: of the pipeline.
             batch_size: samples of one optimisation step, over all processes.
             plan: of the calibration.
+            required: whether all denoisers must be called along a trajectory.
         """
-        self.placement, self._batch_size, self.plan = placement, batch_size, plan
+        self.placement, self._batch_size, self.plan, self._required = placement, batch_size, plan, required
 
     # --- Lightning ---------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Makes the calibration set, each process its part, unless it is there."""
-        if self._set is not None:
+        """Makes the calibration sets, each process its part, unless they are there."""
+        if self._sets:
             return
         if self.directory is not None and distributed.broadcast_from_rank0(Path(self.directory).is_dir()):
             self._check_origin(Path(self.directory) / MADE_FROM)
-            self._set = load_calibration_set(self.directory)
+            self._sets = self._load(self.directory)
             return
         start = time.perf_counter()
-        self._set = self.make_set()
+        self._sets = self.make_set()
         self.sampling_seconds = time.perf_counter() - start
         if self.directory is not None and distributed.rank() == 0:
-            save_calibration_set(self._set, self.directory, None if self.key is None else self.key.to_dict())
+            folders = {self._folders()[name]: found for name, found in self._sets.items()}
+            save_calibration_sets(folders, self.directory, None if self.key is None else self.key.to_dict())
+
+    def _folders(self) -> dict[str, str]:
+        """Where the set of each denoiser lies in the directory: that of an only one is the directory itself."""
+        names = list(self.placement.denoisers)
+        return {name: name if len(names) > 1 else "" for name in names}
+
+    def _load(self, directory: str) -> dict[str, CalibrationSet]:
+        found = load_calibration_sets(directory, list(self._folders().values()))
+        sets = {name: found[folder] for name, folder in self._folders().items() if folder in found}
+        if len({len(one) for one in sets.values()}) > 1:
+            raise ValueError(f"the calibration sets at {directory} are of several sizes: delete it to sample new ones")
+        return sets
 
     def _check_origin(self, file: Path) -> None:
         """Refuses a set that says it was made from another model or with other options."""
@@ -234,12 +250,13 @@ class CalibrationDataModule(pl.LightningDataModule):
 
     # --- the set -----------------------------------------------------------------------------------------------
 
-    def make_set(self) -> CalibrationSet:
-        """Samples or noises the calibration set."""
-        pipeline = self.placement.pipeline
+    def make_set(self) -> dict[str, CalibrationSet]:
+        """Samples or noises the calibration set of each denoiser."""
+        pipeline, denoisers = self.placement.pipeline, self.placement.denoisers
         self.placement.to(cast(Any, self.trainer).strategy.root_device)
         if self.source != "trajectories":
-            return noise_real_images(pipeline, self.source, self.image_column, self.n_samples, self.seed)
+            noised = noise_real_images(pipeline, self.source, self.image_column, self.n_samples, self.seed)
+            return dict.fromkeys(denoisers, noised)
         hidden = distributed.rank() > 0
         with progress_bar("sampling calibration set", unit="trajectory", disable=hidden) as bar:
 
@@ -247,21 +264,21 @@ class CalibrationDataModule(pl.LightningDataModule):
                 bar.total = total
                 bar.update(done - bar.n)
 
-            return sample_trajectories(
-                pipeline, self.sampler, self.n_samples, self.seed, self.timesteps, self.weighting, show,
-                on_plan=lambda text: logger.info("calibrating %s", text),
+            return sample_calibration_sets(
+                pipeline, denoisers, self.sampler, self.n_samples, self.seed, self.timesteps, self.weighting, show,
+                on_plan=lambda text: logger.info("calibrating %s", text), required=self._required,
             )  # fmt: skip
 
     @property
-    def set(self) -> CalibrationSet:
-        """The calibration set, once `setup` has run."""
-        assert self._set is not None, "setup has not run"
-        return self._set
+    def sets(self) -> dict[str, CalibrationSet]:
+        """The calibration set of each denoiser that is called, all of one size, once `setup` has run."""
+        assert self._sets, "setup has not run"
+        return self._sets
 
     @property
     def n(self) -> int:
-        """Samples in the set."""
-        return len(self.set)
+        """Samples in each set."""
+        return len(next(iter(self.sets.values())))
 
     @property
     def n_train(self) -> int:
@@ -288,18 +305,19 @@ class CalibrationDataModule(pl.LightningDataModule):
         train, held_out = every[: self.n_train], every[self.n_train :]
         return Samples(self.n, train, held_out, train[: self.n_search], self.shard)
 
-    def local_set(self) -> CalibrationSet:
-        """The part of the set that this process holds.
+    def local_set(self, name: str) -> CalibrationSet:
+        """The part of a denoiser's set that this process holds.
 
         Raises:
             ValueError: if several processes would share samples of several shapes.
         """
-        if distributed.world_size() > 1 and self.set.n_groups > 1:
+        found = self.sets[name]
+        if distributed.world_size() > 1 and found.n_groups > 1:
             raise ValueError(
                 "the calibration set holds samples of several shapes (of prompts of several lengths, say), which "
                 "several processes cannot share: run on one device, or give prompts of one length"
             )
-        return self.set.select(self.shard.owned(self.n))
+        return found.select(self.shard.owned(self.n))
 
     def make_store(self, device: torch.device) -> ActivationStore:
         """An empty activation store under the budgets."""

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.shards import Shard
-from fpq_lightning.calibration.trajectories import count_calls, sample_trajectories
-from fpq_lightning.diffusion.pipelines import denoiser_name
+from fpq_lightning.calibration.trajectories import count_calls, sample_calibration_sets
 from fpq_lightning.diffusion.sampling import SamplerConfig, shortened
 from fpq_lightning.evaluation.config import EvaluationConfig
-from fpq_lightning.graph.units import discover_units
 from fpq_lightning.nn.calibrated import is_quantizable
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.training.datamodule import CalibrationDataModule
+from fpq_lightning.training.denoisers import Denoiser, make_denoisers
 from fpq_lightning.training.units import find_units
 
 # Measured on the embedded model and cifar10-ddpm (docs/benchmarks.md), by type of device.
@@ -107,6 +107,53 @@ def _seconds_per_sample(denoiser: nn.Module, inputs: dict[str, Any], n: int, dev
     return (time.perf_counter() - start) / n
 
 
+@dataclass
+class _Cost:
+    """What one denoiser takes.
+
+    Attributes:
+        forward: seconds of a pass for one sample.
+        calls: for an image.
+        store_bytes: the most that its captured activations take at once.
+        sample_bytes: of a sample of its calibration set.
+        units: parameters of each of its units.
+        learned: how many of them have layers to quantize.
+        layers: that could be quantized.
+    """
+
+    forward: float
+    calls: int
+    store_bytes: int
+    sample_bytes: int
+    units: list[int]
+    learned: int
+    layers: int
+
+
+def _cost(
+    denoiser: Denoiser, probe: CalibrationSet, calls: int, data: CalibrationDataModule, device: torch.device, n: int
+) -> _Cost:
+    """Traces a denoiser and times one pass; n is the number of samples of this process."""
+    micro_batch = min(data.micro_batch, 32)
+    alike = probe.largest_group()
+    rows = alike[torch.arange(micro_batch) % len(alike)]
+    forward = _seconds_per_sample(denoiser.network, probe.batch(rows, device), micro_batch, device)
+    units = find_units(denoiser.network, denoiser.candidates, probe, device).units
+    recipe = denoiser.recipe
+    replay = NetworkReplay(
+        denoiser.network, units, probe, data.make_store(device), micro_batch, recipe.quantized_inputs, recipe.solves
+    )
+    return _Cost(
+        forward,
+        calls,
+        replay.rehearse(n),
+        sum(x[0].numel() * x.element_size() for x in probe.inputs.values()),
+        [unit.parameters for unit in units],
+        sum(bool(unit.layers) for unit in units),
+        sum(is_quantizable(m) for m in denoiser.network.modules()),
+    )
+
+
 def estimate_run(
     pipeline: DiffusionPipeline,
     recipe: Recipe,
@@ -116,7 +163,7 @@ def estimate_run(
     device: torch.device,
     world_size: int = 1,
 ) -> Estimate:
-    """Samples two trajectories of two steps, traces the model and times one pass.
+    """Samples two trajectories of a few steps, traces each denoiser and times one pass of it.
 
     Args:
         pipeline: in full precision, ready to run on the device.
@@ -127,43 +174,47 @@ def estimate_run(
         device: the compute device.
         world_size: processes.
     """
-    denoiser = getattr(pipeline, denoiser_name(pipeline)).eval()
-    probe = sample_trajectories(pipeline, shortened(pipeline, sampler, batch_size=2), n=4)
-    micro_batch = min(data.micro_batch, 32)
-    alike = probe.largest_group()
-    rows = alike[torch.arange(micro_batch) % len(alike)]
-    forward = _seconds_per_sample(denoiser, probe.batch(rows, device), micro_batch, device)
-    plan = discover_units(denoiser, recipe.include, recipe.exclude, recipe.units == "layer")
-    units = find_units(denoiser, plan, probe, device).units
-    replay = NetworkReplay(
-        denoiser, units, probe, data.make_store(device), micro_batch, recipe.quantized_inputs, recipe.solves
-    )
+    denoisers = make_denoisers(pipeline, recipe)
+    networks = {denoiser.name: denoiser.network for denoiser in denoisers}
+    calls = count_calls(pipeline, networks, sampler)
+    networks = {name: network for name, network in networks.items() if name in calls}
+    short = shortened(pipeline, sampler, batch_size=2)
+    while len(networks) > 1 and count_calls(pipeline, networks, short).keys() != calls.keys():
+        short = replace(short, steps=2 * (short.steps or 1))  # one is called in later steps
+    probes = sample_calibration_sets(pipeline, networks, short, n=4)
     # Of the first process, which has no fewer samples than any other.
     shard = Shard(min(recipe.rounding.batch_size, data.n_train_of(data.n_samples)), 0, world_size)
-    store_bytes = replay.rehearse(len(shard.owned(data.n_samples)))
-
-    parameters = sum(unit.parameters for unit in units)
+    n = len(shard.owned(data.n_samples))
+    costs = [
+        _cost(denoiser, probes[denoiser.name], calls[denoiser.name], data, device, n)
+        for denoiser in denoisers
+        if denoiser.name in probes
+    ]
+    parameters = sum(sum(cost.units) for cost in costs)
     rounding = recipe.rounding
     iterations = rounding.iterations if rounding.learned and recipe.weight_formats() else 0
-    optimised = sum(bool(unit.layers) for unit in units)
-    images = evaluation.n_images * count_calls(pipeline, sampler) * (2 + 2 * _PASSES["quantized"])
-    calibration = (
-        (_SEARCH_SECONDS[device.type] + recipe.solves * _SOLVE_SECONDS[device.type]) * parameters
-        + (_PASSES["capture"] + recipe.solves * _PASSES["closed_form"]) * data.n_samples * forward
-        + iterations * _PASSES["learning"] * rounding.batch_size * forward
-    ) / world_size + iterations * optimised * _STEP_SECONDS[device.type]
-    per_sample = sum(x[0].numel() * x.element_size() for x in probe.inputs.values())
+    passes = (
+        (_PASSES["capture"] + recipe.solves * _PASSES["closed_form"]) * data.n_samples
+        + iterations * _PASSES["learning"] * rounding.batch_size
+    )  # fmt: skip
+    forward = sum(cost.forward for cost in costs)
+    weights = (_SEARCH_SECONDS[device.type] + recipe.solves * _SOLVE_SECONDS[device.type]) * parameters
+    steps = iterations * sum(cost.learned for cost in costs)
+    image = sum(cost.calls * cost.forward for cost in costs)
+    trajectories = data.n_samples / min(calls.values())  # as many as the denoiser needs that is called least
     model_bytes = sum(_bytes(m) for m in pipeline.components.values() if isinstance(m, nn.Module))
-    largest = max(unit.parameters for unit in units)
-    layers = [m for m in denoiser.modules() if is_quantizable(m)]
+    largest = max(size for cost in costs for size in cost.units)
     return Estimate(
-        sampling_seconds=data.n_samples * forward * 1.2 / world_size,
-        calibration_seconds=calibration,
-        evaluation_seconds=images * forward / world_size,
+        sampling_seconds=trajectories * image * 1.2 / world_size,
+        calibration_seconds=(weights + passes * forward) / world_size + steps * _STEP_SECONDS[device.type],
+        evaluation_seconds=evaluation.n_images * (2 + 2 * _PASSES["quantized"]) * image / world_size,
         model_bytes=model_bytes,
-        store_bytes=store_bytes,
-        store_budget=replay.store.budgets["device"],
+        store_bytes=max(cost.store_bytes for cost in costs),
+        store_budget=data.make_store(device).budgets["device"],
         # A checkpoint, the one before and the one being written: a byte a weight, and three float32 values for each
         # weight of the unit in work.
-        disk_bytes=data.n_samples * per_sample + model_bytes + 3 * (parameters + 12 * largest) + 512 * len(layers),
+        disk_bytes=data.n_samples * sum(cost.sample_bytes for cost in costs)
+        + model_bytes
+        + 3 * (parameters + 12 * largest)
+        + 512 * sum(cost.layers for cost in costs),
     )

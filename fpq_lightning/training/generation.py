@@ -12,8 +12,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from fpq_lightning.diffusion.denoisers import as_one, quantized_denoisers
 from fpq_lightning.diffusion.images import ImageDirectory, save_png
-from fpq_lightning.diffusion.pipelines import denoiser_name, load_pipeline, move_pipeline
+from fpq_lightning.diffusion.pipelines import load_pipeline, move_pipeline
 from fpq_lightning.diffusion.sampling import SamplerConfig, batches_of, sample, set_sampler, warn_of_long_prompts
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.evaluation.evaluator import Evaluator
@@ -129,7 +130,7 @@ class ImageGeneration(pl.LightningModule):
         for name, pipeline in ((name, p) for name, p in variants.items() if p is not None):
             modules = {k: v for k, v in pipeline.components.items() if isinstance(v, nn.Module)}
             weights = fingerprint({key: hash_weights(module) for key, module in modules.items()})
-            quantization = hash_quantization(modules[denoiser_name(pipeline)], "quantized")
+            quantization = hash_quantization(as_one(quantized_denoisers(pipeline)), "quantized")
             found[name] = image_settings(weights, self.sampler, quantization)
         return found
 

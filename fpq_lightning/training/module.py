@@ -1,10 +1,10 @@
-"""The LightningModule: block-wise learned rounding, one unit of the network an epoch."""
+"""The LightningModule: block-wise learned rounding, one unit of a network an epoch."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import chain
 from typing import Any, cast
@@ -17,18 +17,19 @@ from torch import Tensor, nn
 
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.diffusion.components import check_components, quantize_components
-from fpq_lightning.diffusion.pipelines import denoiser_name, warn_of_further_denoisers
+from fpq_lightning.diffusion.denoisers import as_one
 from fpq_lightning.graph.attention import quantize_attention
-from fpq_lightning.graph.units import Unit, discover_units, select_layers
+from fpq_lightning.graph.units import Unit
 from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedModule, quantized_modules
 from fpq_lightning.nn.convert import make_quantized
-from fpq_lightning.nn.coverage import Coverage, coverage
-from fpq_lightning.quantization.quantizer import layers_without_groups, without_groups
+from fpq_lightning.nn.coverage import coverage
+from fpq_lightning.quantization.quantizer import without_groups
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.reconstruction.report import UnitReport
 from fpq_lightning.reconstruction.unit import UnitTrainer, advance
 from fpq_lightning.training.calibration_callback import CalibrationCallback
 from fpq_lightning.training.datamodule import CalibrationDataModule
+from fpq_lightning.training.denoisers import Denoiser, make_denoisers
 from fpq_lightning.training.placement import Placement
 from fpq_lightning.training.plan import Plan
 from fpq_lightning.training.units import Found, find_units
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class BlockReconstruction(pl.LightningModule):
-    """Quantizes the denoiser of a pipeline, a unit an epoch, in execution order.
+    """Quantizes the denoisers of a pipeline, one after the other, a unit an epoch, in execution order.
 
     At the start of an epoch a unit is captured (its inputs on the quantized path, its full-precision outputs) and its
     formats and clips are searched. The training steps learn its rounding. Validation hardens it and measures its error
@@ -48,7 +49,7 @@ class BlockReconstruction(pl.LightningModule):
         pipeline: a diffusers pipeline in full precision.
         recipe: what to quantize to.
         data: the calibration set; it serves this module's units from now on.
-        offload: keep the blocks of the denoiser in host memory, and only the one that runs on the device.
+        offload: keep the blocks of the denoisers in host memory, and only the one that runs on the device.
     """
 
     def __init__(
@@ -60,27 +61,25 @@ class BlockReconstruction(pl.LightningModule):
         self.pipeline = pipeline
         self.recipe = recipe
         self.data = data
-        self.units: list[Unit] = []
+        self.denoisers = make_denoisers(pipeline, recipe)
+        self.units: list[Unit] = []  # of all denoisers
         self.reports: list[UnitReport] = []
         self.plan = Plan()
         self.made_from: dict[str, Any] = {}  # what decides the result, kept in checkpoints
-        self.coverage = Coverage(0, 0, [])  # known once the units are
         self.unit_trainer: UnitTrainer | None = None  # the unit in work, once its epoch has started
         self._replay: NetworkReplay | None = None
         self._resumed: dict[str, Any] = {}  # variables and optimiser of the unit that a checkpoint left off in
         self._held_out_error: float | None = None
-        denoiser = getattr(pipeline, denoiser_name(pipeline)).eval().requires_grad_(False)
-        self._found = discover_units(denoiser, recipe.include, recipe.exclude, recipe.units == "layer")
-        self._check_layers(denoiser)
         check_components(pipeline, recipe)
-        warn_of_further_denoisers(pipeline)
-        self.placement = Placement(pipeline, [unit.module for unit in self._found] if offload else None)
-        data.attach(self.placement, recipe.rounding.batch_size, self.plan)
+        networks = {denoiser.name: denoiser.network for denoiser in self.denoisers}
+        blocks = {d.name: [unit.module for unit in d.candidates] for d in self.denoisers} if offload else None
+        self.placement = Placement(pipeline, networks, blocks)
+        data.attach(self.placement, recipe.rounding.batch_size, self.plan, required=recipe.denoisers is not None)
 
     @property
     def denoiser(self) -> nn.Module:
-        """The network that is quantized. It is no submodule, which Lightning would move to the device as a whole."""
-        return self.placement.denoiser
+        """All that is quantized, `as_one`. It is no submodule, which Lightning would move to the device as a whole."""
+        return as_one({denoiser.name: denoiser.network for denoiser in self.denoisers})
 
     # --- optimisation ------------------------------------------------------------------------------------------
 
@@ -149,45 +148,65 @@ class BlockReconstruction(pl.LightningModule):
         self.placement.to(device)
         if self.units:
             return
-        self.units, splits, left_out = self._find_units(device)
-        self._say_coverage(left_out)
-        granularity, unfit = self.recipe.granularity(), []
-        for unit in self.units:
-            for name, layer in unit.layers.items():
-                quantized = make_quantized(layer, granularity, splits.get(name) if self.recipe.split_skips else None)
-                quantized.granularity = granularity.fitting(quantized.weight_parts())
-                unfit += [name] if quantized.granularity != granularity else []
-            self.reports.append(UnitReport(unit.name, unit.parameters))
-        if unfit and self.recipe.weight_formats():
-            warnings.warn(without_groups(granularity, unfit), stacklevel=2)
+        self.denoisers = [denoiser for denoiser in self.denoisers if denoiser.name in self.data.sets]
+        for denoiser in self.denoisers:
+            denoiser.prefix = f"{denoiser.name}." if len(self.denoisers) > 1 else ""
+            denoiser.start = len(self.units)
+            self._find_units(denoiser, device)
+            self.units += denoiser.units
         quantize_components(self.pipeline, self.recipe)
-        if self.recipe.attention.formats is not None:
-            inputs = self.data.set.batch(slice(0, 1), device)
-            left = quantize_attention(self.denoiser, self.units, inputs, self.recipe.include, self.recipe.exclude)
-            if left:
-                warnings.warn(f"attention that is left in full precision: {', '.join(left)}", stacklevel=2)
         learns = self.recipe.rounding.learned and bool(self.recipe.weight_formats())
         iterations = self.recipe.rounding.iterations if learns else 0
         self.plan.steps = [iterations if unit.layers else 0 for unit in self.units]
 
-    def _find_units(self, device: torch.device) -> Found:
-        return find_units(self.denoiser, self._found, self.data.set, device)
+    def _trace(self, denoiser: Denoiser, device: torch.device) -> Found:
+        return find_units(denoiser.network, denoiser.candidates, self.data.sets[denoiser.name], device)
 
-    def _say_coverage(self, left_out: Mapping[str, str]) -> None:
+    def _find_units(self, denoiser: Denoiser, device: torch.device) -> None:
+        """Traces the units of a denoiser and makes their layers quantized classes."""
+        recipe, calibration = denoiser.recipe, self.data.sets[denoiser.name]
+        denoiser.units, splits, left_out = self._trace(denoiser, device)
+        self._say_coverage(denoiser, left_out)
+        granularity, unfit = recipe.granularity(), []
+        for unit in denoiser.units:
+            for name, layer in unit.layers.items():
+                quantized = make_quantized(layer, granularity, splits.get(name) if recipe.split_skips else None)
+                quantized.granularity = granularity.fitting(quantized.weight_parts())
+                unfit += [denoiser.full(name)] if quantized.granularity != granularity else []
+            self.reports.append(UnitReport(denoiser.full(unit.name), unit.parameters))
+        if unfit and recipe.weight_formats():
+            warnings.warn(without_groups(granularity, unfit), stacklevel=2)
+        if recipe.attention.formats is not None:
+            inputs = calibration.batch(slice(0, 1), device)
+            left = quantize_attention(denoiser.network, denoiser.units, inputs, recipe.include, recipe.exclude)
+            if left:
+                names = ", ".join(map(denoiser.full, left))
+                warnings.warn(f"attention that is left in full precision: {names}", stacklevel=2)
+
+    def _say_coverage(self, denoiser: Denoiser, left_out: Mapping[str, str]) -> None:
         """Says how much is going to be quantized, and warns of what one would expect to be and is not."""
-        layers = {name for unit in self.units for name in unit.layers}
-        self.coverage = coverage(self.denoiser, layers if self.recipe.weight_formats() else (), left_out)
+        layers = {name for unit in denoiser.units for name in unit.layers}
+        found = coverage(denoiser.network, layers if self.recipe.weight_formats() else (), left_out)
+        denoiser.coverage, of = found, f"{denoiser.name}: " if denoiser.prefix else ""
         if self.trainer.is_global_zero:
-            for line in self.coverage.lines():
-                logger.info(line)
-        if left := [str(kept) for kept in self.coverage.kept if not kept.expected]:
-            warnings.warn(f"left in full precision: {', '.join(left)}", stacklevel=3)
+            for line in found.lines():
+                logger.info("%s%s", of, line)
+        if left := [str(kept) for kept in found.kept if not kept.expected]:
+            warnings.warn(f"{of}left in full precision: {', '.join(left)}", stacklevel=4)
         if not layers:
-            raise ValueError(f"no layer can be quantized: {self.coverage.kept_phrase}")
+            raise ValueError(f"{of}no layer can be quantized: {found.kept_phrase}")
+
+    @property
+    def denoiser_in_work(self) -> Denoiser:
+        """The denoiser that holds the unit in work."""
+        return self._denoiser_of(self.plan.unit)
+
+    def _denoiser_of(self, number: int) -> Denoiser:
+        return next(denoiser for denoiser in reversed(self.denoisers) if denoiser.start <= number)
 
     def _begin_unit(self) -> None:
-        replay = self._replay_at_unit()
-        self.unit_trainer = UnitTrainer(replay, self.data.samples(), self.recipe, self.reports[self.plan.unit])
+        replay, recipe = self._replay_at_unit(), self.denoiser_in_work.recipe
+        self.unit_trainer = UnitTrainer(replay, self.data.samples(), recipe, self.reports[self.plan.unit])
         self.unit_trainer.begin(learns=self.plan.unit_steps > 0, state=self._resumed.get("variables"))
         self._renew_optimizer()
         if self._resumed:
@@ -196,16 +215,17 @@ class BlockReconstruction(pl.LightningModule):
 
     def _replay_at_unit(self) -> NetworkReplay:
         """The replay at the unit in work; brings both paths there after a resume."""
+        denoiser = self.denoiser_in_work
         if self._replay is None:
             store = self.data.make_store(self.device)
             self._replay = NetworkReplay(
-                self.denoiser, self.units, self.data.local_set(), store, self.data.micro_batch,
+                denoiser.network, denoiser.units, self.data.local_set(denoiser.name), store, self.data.micro_batch,
                 self.recipe.quantized_inputs, self.recipe.solves,
             )  # fmt: skip
-        while self._replay.position < self.plan.unit:
-            self.placement.calibrate(self._replay.unit)
+        while self._replay.position < self.plan.unit - denoiser.start:
+            self.placement.calibrate(self._replay.unit, denoiser.name)
             advance(self._replay)
-        self.placement.calibrate(self._replay.unit)
+        self.placement.calibrate(self._replay.unit, denoiser.name)
         return self._replay
 
     def _renew_optimizer(self) -> None:
@@ -220,10 +240,11 @@ class BlockReconstruction(pl.LightningModule):
             if isinstance(callback, CalibrationCallback):
                 callback.on_unit_end(self.trainer, self, unit.report)
         self.plan.next_unit()
-        if self.plan.finished:
+        if replay.position == len(replay.units):
             replay.store.close()
             self._replay = None
-            self.placement.calibrate(None)
+        if self.plan.finished:
+            self.placement.calibrate(None, None)
 
     def use_quantized(self) -> None:
         """Leaves the pipeline running its quantization."""
@@ -233,22 +254,6 @@ class BlockReconstruction(pl.LightningModule):
                     module.set_mode("quantized")
 
     # --- checks ------------------------------------------------------------------------------------------------
-
-    def _check_layers(self, denoiser: nn.Module) -> None:
-        """Finds what cannot be quantized before minutes are spent on calibration data."""
-        if adapted := next((name for name, m in denoiser.named_modules() if hasattr(m, "base_layer")), None):
-            raise ValueError(
-                f"{adapted} is a LoRA layer: make it part of the weights with pipeline.fuse_lora() and "
-                "pipeline.unload_lora_weights() first"
-            )
-        weights = {n: cast(Tensor, m.weight) for unit in self._found for n, m in unit.layers.items()}
-        if patterns := list(self.recipe.activations.token_layers):
-            select_layers(list(weights), patterns, [])
-        if self.recipe.weight_formats():
-            layers_without_groups(self.recipe.granularity(), weights)  # an unfit group size is better found now
-        for name, weight in weights.items():
-            if not weight.detach().isfinite().all():
-                raise ValueError(f"{name}: its weight holds NaN or Inf; repair the model or exclude the layer")
 
     def _check_trainer(self) -> None:
         """Refuses options of the trainer with which a unit would not be an epoch."""
@@ -272,7 +277,8 @@ class BlockReconstruction(pl.LightningModule):
         Raises:
             ValueError: if there are any.
         """
-        here = (self.plan.unit, self.plan.step, self.data.set.weights.sum().item())
+        weights = [found.weights.sum().item() for found in self.data.sets.values()]
+        here = (self.plan.unit, self.plan.step, *weights)
         if len(set(distributed.all_gather_objects(here))) > 1:
             raise ValueError(
                 "the processes do not start from the same checkpoint and calibration set: give --run_dir a place on a "
@@ -289,24 +295,36 @@ class BlockReconstruction(pl.LightningModule):
         """Nothing to load."""
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
-    def _known_modules(self) -> Iterator[tuple[str, QuantizedModule]]:
-        """Layers and attention of the units that are finished or in work."""
-        for unit in self.units[: self.plan.unit + 1]:
-            yield from cast(dict[str, QuantizedModule], {**unit.layers, **unit.attention}).items()
+    def _modules_of(self, number: int) -> dict[str, QuantizedModule]:
+        """Layers and attention of a unit, by their full names."""
+        denoiser, unit = self._denoiser_of(number), self.units[number]
+        modules = cast(dict[str, QuantizedModule], {**unit.layers, **unit.attention})
+        return {denoiser.full(name): module for name, module in modules.items()}
+
+    def unit_state(self, number: int) -> dict[str, Any]:
+        """The quantization of a unit's layers, plain types and tensors: of each the variants that are not learned."""
+        found = {}
+        for name, module in self._modules_of(number).items():
+            variants = cast(dict[str, LayerQuantization], module.variants)
+            found[name] = {mode: q.to_state() for mode, q in variants.items() if mode == "nearest" or not q.roundings}
+        return found
+
+    def load_unit_state(self, number: int, state: Mapping[str, Any]) -> None:
+        """Restores what `unit_state` gave."""
+        for name, module in self._modules_of(number).items():
+            for mode, variant in state.get(name, {}).items():
+                device = next(chain(module.parameters(), self.denoiser.parameters())).device
+                module.variants[mode] = LayerQuantization.from_state(variant, device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the quantization of finished units and the variables of the one in work."""
-        layers = {}
-        for name, module in self._known_modules():
-            variants = cast(dict[str, LayerQuantization], module.variants)
-            layers[name] = {mode: q.to_state() for mode, q in variants.items() if mode == "nearest" or not q.roundings}
+        """Adds the quantization and variables of the unit in work; `RunCheckpoint` adds the finished ones."""
         if self.unit_trainer is not None:
             self.unit_trainer.lap()
         checkpoint["fpq"] = {
             "made_from": self.made_from,
             "unit": self.plan.unit,
             "step": self.plan.step,
-            "layers": layers,
+            "layers": {} if self.plan.finished else self.unit_state(self.plan.unit),
             "variables": None if self.unit_trainer is None else self.unit_trainer.learning_state(),
             "reports": [asdict(r) for r in self.reports],
         }
@@ -318,7 +336,5 @@ class BlockReconstruction(pl.LightningModule):
         self.reports = [UnitReport(**r) for r in state["reports"]]
         if state["variables"] is not None:
             self._resumed = {"variables": state["variables"], "optimizer_states": checkpoint["optimizer_states"]}
-        for name, module in self._known_modules():
-            for mode, variant in state["layers"].get(name, {}).items():
-                device = next(chain(module.parameters(), self.denoiser.parameters())).device
-                module.variants[mode] = LayerQuantization.from_state(variant, device)
+        if not self.plan.finished:
+            self.load_unit_state(self.plan.unit, state["layers"])

@@ -1,12 +1,14 @@
-"""Where the components of a pipeline are while its denoiser is calibrated."""
+"""Where the components of a pipeline are while its denoisers are calibrated."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from fpq_lightning.diffusion.pipelines import denoiser_name, move_pipeline
+from fpq_lightning.diffusion.pipelines import move_pipeline
 from fpq_lightning.graph.chain import parts_of
 from fpq_lightning.graph.offload import Offload
 from fpq_lightning.graph.units import Unit
@@ -14,42 +16,61 @@ from fpq_lightning.utils.alignment import align
 
 
 class Placement:
-    """Moves a pipeline to the compute device: all of it, or with the blocks of its denoiser in host memory.
+    """Moves a pipeline to the compute device: all of it, or with the blocks of its denoisers in host memory.
 
     Args:
         pipeline: in full precision.
-        blocks: modules of its denoiser that are on the device only while they run; None moves the denoiser as a whole.
+        denoisers: of the pipeline, by name.
+        blocks: of each denoiser the modules that are on the device only while they run; None moves whole denoisers.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, blocks: list[nn.Module] | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        denoisers: Mapping[str, nn.Module],
+        blocks: Mapping[str, Sequence[nn.Module]] | None = None,
+    ) -> None:
         self.pipeline = pipeline
-        self.denoiser: nn.Module = getattr(pipeline, denoiser_name(pipeline))
-        if blocks is not None:
-            align(self.denoiser)  # now, for blocks go back to where they are
-        self._offload = None if blocks is None else Offload(self.denoiser, blocks)
+        self.denoisers = denoisers
+        self._device = torch.device("cpu")
+        self._offloads: dict[str, Offload] = {}
+        for name, some in (blocks or {}).items():
+            align(denoisers[name])  # now, for blocks go back to where they are
+            self._offloads[name] = Offload(denoisers[name], some)
 
     def to(self, device: torch.device) -> None:
         """Makes the pipeline ready to run on a device."""
-        if self._offload is None:
+        self._device = device
+        if not self._offloads:
             move_pipeline(self.pipeline, device)
         else:
-            self._offload.place(device)
+            for offload in self._offloads.values():
+                offload.place(device)
             self._move_other_components(device)
 
-    def calibrate(self, unit: Unit | None) -> None:
-        """Keeps one unit on the device, and of the rest of the pipeline only the denoiser, if blocks are offloaded."""
-        if self._offload is not None:
+    def calibrate(self, unit: Unit | None, name: str | None) -> None:
+        """Keeps one unit on the device, and of the rest of the pipeline only its denoiser, if blocks are offloaded.
+
+        Args:
+            unit: None for none.
+            name: of its denoiser.
+        """
+        if self._offloads:
             self._move_other_components(torch.device("cpu"))
-            self._offload.hold([] if unit is None else parts_of(unit.module))
+        for of, offload in self._offloads.items():
+            offload.place(self._device if of == name else torch.device("cpu"))
+            offload.hold([] if unit is None or of != name else parts_of(unit.module))
 
     def release(self) -> None:
         """Leaves the pipeline like any other; one whose blocks were offloaded stays in host memory."""
-        if self._offload is not None:
-            self._offload.remove()
-            self._offload = None
+        for offload in self._offloads.values():
+            offload.remove()
+        if self._offloads:
+            self._offloads = {}
             self.pipeline.to("cpu")
 
     def _move_other_components(self, device: torch.device) -> None:
+        denoisers = list(self.denoisers.values())
         for component in self.pipeline.components.values():
-            if isinstance(component, nn.Module) and component is not self.denoiser:
+            if isinstance(component, nn.Module) and not any(component is denoiser for denoiser in denoisers):
                 component.to(device)

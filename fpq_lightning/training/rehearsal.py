@@ -36,6 +36,7 @@ from fpq_lightning.training.callbacks.finalize import FinalizeQuantization
 from fpq_lightning.training.callbacks.image_quality import ImageQuality
 from fpq_lightning.training.callbacks.report import RunReport
 from fpq_lightning.training.datamodule import CalibrationDataModule
+from fpq_lightning.training.denoisers import Denoiser
 from fpq_lightning.training.module import BlockReconstruction
 from fpq_lightning.training.run_directory import RunDirectory
 from fpq_lightning.training.strategy import TRAINER_DEFAULTS
@@ -186,15 +187,12 @@ class _SmallRun(BlockReconstruction):
         n_real = None if evaluation.real_images is None else min(evaluation.n_real or _REAL_IMAGES, _REAL_IMAGES)
         self._evaluation = replace(evaluation, n_images=min(_IMAGES, evaluation.n_images), n_real=n_real, images=None)
 
-    def _check_layers(self, denoiser: nn.Module) -> None:
-        """The module of the run has done so."""
-
     def setup(self, stage: str) -> None:
         self.done.append("tracing the network")
         super().setup(stage)
 
-    def _find_units(self, device: torch.device) -> Found:
-        found = super()._find_units(device)
+    def _trace(self, denoiser: Denoiser, device: torch.device) -> Found:
+        found = super()._trace(denoiser, device)
         chosen = _cheapest([unit for unit in found.units if unit.layers], self._share)
         for unit in found.units:
             if unit is not chosen:
@@ -239,7 +237,9 @@ class _SmallRun(BlockReconstruction):
             self.found.append("the written model does not give the very images of the calibrated one when opened")
 
     def _open_without_weights(self) -> None:
-        check_form(self.pipeline, self._scratch.path / "form", self._finalize.details(self))
+        check_form(
+            self.pipeline, self._scratch.path / "form", self._finalize.details(self), self._finalize.of_each(self)
+        )
 
     def _generated(self, pipeline: DiffusionPipeline) -> list[Tensor]:
         """What a pipeline makes of one seed."""

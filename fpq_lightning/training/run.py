@@ -16,7 +16,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from fpq_lightning.calibration.key import CalibrationKey
 from fpq_lightning.calibration.shards import Shard
-from fpq_lightning.diffusion.pipelines import arguments_to_open, check_as_configured, check_not_compiled, denoiser_name
+from fpq_lightning.diffusion.denoisers import as_one, find_denoisers
+from fpq_lightning.diffusion.pipelines import arguments_to_open, check_as_configured, check_not_compiled
 from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.evaluation.evaluator import Evaluator
@@ -185,7 +186,7 @@ def prepare_run(
         evaluation: what image quality is measured on.
         run_dir: of the run.
         resume: whether to go on with a run that is there.
-        offload: keep the blocks of the denoiser in host memory.
+        offload: keep the blocks of the denoisers in host memory.
         checkpoint_steps: optimisation steps between checkpoints within a unit.
         pipeline_arguments: that the pipeline was loaded with, besides its place and type.
 
@@ -195,13 +196,15 @@ def prepare_run(
             quantized.
     """
     Evaluator(evaluation, sampler).check()
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
-    if quantized_layers(denoiser) or packed_layers(denoiser):
+    denoisers = find_denoisers(pipeline, recipe.denoisers)
+    if any(quantized_layers(denoiser) or packed_layers(denoiser) for denoiser in denoisers.values()):
         raise ValueError("the pipeline's denoiser is quantized already: load the full-precision model again")
-    check_not_compiled(pipeline, [denoiser_name(pipeline), *recipe.components])
-    key = CalibrationKey.of(data, sampler, hash_weights(denoiser))
+    check_not_compiled(pipeline, [*denoisers, *recipe.components])
+    key = CalibrationKey.of(data, sampler, hash_weights(as_one(denoisers)))
+    kinds = {component: type(denoiser).__name__ for component, denoiser in denoisers.items()}
+    kind = kinds if len(kinds) > 1 else next(iter(kinds.values()))
     parts: dict[str, Any] = {
-        "model": {"name": name, "class": type(denoiser).__name__, "weights": key.model_weights},
+        "model": {"name": name, "class": kind, "weights": key.model_weights},
         "recipe": recipe.to_dict(),
         "calibration": {**data.identity(), "sampler": key.sampler},
         "version": versions()["fpq-lightning"],
@@ -223,7 +226,8 @@ def prepare_run(
     data.directory = data.directory or str(directory.path / "calibration")
     data.store_directory = data.store_directory or str(directory.activations)
     module = BlockReconstruction(pipeline, recipe, data, offload)
-    check_as_configured(denoiser)  # after what it says of adapters
+    for denoiser in denoisers.values():
+        check_as_configured(denoiser)  # after what it says of adapters
     module.made_from = directory.parts
     quality = ImageQuality(evaluation, sampler, directory)
     callbacks = [

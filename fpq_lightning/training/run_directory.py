@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fpq_lightning.training.unit_files import UnitFiles
 from fpq_lightning.utils.files import differences, shorten, write_json
 from fpq_lightning.utils.provenance import fingerprint
 
@@ -86,12 +87,19 @@ class RunDirectory:
             with zipfile.ZipFile(file) as archive:  # torch.load compares no checksums
                 if (damaged := archive.testzip()) is not None:
                     raise ValueError(f"{damaged} in it is damaged")
-            made_from = torch.load(file, map_location="cpu", weights_only=True)["fpq"]["made_from"]
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            made_from = checkpoint["fpq"]["made_from"]
         except Exception as error:  # whatever a damaged file raises
             reason = " ".join(str(error).split())[:200]
             raise _UnreadableError(f"the checkpoint {file} cannot be read ({reason})") from error
         if changed := differences(made_from, self.parts):
             raise ValueError(f"the checkpoint {file} is of another run ({shorten(changed)}): choose another --run_dir")
+        if "finished_units" not in checkpoint:
+            raise ValueError(f"the checkpoint {file} is of an older version: delete {self.path} to begin again")
+        try:
+            UnitFiles.beside(self.checkpoint_files[0]).or_beside(file).check(checkpoint["finished_units"])
+        except ValueError as error:
+            raise _UnreadableError(f"the checkpoint {file} cannot be gone on with ({error})") from error
 
     @property
     def quantized(self) -> Path:

@@ -335,10 +335,11 @@ def test_samples_of_a_network_that_gives_zeros_weigh_alike() -> None:
 
 def test_samples_of_several_shapes_are_refused_on_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     data = CalibrationDataModule(n_samples=4)
-    data._set = CalibrationSet({"x": [torch.zeros(2), torch.zeros(3), torch.zeros(2), torch.zeros(2)]}, torch.ones(4))
-    assert len(data.local_set()) == 4
+    inputs = {"x": [torch.zeros(2), torch.zeros(3), torch.zeros(2), torch.zeros(2)]}
+    data._sets = {"unet": CalibrationSet(inputs, torch.ones(4))}
+    assert len(data.local_set("unet")) == 4
     monkeypatch.setattr("fpq_lightning.utils.distributed.world_size", lambda: 2)
     data._batch_size = 2
     with pytest.raises(ValueError, match="samples of several shapes") as error:
-        data.local_set()
+        data.local_set("unet")
     assert "\n" not in str(error.value)

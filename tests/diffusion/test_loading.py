@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderTiny,
-    DDPMPipeline,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     PipelineQuantizationConfig,
@@ -20,7 +18,7 @@ from diffusers import (
 from models import tiny_pipeline, tiny_text_to_image
 
 from fpq_lightning import FPQConfig, load_quantized
-from fpq_lightning.diffusion.pipelines import load_pipeline, warn_of_further_denoisers
+from fpq_lightning.diffusion.pipelines import load_pipeline
 
 
 def _weights(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
@@ -98,17 +96,3 @@ def test_a_pipeline_saved_without_its_text_encoders_is_opened_without_them(tmp_p
     found = load_pipeline(tmp_path)
     assert all(getattr(found, name) is None for name in left_out)
     assert torch.equal(found.transformer.proj_out.weight, transformer.proj_out.weight)
-
-
-def test_a_second_denoiser_that_stays_in_full_precision_is_named() -> None:
-    class TwoUNets(DDPMPipeline):
-        def __init__(self, unet: Any, scheduler: Any, unet_2: Any) -> None:
-            DiffusionPipeline.__init__(self)
-            self.register_modules(unet=unet, scheduler=scheduler, unet_2=unet_2)
-
-    one, other = tiny_pipeline(), tiny_pipeline()
-    with pytest.warns(UserWarning, match="unet_2: only the pipeline's unet is quantized"):
-        warn_of_further_denoisers(TwoUNets(one.unet, one.scheduler, other.unet))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warn_of_further_denoisers(one)

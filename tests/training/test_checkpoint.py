@@ -70,7 +70,11 @@ class Runs:
         found = quantized_files(self.root / name)
         assert found.keys() == self.reference.keys()
         assert {file for file in found if found[file] != self.reference[file]} == set()
-        assert sorted(f.name for f in (self.root / name / "checkpoints").iterdir()) == ["last.ckpt", "previous.ckpt"]
+        assert sorted(f.name for f in (self.root / name / "checkpoints").iterdir()) == [
+            "last.ckpt",
+            "previous.ckpt",
+            "units",
+        ]
         hidden = [{f.name for f in (self.root / n).iterdir() if f.name.startswith(".")} for n in (name, "reference")]
         assert hidden[0] == hidden[1]
 
@@ -125,7 +129,7 @@ def test_a_run_killed_while_a_checkpoint_is_written_resumes_to_the_same_bits(run
     harm, left = KILLS[moment]
     name = moment.replace(" ", "-")
     assert runs.fit(name, harm=harm).code == -signal.SIGKILL
-    assert {f.name for f in (runs.root / name / "checkpoints").iterdir()} == left
+    assert {f.name for f in (runs.root / name / "checkpoints").iterdir()} == {*left, "units"}
     resumed = runs.resume(name)
     assert resumed.code == 0, resumed.err
     assert ("no checkpoint" in resumed.out) == (left == {".last.ckpt"})
@@ -294,22 +298,74 @@ def test_a_checkpoint_holds_codes_and_scales_and_three_float32_for_each_weight_o
     checkpoints: dict[str, Path], kind: str
 ) -> None:
     checkpoint = torch.load(checkpoints[kind], weights_only=True)
+    files = [checkpoints[kind], *_units(checkpoints[kind])]
+    finished = [torch.load(file, weights_only=True) for file in files[1:]]
     model = {k: w for k, w in tiny_unet().state_dict().items() if k.endswith(".weight") and w.ndim > 1}
     state = checkpoint["fpq"]
     unit = state["reports"][state["unit"]]["name"] if KINDS[kind][1] else "none"
     in_work = [w for k, w in model.items() if k.startswith(unit)]
-    done = [w for k, w in model.items() if k.removesuffix(".weight") in state["layers"] and not k.startswith(unit)]
+    done = [w for k, w in model.items() if any(k.removesuffix(".weight") in layers for layers in finished)]
     assert bool(in_work) == (KINDS[kind][1] > 0)
     assert done
     # A code a weight; scales of channels and of the input, for nearest and for learned rounding; perhaps a bias.
     expected = sum(w.numel() + 4 * (3 * len(w) + 2) for w in done)
     # Scales of nearest rounding; what is learned (rounding, factors of scales) and its two moments; counts of steps.
     expected += sum(4 * (len(w) + 1) + 3 * 4 * (w.numel() + len(w) + 1) + 3 * 4 for w in in_work)
-    payload, size, n = _payload(checkpoint), checkpoints[kind].stat().st_size, len(_tensors(checkpoint))
+    parts = [checkpoint, *finished]
+    payload, size, n = _payload(parts), sum(f.stat().st_size for f in files), len(_tensors(parts))
     float32 = sum(4 * w.numel() for w in model.values())
     print(f"{kind}: {size:,} bytes, of which {payload:,} in {n} tensors; {float32:,} bytes of weights in float32")
     assert payload <= expected
-    assert size <= payload + 400 * n + 8000
+    assert size <= payload + 400 * n + 8000 + 2000 * len(finished)
+    assert all(name.startswith(unit) for name in state["layers"])
+
+
+def _units(checkpoint: Path) -> list[Path]:
+    """The files of the finished units that a checkpoint names."""
+    count = len(torch.load(checkpoint, weights_only=True)["finished_units"])
+    files = sorted((checkpoint.parent / "units").iterdir())
+    return files[:count]
+
+
+def test_a_finished_unit_is_written_once(runs: Runs) -> None:
+    runs.copy("once")
+    before = {f.name: f.stat().st_mtime_ns for f in _units(runs.checkpoint("once"))}
+    assert len(before) == 4
+    assert runs.resume("once").code == 0
+    after = {f.name: f.stat().st_mtime_ns for f in _units(runs.checkpoint("once"))}
+    assert len(after) == 12
+    assert before.items() <= after.items()
+
+
+@pytest.mark.parametrize("damage", ["cut", "random", "missing"])
+def test_a_damaged_file_of_a_finished_unit_ends_the_resume_with_its_name(runs: Runs, damage: str) -> None:
+    name = f"unit-{damage}"
+    runs.copy(name)
+    file = _units(runs.checkpoint(name))[1]  # of the first quantized layer
+    DAMAGES.get(damage, Path.unlink)(file)
+    resumed = runs.resume(name)
+    assert resumed.code == 1
+    assert len(resumed.errors) == 1, resumed.err
+    assert str(runs.checkpoint(name).parent) in resumed.errors[0]
+    assert str(file) in resumed.err
+
+
+def test_a_checkpoint_that_was_copied_with_its_units_is_gone_on_with_in_another_directory(runs: Runs) -> None:
+    source = runs.root / "copied"
+    shutil.copytree(runs.checkpoint("interrupted").parent, source)
+    found = runs.fit("elsewhere-resumed", f"--ckpt_path={source / 'last.ckpt'}")
+    assert found.code == 0, found.err
+    assert quantized_files(runs.root / "elsewhere-resumed") == runs.reference
+    assert len(list((runs.checkpoint("elsewhere-resumed").parent / "units").iterdir())) == 12
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_with_a_line(runs: Runs) -> None:
+    runs.copy("older")
+    for file in ("last.ckpt", "previous.ckpt"):
+        checkpoint = torch.load(runs.checkpoint("older", file), weights_only=True)
+        del checkpoint["finished_units"]
+        torch.save(checkpoint, runs.checkpoint("older", file))
+    assert_one_line(runs.resume("older"), "older version", "begin again")
 
 
 # --- of another run --------------------------------------------------------------------------------------------
@@ -504,7 +560,7 @@ def test_a_run_told_to_terminate_on_slurm_is_not_requeued(runs: Runs, tmp_path: 
 
 
 def assert_resumes(runs: Runs, name: str) -> None:
-    for file in (runs.root / name / "checkpoints").iterdir():
+    for file in (runs.root / name / "checkpoints").rglob("*.*"):
         torch.load(file, weights_only=True)
     resumed = runs.resume(name)
     assert resumed.code == 0, resumed.err
@@ -520,7 +576,7 @@ def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint_and_the_run_resume
     outcome = runs.fit("full", file_size=limit, environment={"TMPDIR": str(elsewhere)}, rehearses=False)
     assert_one_line(outcome, "File too large", "free space", str(runs.root / "full"))
     assert list(elsewhere.iterdir()) == []
-    assert sorted(f.name for f in runs.checkpoint("full").parent.iterdir()) == ["last.ckpt", "previous.ckpt"]
+    assert sorted(f.name for f in runs.checkpoint("full").parent.iterdir()) == ["last.ckpt", "previous.ckpt", "units"]
     assert torch.load(runs.checkpoint("full"), weights_only=True)["fpq"]["unit"] == 4
     assert_resumes(runs, "full")
 

@@ -8,14 +8,17 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from fpq_lightning.diffusion.pipelines import denoiser_name
-from fpq_lightning.storage.dequantized import FILE, describe
+from fpq_lightning.diffusion.denoisers import find_denoisers, quantized_denoisers
+from fpq_lightning.storage.dequantized import FILE, ONLY, describe
 from fpq_lightning.storage.exports.registry import EXPORTS, Export, make_pipeline_plain
 from fpq_lightning.utils.files import write_json
 
 
 def _convert(pipeline: DiffusionPipeline, details: Mapping[str, Any], directory: Path) -> None:
-    write_json(directory / FILE, describe(getattr(pipeline, denoiser_name(pipeline)), details))
+    denoisers = quantized_denoisers(pipeline)
+    if len(denoisers) == 1 and [*denoisers] == [*find_denoisers(pipeline)]:
+        denoisers = dict(zip((ONLY,), denoisers.values(), strict=True))
+    write_json(directory / FILE, describe(denoisers, details))
     make_pipeline_plain(pipeline)
 
 

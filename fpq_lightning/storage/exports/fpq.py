@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from diffusers import DiffusionPipeline
 
-from fpq_lightning.diffusion.pipelines import denoiser_name
+from fpq_lightning.diffusion.denoisers import quantized_denoisers
 from fpq_lightning.nn.attention import packed_attention
 from fpq_lightning.nn.packed_layer import packed_layers
 from fpq_lightning.storage.config import FPQConfig
-from fpq_lightning.storage.exports.registry import EXPORTS, Export
+from fpq_lightning.storage.exports.registry import EXPORTS, Export, details_of
 
 
 def _convert(pipeline: DiffusionPipeline, details: Mapping[str, Any], directory: Path) -> None:
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
-    layers = {name: layer.describe() for name, layer in packed_layers(denoiser).items()}
-    if attention := packed_attention(denoiser):
-        details = {**details, "attention": {name: module.describe() for name, module in attention.items()}}
-    denoiser.register_to_config(quantization_config=FPQConfig.of(layers, details))
+    for component, denoiser in quantized_denoisers(pipeline).items():
+        own = details_of(details, component)
+        layers = {name: layer.describe() for name, layer in packed_layers(denoiser).items()}
+        if attention := packed_attention(denoiser):
+            own["attention"] = {name: module.describe() for name, module in attention.items()}
+        cast(Any, denoiser).register_to_config(quantization_config=FPQConfig.of(layers, own))
 
 
 EXPORTS.register(

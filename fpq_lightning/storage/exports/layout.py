@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from fpq_lightning.diffusion.pipelines import denoiser_name
+from fpq_lightning.diffusion.denoisers import quantized_denoisers
 from fpq_lightning.nn.calibrated import is_quantizable
 from fpq_lightning.nn.convert import make_plain
 from fpq_lightning.nn.packed_layer import PackedLayer, packed_layers
@@ -70,10 +70,11 @@ def register_layouts(name: str, help: str, library: str, *layouts: Layout) -> No
     """
 
     def convert(pipeline: DiffusionPipeline, details: Mapping[str, Any], directory: Path) -> None:
-        denoiser = getattr(pipeline, denoiser_name(pipeline))
-        config = _apply(denoiser, layouts, details.get("version", "?"))
+        denoisers = quantized_denoisers(pipeline)
+        configs = {name: _apply(one, layouts, details.get("version", "?")) for name, one in denoisers.items()}
         make_pipeline_plain(pipeline)
-        denoiser.register_to_config(quantization_config=config)
+        for name, denoiser in denoisers.items():
+            cast(Any, denoiser).register_to_config(quantization_config=configs[name])
 
     usage = f"""The denoiser's Linear layers hold codes and scales in the key layout of {library}.
 `quantization_config` in its `config.json` names the layers that have plain weights. docs/format.md of fpq_lightning

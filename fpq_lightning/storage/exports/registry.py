@@ -25,9 +25,9 @@ class Export:
         name: for ``fpq export --format``.
         help: one line for the command line.
         usage: how to use the files, for their README.
-        convert: gives a pipeline, whose denoiser is packed, the form in which `save_pretrained` then
+        convert: gives a pipeline, whose denoisers are packed, the form in which `save_pretrained` then
             writes it, in place. Takes the pipeline, where it comes from (``base_model``, ``recipe``, ``version``,
-            ``fingerprint``), and the directory, for further files.
+            ``fingerprint``; see `details_of`), and the directory, for further files.
         needs_codes: whether the weights of the dequantized form must be turned into codes first.
     """
 
@@ -39,6 +39,12 @@ class Export:
 
 
 EXPORTS: Registry[Export] = Registry("export format")
+
+
+def details_of(details: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What is known of one denoiser, where the details of several hold entries of each under ``denoisers``."""
+    shared = {key: value for key, value in details.items() if key != "denoisers"}
+    return {**shared, **details.get("denoisers", {}).get(name, {})}
 
 
 def export_help() -> str:

@@ -17,6 +17,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from fpq_lightning.training.callbacks.checkpoint_io import PlainCheckpointIO
 from fpq_lightning.training.datamodule import STEPS_PER_BATCH
 from fpq_lightning.training.module import BlockReconstruction
+from fpq_lightning.training.unit_files import UnitFiles, contents_of, digest_of
 from fpq_lightning.utils import distributed
 from fpq_lightning.utils.files import sync_file
 
@@ -24,9 +25,11 @@ from fpq_lightning.utils.files import sync_file
 class RunCheckpoint(Checkpoint):
     """Writes ``last.ckpt`` after every unit, every so many steps within one, and when the run is told to stop.
 
-    A checkpoint is written whole or not at all, and the one before it stays as ``previous.ckpt``. Lightning's
-    `ModelCheckpoint` writes ``last`` only beside a monitored checkpoint, which there is none of here, and its handlers
-    of SIGTERM and of SLURM's signal save in the middle of whatever step they interrupt.
+    A checkpoint is written whole or not at all, and the one before it stays as ``previous.ckpt``. It holds the unit in
+    work and names the files of finished ones (`UnitFiles`), each of which is written once.
+
+    Lightning's `ModelCheckpoint` writes ``last`` only beside a monitored checkpoint, which there is none of here, and
+    its handlers of SIGTERM and of SLURM's signal save in the middle of whatever step they interrupt.
 
     Args:
         directory: of the checkpoints.
@@ -37,6 +40,8 @@ class RunCheckpoint(Checkpoint):
         self.file = directory / "last.ckpt"
         self.previous = directory / "previous.ckpt"
         self.every_n_batches = max(1, every_n_steps // STEPS_PER_BATCH)
+        self.units = UnitFiles.beside(self.file)
+        self._digests: list[str] = []  # of the units that are in files
         self._is_good = False
         self._requeue_signal = 0
         self._requests = [0, 0]  # to stop, and to be requeued
@@ -123,6 +128,26 @@ class RunCheckpoint(Checkpoint):
         finally:
             if trainer.is_global_zero:
                 temporary.unlink(missing_ok=True)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        """Names the finished units, and writes those that have no file yet."""
+        assert isinstance(pl_module, BlockReconstruction)
+        for number in range(len(self._digests), pl_module.plan.unit):
+            contents = contents_of(pl_module.unit_state(number))
+            self._digests.append(digest_of(contents))
+            if trainer.is_global_zero:
+                self.units.write(number, contents)
+        checkpoint["finished_units"] = self._digests[: pl_module.plan.unit]
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        """Gives the module its finished units."""
+        assert isinstance(pl_module, BlockReconstruction)
+        self._digests = checkpoint["finished_units"]
+        units = self.units.or_beside(Path(str(trainer.ckpt_path)))
+        for number in range(len(self._digests)):
+            pl_module.load_unit_state(number, units.read(number, self._digests))
+        if units is not self.units:
+            self._digests = []  # they are written here, too
 
 
 def _requeue_slurm_job() -> bool:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from fpq_lightning.evaluation.statistics import weight_statistics
 from fpq_lightning.storage.pipeline import save_quantized
+from fpq_lightning.training.denoisers import Denoiser
 from fpq_lightning.training.module import BlockReconstruction
 from fpq_lightning.training.run_directory import RunDirectory
 from fpq_lightning.utils.side_work import side_work
@@ -34,7 +35,8 @@ class FinalizeQuantization(pl.Callback):
         assert isinstance(pl_module, BlockReconstruction)
         if not pl_module.plan.finished:
             return
-        save_quantized(pl_module.pipeline, self.run.quantized, self.details(pl_module))
+        details, of_each = self.details(pl_module), self.of_each(pl_module)
+        save_quantized(pl_module.pipeline, self.run.quantized, details, of_each=of_each)
 
     def details(self, module: BlockReconstruction) -> dict[str, Any]:
         """What the files say of where they come from."""
@@ -44,10 +46,18 @@ class FinalizeQuantization(pl.Callback):
             "version": version("fpq-lightning"),
             "fingerprint": self.run.fingerprint,
             "sampler": module.data.sampler.kept(),
-            "coverage": asdict(module.coverage),
         }
         if arguments := self.run.parts["model"].get("pipeline_arguments"):
             details["pipeline_arguments"] = arguments
-        with side_work("statistics of the weights"):
-            details |= weight_statistics(module.denoiser)
         return details
+
+    def of_each(self, module: BlockReconstruction) -> dict[str, dict[str, Any]]:
+        """What the files say of each denoiser, by component."""
+        return {denoiser.name: _of(denoiser) for denoiser in module.denoisers}
+
+
+def _of(denoiser: Denoiser) -> dict[str, Any]:
+    found: dict[str, Any] = {"coverage": asdict(denoiser.coverage)}
+    with side_work("statistics of the weights"):
+        found |= weight_statistics(denoiser.network)
+    return found

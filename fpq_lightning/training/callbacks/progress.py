@@ -59,7 +59,7 @@ class CalibrationProgress(SwitchableBar, CalibrationCallback):
         """Names the unit."""
         assert isinstance(pl_module, BlockReconstruction)
         if not pl_module.plan.finished:
-            self._bar.set_description(f"calibrating {pl_module.units[pl_module.plan.unit].name}")
+            self._bar.set_description(f"calibrating {pl_module.reports[pl_module.plan.unit].name}")
 
     def on_unit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: UnitReport) -> None:
         """Writes the unit's line."""

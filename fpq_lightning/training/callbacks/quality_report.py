@@ -10,9 +10,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from fpq_lightning.diffusion.pipelines import denoiser_name
+from fpq_lightning.diffusion.denoisers import quantized_denoisers
 from fpq_lightning.evaluation.report.files import write_reports
-from fpq_lightning.storage.pipeline import is_quantized, read_description
+from fpq_lightning.storage.pipeline import is_quantized, read_descriptions
 from fpq_lightning.training.generation import ImageGeneration
 from fpq_lightning.utils.files import weights_size
 from fpq_lightning.utils.provenance import device_name, versions
@@ -39,12 +39,14 @@ class QualityReport(pl.Callback):
         """Writes the reports."""
         assert isinstance(pl_module, ImageGeneration)
         assert pl_module.evaluator is not None
-        description: dict[str, Any] = read_description(self.model) if is_quantized(self.model) else {}
+        known = list(read_descriptions(self.model).values()) if is_quantized(self.model) else []
+        description: dict[str, Any] = known[0] if len(known) == 1 else {}
+        denoisers = quantized_denoisers(pl_module.pipeline)
         seeds = pl_module.evaluator.config.seeds
         report = {
             "model": self.model,
             **{name: description[name] for name in _KEPT if name in description},
-            "disk_bytes": weights_size(Path(self.model) / denoiser_name(pl_module.pipeline)),
+            "disk_bytes": sum(weights_size(Path(self.model) / name) for name in denoisers),
             "variants": {pl_module.variant: {**pl_module.values, "seeds": [seeds.start, seeds.stop - 1]}},
             "evaluation": pl_module.settings(),
             "device": device_name(pl_module.device),

@@ -10,10 +10,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from fpq_lightning.diffusion.pipelines import denoiser_name
 from fpq_lightning.evaluation.report.files import write_reports
 from fpq_lightning.evaluation.statistics import activation_ranges, layer_statistics, weight_statistics
+from fpq_lightning.nn.coverage import total
 from fpq_lightning.training.callbacks.image_quality import ImageQuality
+from fpq_lightning.training.denoisers import Denoiser
 from fpq_lightning.training.module import BlockReconstruction
 from fpq_lightning.training.run_directory import RunDirectory
 from fpq_lightning.utils.files import weights_size
@@ -60,10 +61,13 @@ class RunReport(pl.Callback):
         with side_work("statistics of the weights"):
             layers = layer_statistics(module.denoiser)
             found = {**weight_statistics(module.denoiser, layers), "layers": layers}
-        with side_work("activation ranges"):
-            found["activation_ranges"] = activation_ranges(
-                module.denoiser, calibration.set, calibration.micro_batch, module.device
-            )
+        each = {denoiser.name: self._of(denoiser, module) for denoiser in module.denoisers}
+        if len(each) == 1:
+            found |= next(iter(each.values()))
+        else:
+            found["coverage"] = asdict(total({denoiser.name: denoiser.coverage for denoiser in module.denoisers}))
+            found["disk_bytes"] = sum(one["disk_bytes"] for one in each.values())
+            found["denoisers"] = each
         return {
             "fingerprint": self.run.fingerprint,
             "model": self.run.parts["model"]["name"],
@@ -76,9 +80,16 @@ class RunReport(pl.Callback):
                 "samples": calibration.n,
                 "seeds": [calibration.seed],
             },
-            "coverage": asdict(module.coverage),
             **found,
-            "disk_bytes": weights_size(self.run.quantized / denoiser_name(module.pipeline)),
             "device": device_name(module.device),
             "versions": versions(),
         }
+
+    def _of(self, denoiser: Denoiser, module: BlockReconstruction) -> dict[str, Any]:
+        """What the report says of one denoiser."""
+        found: dict[str, Any] = {"coverage": asdict(denoiser.coverage)}
+        with side_work("activation ranges"):
+            found["activation_ranges"] = activation_ranges(
+                denoiser.network, module.data.sets[denoiser.name], module.data.micro_batch, module.device
+            )
+        return {**found, "disk_bytes": weights_size(self.run.quantized / denoiser.name)}
