@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
@@ -24,8 +26,27 @@ _WEIGHTS = re.compile(  # files of weights; a part's number may come before its 
 )
 
 
-def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+def pipeline_class(name: str | None) -> type[DiffusionPipeline]:
+    """A pipeline class of diffusers; `DiffusionPipeline`, which opens each model as its own class, for None.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    found = DiffusionPipeline if name is None else getattr(diffusers, name, None)
+    if not (inspect.isclass(found) and hasattr(found, "from_pretrained") and "Pipeline" in found.__name__):
+        raise ValueError(f"diffusers has no pipeline {name!r}: use for example StableDiffusionImg2ImgPipeline")
+    return cast("type[DiffusionPipeline]", found)
+
+
+def load_pipeline(
+    model: str | Path, dtype: torch.dtype = torch.float32, kind: type[DiffusionPipeline] = DiffusionPipeline
+) -> DiffusionPipeline:
     """Loads a pipeline from a directory or the hub.
+
+    Args:
+        model: directory or hub id.
+        dtype: of the weights.
+        kind: class to open it as; `DiffusionPipeline` takes the model's own.
 
     Raises:
         FileNotFoundError: if `model` looks like a path and there is no pipeline.
@@ -42,11 +63,11 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Diff
     try:
         if path.exists():
             options = {"variant": _only_variant(path), **_left_out(path)}
-            pipeline = DiffusionPipeline.from_pretrained(str(path), dtype=dtype, **options)
+            pipeline = kind.from_pretrained(str(path), dtype=dtype, **options)
         else:
-            pipeline = _from_hub(str(model), dtype)
+            pipeline = _from_hub(str(model), dtype, kind)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError) as error:
-        if not path.exists():
+        if not path.exists() and isinstance(error, OSError):
             raise ValueError(f"there is no directory {model}, and no pipeline of that name on the hub") from error
         reason = " ".join(str(error).split())[:300]
         if method := _foreign_method(path):
@@ -56,12 +77,12 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Diff
     return pipeline
 
 
-def _from_hub(model: str, dtype: torch.dtype) -> DiffusionPipeline:
+def _from_hub(model: str, dtype: torch.dtype, kind: type[DiffusionPipeline]) -> DiffusionPipeline:
     try:
-        return DiffusionPipeline.from_pretrained(model, dtype=dtype)
+        return kind.from_pretrained(model, dtype=dtype)
     except (OSError, ValueError) as error:
         try:  # some repositories hold nothing but half precision
-            return DiffusionPipeline.from_pretrained(model, dtype=dtype, variant="fp16")
+            return kind.from_pretrained(model, dtype=dtype, variant="fp16")
         except (OSError, ValueError):
             raise error from None
 

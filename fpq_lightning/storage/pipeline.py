@@ -103,8 +103,12 @@ def save_quantized(pipeline: DiffusionPipeline, directory: Path, details: Mappin
         (temporary / "README.md").write_text(_README.format(**names, usage=export.usage))
 
 
-def load_quantized(directory: str | Path) -> DiffusionPipeline:
+def load_quantized(directory: str | Path, kind: type[DiffusionPipeline] = DiffusionPipeline) -> DiffusionPipeline:
     """Opens a packed or dequantized pipeline, with all activation formats in force.
+
+    Args:
+        directory: of the pipeline.
+        kind: class to open it as; `DiffusionPipeline` takes the one that it was written as.
 
     Raises:
         FileNotFoundError: if there is no such pipeline.
@@ -114,7 +118,7 @@ def load_quantized(directory: str | Path) -> DiffusionPipeline:
     if packed is not None:
         for file in sorted(packed.parent.glob("*.safetensors")):
             read_header(file)  # its error names the tensor that is cut off, unlike that of diffusers
-    pipeline = load_pipeline(directory)
+    pipeline = load_pipeline(directory, kind=kind)
     denoiser = getattr(pipeline, denoiser_name(pipeline)).eval().requires_grad_(False)
     if packed is None:
         dequantized.apply_inputs(denoiser, read_description(directory))

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from fpq_lightning.diffusion.pipelines import load_pipeline
+from fpq_lightning.diffusion.pipelines import load_pipeline, pipeline_class
 from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.evaluation.evaluator import Evaluator
@@ -81,6 +81,9 @@ class FPQCommandLine(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what the command at hand needs."""
         parser.add_argument("--model", type=str, help="Directory or hub id of a diffusers pipeline.")
+        parser.add_argument(
+            "--pipeline", type=str | None, default=None, help="Class of diffusers to open it as. Default: its own."
+        )
         if self._preparing == "fit":
             parser.add_argument("--run_dir", type=str | None, default=None, help="Default: runs/<model>-<formats>.")
             parser.add_argument(
@@ -156,7 +159,7 @@ class FPQCommandLine(LightningCLI):
     def _prepare_fit(self, options: Namespace) -> list[pl.Callback]:
         if is_quantized(options.model):
             raise ValueError(f"{options.model} is quantized already: give the full-precision model")
-        pipeline = load_pipeline(options.model, _DTYPES[options.torch_dtype])
+        pipeline = load_pipeline(options.model, _DTYPES[options.torch_dtype], pipeline_class(options.pipeline))
         run_dir = options.run_dir or default_run_dir(options.model, options.recipe)
         options.run_dir = self.config[self.subcommand].run_dir = run_dir
         try:
@@ -177,14 +180,16 @@ class FPQCommandLine(LightningCLI):
         output = Path(options.output or default_test_directory(options.model))
         if options.evaluation.images is None:
             options.evaluation.images = str(output / "images")
-        self.model = ImageGeneration(options.model, options.sampler, options.evaluation)
+        self.model = ImageGeneration(
+            options.model, options.sampler, options.evaluation, pipeline_class(options.pipeline)
+        )
         self.datamodule = SeedDataModule(options.evaluation.seeds, options.sampler.batch_size)
         return [*([ImageProgress()] if _shows_progress(options) else []), QualityReport(options.model, output)]
 
     def _prepare_predict(self, options: Namespace) -> list[pl.Callback]:
         if options.n_images < 1:
             raise ValueError(f"--n_images must be at least 1, got {options.n_images}")
-        self.model = ImageGeneration(options.model, options.sampler)
+        self.model = ImageGeneration(options.model, options.sampler, kind=pipeline_class(options.pipeline))
         if options.prompts and len(options.prompts) != options.n_images:
             raise ValueError(
                 f"{len(options.prompts)} prompts for --n_images {options.n_images}: give one for each image"

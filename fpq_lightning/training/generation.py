@@ -27,8 +27,6 @@ from fpq_lightning.utils.tf32 import using_tf32
 
 logger = logging.getLogger(__name__)
 
-logger = logging.getLogger(__name__)
-
 
 class SeedDataModule(pl.LightningDataModule):
     """This process's batches of image seeds and prompts.
@@ -67,13 +65,21 @@ class ImageGeneration(pl.LightningModule):
         model: directory or hub id of a pipeline, quantized or not.
         sampler: how images are sampled.
         evaluation: what quality is measured on, for ``test`` only.
+        kind: class to open the pipeline as; `DiffusionPipeline` takes its own. The full-precision model is opened as
+            the same.
     """
 
-    def __init__(self, model: str, sampler: SamplerConfig, evaluation: EvaluationConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        sampler: SamplerConfig,
+        evaluation: EvaluationConfig | None = None,
+        kind: type[DiffusionPipeline] = DiffusionPipeline,
+    ) -> None:
         super().__init__()
         self.sampler = sampler
         self.quantized = is_quantized(model)
-        self.pipeline = load_quantized(model) if self.quantized else load_pipeline(model)
+        self.pipeline = load_quantized(model, kind) if self.quantized else load_pipeline(model, kind=kind)
         self.reference: DiffusionPipeline | None = None
         if evaluation is not None:
             reference = evaluation.reference
@@ -81,7 +87,7 @@ class ImageGeneration(pl.LightningModule):
                 reference = read_description(model).get("base_model")
             if reference is not None:
                 try:
-                    self.reference = load_pipeline(reference)
+                    self.reference = load_pipeline(reference, kind=type(self.pipeline))
                 except (FileNotFoundError, ValueError) as error:
                     raise ValueError(
                         f"the full-precision model to compare with cannot be loaded ({error}): give its place with "

@@ -209,7 +209,12 @@ def prepare_run(
     check_not_compiled(pipeline, [denoiser_name(pipeline), *recipe.components])
     key = CalibrationKey.of(data, sampler, hash_weights(denoiser))
     parts = {
-        "model": {"name": name, "class": type(denoiser).__name__, "weights": key.model_weights},
+        "model": {
+            "name": name,
+            "pipeline": type(pipeline).__name__,
+            "class": type(denoiser).__name__,
+            "weights": key.model_weights,
+        },
         "recipe": recipe.to_dict(),
         "calibration": {**data.identity(), "sampler": key.sampler},
         "version": versions()["fpq-lightning"],
