@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from models import CHECKOUT, fit_arguments, run_fpq, save_tiny, tiny_text_to_image
+from diffusers import StableDiffusionPipeline
+from models import CHECKOUT, fit_arguments, run_fpq, save_tiny
+from tiny_pipelines import tiny_pipeline
+
+from fpq_lightning import SamplerConfig, load_quantized
+from fpq_lightning.diffusion.sampling import generate
+from fpq_lightning.storage.pipeline import read_description
 
 STUDIES = sorted((CHECKOUT / "configs" / "study").glob("*.yaml"))
 CONFIGS = sorted({*(CHECKOUT / "configs").rglob("*.yaml")} - {*STUDIES})
+READY = {
+    name: (kind, inputs)
+    for name, kind, inputs in re.findall(
+        r"^\| `(\w+)` \| .+ \| `(\w+)` \| (.+) \|$",
+        (CHECKOUT / "docs" / "guide" / "model.md").read_text(),
+        re.MULTILINE,
+    )
+}
+STAND_INS = {"wan2_2_t2v_a14b": "WanPipeline 2.2"}
 MODELS = [file for file in CONFIGS if file.parent.name == "models"]
 RECIPES = [file for file in CONFIGS if file.parent.name == "recipes"]
 
@@ -45,20 +62,49 @@ def test_a_configuration_parses_to_the_values_it_holds(
     assert {k: found.get(k) for k in expected} == expected
 
 
+def test_the_guide_lists_the_configurations_of_models_with_their_inputs() -> None:
+    assert READY.keys() == {file.stem for file in MODELS}
+    for file in MODELS:
+        values = yaml.safe_load(file.read_text())
+        assert values["model"].count("/") == 1  # as users know it
+        assert ("inputs" in values["sampler"]) == (READY[file.stem][1] != "-")
+        assert values.get("pipeline", READY[file.stem][0]) == READY[file.stem][0]
+
+
+@pytest.mark.filterwarnings("error:.*left out")  # statistics or calls of the denoiser
 @pytest.mark.parametrize("file", MODELS, ids=lambda f: f.stem)
-def test_the_configuration_of_a_model_runs_with_a_small_stand_in(
+def test_the_configuration_of_a_model_runs_whole_on_a_small_pipeline_of_its_class(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    kind, _ = READY[file.stem]
     values = yaml.safe_load(file.read_text())
-    assert values["model"].count("/") == 1  # as users know it
-    takes_prompts = "prompts" in values["sampler"]
-    stand_in = tiny_text_to_image(tmp_path / "tiny") if takes_prompts else save_tiny(tmp_path / "tiny")
-    command, *options = fit_arguments(stand_in, tmp_path / "run", iterations=2, n_images=2)
-    options += ["--sampler.prompts=['a cat','a dog']", "--sampler.scheduler=DDIMScheduler"] if takes_prompts else []
-    outcome = run_fpq(capsys, [command, "--config", file.stem, *options])
+    pipeline, small = tiny_pipeline(STAND_INS.get(file.stem, kind), tmp_path)
+    given = values["sampler"]
+    assert ("prompts" in given) == (small["prompts"] is not None)
+    small["arguments"] = {**given.get("arguments", {}), **small.get("arguments", {})}
+    if "pipeline" in values:  # the repository names another class
+        pipeline = StableDiffusionPipeline(**pipeline.components, requires_safety_checker=False)
+    pipeline.save_pretrained(tmp_path / "tiny")
+    options = {"model": tmp_path / "tiny", "run_dir": tmp_path / "run", "trainer.accelerator": "cpu"}
+    options |= {"data.n_samples": 4, "data.n_search": 2}
+    options["evaluation.n_images"] = min(2, values["evaluation"]["n_images"])
+    options |= {f"sampler.{name}": json.dumps(small.get(name)).strip('"') for name in ("height", "width", *small)}
+    outcome = run_fpq(capsys, ["fit", "--config", file.stem, *(f"--{k}={v}" for k, v in options.items())])
     assert outcome.code == 0, outcome.err
+
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["quantized_share"] > 0.9
+    assert report["quantized_share"] > 0.4
+    quantized = tmp_path / "run" / "quantized"
+    assert json.loads((quantized / "model_index.json").read_text())["_class_name"] == kind
+    if values["evaluation"]["n_images"]:
+        words = ["predict", f"--model={quantized}", f"--output={tmp_path / 'images'}", "--n_images=1"]
+        outcome = run_fpq(capsys, [*words, "--trainer.accelerator=cpu"])
+        assert outcome.code == 0, outcome.err
+        assert len(list((tmp_path / "images").glob("*.png"))) == 1
+    else:
+        sampler = SamplerConfig().or_else(read_description(quantized)["sampler"])
+        output = next(iter(generate(load_quantized(quantized), sampler, [0]).values()))
+        assert torch.as_tensor(output).isfinite().all()
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -33,11 +33,23 @@ _WEIGHTS = re.compile(  # files of weights; a part's number may come before its 
 )
 
 
+def pipeline_class(name: str | None) -> type[DiffusionPipeline]:
+    """A pipeline class of diffusers; `DiffusionPipeline`, which opens each model as its own class, for None.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    found = DiffusionPipeline if name is None else getattr(diffusers, name, None)
+    if not (inspect.isclass(found) and hasattr(found, "from_pretrained") and "Pipeline" in found.__name__):
+        raise ValueError(f"diffusers has no pipeline {name!r}: use for example StableDiffusionImg2ImgPipeline")
+    return cast("type[DiffusionPipeline]", found)
+
+
 def load_pipeline(
     model: str | Path,
     dtype: torch.dtype = torch.float32,
     arguments: Mapping[str, Any] | None = None,
-    pipeline_class: type[DiffusionPipeline] = DiffusionPipeline,
+    kind: type[DiffusionPipeline] = DiffusionPipeline,
 ) -> DiffusionPipeline:
     """Loads a pipeline from a directory or the hub.
 
@@ -45,7 +57,7 @@ def load_pipeline(
         model: the directory or hub id.
         dtype: of its weights.
         arguments: further ones of ``from_pretrained``, such as a component or ``None`` for one to do without.
-        pipeline_class: whose ``from_pretrained`` loads it, of `class_to_open` for one that diffusers does not know.
+        kind: class to open it as; `DiffusionPipeline` takes the model's own, if diffusers knows that.
 
     Raises:
         FileNotFoundError: if `model` looks like a path and there is no pipeline.
@@ -65,11 +77,11 @@ def load_pipeline(
     try:
         if path.exists():
             options = {"variant": _only_variant(path), **_left_out(path), **given}
-            pipeline = pipeline_class.from_pretrained(str(path), dtype=dtype, **options)
+            pipeline = kind.from_pretrained(str(path), dtype=dtype, **options)
         else:
-            pipeline = _from_hub(str(model), dtype, given)
+            pipeline = _from_hub(str(model), dtype, given, kind)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError) as error:
-        if not path.exists():
+        if not path.exists() and isinstance(error, OSError):
             raise ValueError(f"there is no directory {model}, and no pipeline of that name on the hub") from error
         reason = " ".join(str(error).split())[:300]
         if method := _foreign_method(path):
@@ -98,12 +110,14 @@ def arguments_of_quantized(path: Path, arguments: Mapping[str, Any]) -> dict[str
     return {name: value for name, value in arguments.items() if name in index or name in _OF_A_CLASS}
 
 
-def _from_hub(model: str, dtype: torch.dtype, arguments: Mapping[str, Any]) -> DiffusionPipeline:
+def _from_hub(
+    model: str, dtype: torch.dtype, arguments: Mapping[str, Any], kind: type[DiffusionPipeline]
+) -> DiffusionPipeline:
     try:
-        return DiffusionPipeline.from_pretrained(model, dtype=dtype, **arguments)
+        return kind.from_pretrained(model, dtype=dtype, **arguments)
     except (OSError, ValueError) as error:
         try:  # some repositories hold nothing but half precision
-            return DiffusionPipeline.from_pretrained(model, dtype=dtype, **{"variant": "fp16", **arguments})
+            return kind.from_pretrained(model, dtype=dtype, **{"variant": "fp16", **arguments})
         except (OSError, ValueError):
             raise error from None
 

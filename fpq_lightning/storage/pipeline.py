@@ -164,17 +164,15 @@ def check_form(
         for name, component in pipeline.components.items():
             if name not in networks and hasattr(component, "save_pretrained"):
                 component.save_pretrained(directory / name)
-        load_pipeline(directory, arguments=networks, pipeline_class=class_to_open(pipeline))
+        load_pipeline(directory, arguments=networks, kind=class_to_open(pipeline))
 
 
-def load_quantized(
-    directory: str | Path, pipeline_class: type[DiffusionPipeline] = DiffusionPipeline
-) -> DiffusionPipeline:
+def load_quantized(directory: str | Path, kind: type[DiffusionPipeline] = DiffusionPipeline) -> DiffusionPipeline:
     """Opens a packed or dequantized pipeline, with all activation formats in force.
 
     Args:
         directory: of the pipeline.
-        pipeline_class: its class, if diffusers does not know it.
+        kind: class to open it as; `DiffusionPipeline` takes the one that it was written as, if diffusers knows that.
 
     Raises:
         FileNotFoundError: if there is no such pipeline.
@@ -187,7 +185,7 @@ def load_quantized(
             read_header(file)  # its error names the tensor that is cut off, unlike that of diffusers
     kept = pipeline_arguments_of(path) if is_quantized(path) else {}
     arguments = arguments_of_quantized(path, kept) if kept else {}
-    pipeline = load_pipeline(directory, arguments=arguments, pipeline_class=pipeline_class)
+    pipeline = load_pipeline(directory, arguments=arguments, kind=kind)
     for denoiser in quantized_denoisers(pipeline).values():
         denoiser.eval().requires_grad_(False)
     if not files:

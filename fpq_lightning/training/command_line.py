@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from fpq_lightning.diffusion.pipelines import load_pipeline
+from fpq_lightning.diffusion.pipelines import load_pipeline, pipeline_class
 from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.evaluation.evaluator import Evaluator
@@ -87,6 +87,9 @@ class FPQCommandLine(LightningCLI):
             type=dict[str, Any],
             default={},
             help="Further arguments of from_pretrained, such as {text_encoder_3: null}; a quantized model keeps them.",
+        )
+        parser.add_argument(
+            "--pipeline", type=str | None, default=None, help="Class of diffusers to open it as. Default: its own."
         )
         if self._preparing == "fit":
             parser.add_argument("--run_dir", type=str | None, default=None, help="Default: runs/<model>-<formats>.")
@@ -163,7 +166,8 @@ class FPQCommandLine(LightningCLI):
     def _prepare_fit(self, options: Namespace) -> list[pl.Callback]:
         if is_quantized(options.model):
             raise ValueError(f"{options.model} is quantized already: give the full-precision model")
-        pipeline = load_pipeline(options.model, _DTYPES[options.torch_dtype], options.pipeline_arguments)
+        kind = pipeline_class(options.pipeline)
+        pipeline = load_pipeline(options.model, _DTYPES[options.torch_dtype], options.pipeline_arguments, kind)
         run_dir = options.run_dir or default_run_dir(options.model, options.recipe)
         options.run_dir = self.config[self.subcommand].run_dir = run_dir
         try:
@@ -184,14 +188,21 @@ class FPQCommandLine(LightningCLI):
         output = Path(options.output or default_test_directory(options.model))
         if options.evaluation.images is None:
             options.evaluation.images = str(output / "images")
-        self.model = ImageGeneration(options.model, options.sampler, options.evaluation, options.pipeline_arguments)
+        self.model = ImageGeneration(
+            options.model,
+            options.sampler,
+            options.evaluation,
+            options.pipeline_arguments,
+            pipeline_class(options.pipeline),
+        )
         self.datamodule = SeedDataModule(options.evaluation.seeds, options.sampler.batch_size)
         return [*([ImageProgress()] if _shows_progress(options) else []), QualityReport(options.model, output)]
 
     def _prepare_predict(self, options: Namespace) -> list[pl.Callback]:
         if options.n_images < 1:
             raise ValueError(f"--n_images must be at least 1, got {options.n_images}")
-        self.model = ImageGeneration(options.model, options.sampler, pipeline_arguments=options.pipeline_arguments)
+        arguments, kind = options.pipeline_arguments, pipeline_class(options.pipeline)
+        self.model = ImageGeneration(options.model, options.sampler, pipeline_arguments=arguments, kind=kind)
         if options.prompts and len(options.prompts) != options.n_images:
             raise ValueError(
                 f"{len(options.prompts)} prompts for --n_images {options.n_images}: give one for each image"

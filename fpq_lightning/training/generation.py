@@ -28,8 +28,6 @@ from fpq_lightning.utils.tf32 import using_tf32
 
 logger = logging.getLogger(__name__)
 
-logger = logging.getLogger(__name__)
-
 
 class SeedDataModule(pl.LightningDataModule):
     """This process's batches of image seeds and prompts.
@@ -69,6 +67,8 @@ class ImageGeneration(pl.LightningModule):
         sampler: how images are sampled.
         evaluation: what quality is measured on, for ``test`` only.
         pipeline_arguments: of ``from_pretrained``, for a full-precision model; a quantized one has kept its own.
+        kind: class to open the pipeline as; `DiffusionPipeline` takes its own. The full-precision model is opened as
+            the same.
 
     Raises:
         ValueError: if they are given for a quantized model, or one cannot be loaded.
@@ -80,6 +80,7 @@ class ImageGeneration(pl.LightningModule):
         sampler: SamplerConfig,
         evaluation: EvaluationConfig | None = None,
         pipeline_arguments: Mapping[str, Any] | None = None,
+        kind: type[DiffusionPipeline] = DiffusionPipeline,
     ) -> None:
         super().__init__()
         self.sampler = sampler
@@ -87,7 +88,10 @@ class ImageGeneration(pl.LightningModule):
         arguments = pipeline_arguments_of(model) if self.quantized else dict(pipeline_arguments or {})
         if self.quantized and pipeline_arguments:
             raise ValueError("pipeline_arguments are kept by a quantized model: leave them out")
-        self.pipeline = load_quantized(model) if self.quantized else load_pipeline(model, arguments=arguments)
+        if self.quantized:
+            self.pipeline = load_quantized(model, kind)
+        else:
+            self.pipeline = load_pipeline(model, arguments=arguments, kind=kind)
         self.reference: DiffusionPipeline | None = None
         if evaluation is not None:
             reference = evaluation.reference
@@ -95,7 +99,7 @@ class ImageGeneration(pl.LightningModule):
                 reference = read_description(model).get("base_model")
             if reference is not None:
                 try:
-                    self.reference = load_pipeline(reference, arguments=arguments)
+                    self.reference = load_pipeline(reference, arguments=arguments, kind=type(self.pipeline))
                 except (FileNotFoundError, ValueError) as error:
                     raise ValueError(
                         f"the full-precision model to compare with cannot be loaded ({error}): give its place with "

@@ -204,7 +204,12 @@ def prepare_run(
     kinds = {component: type(denoiser).__name__ for component, denoiser in denoisers.items()}
     kind = kinds if len(kinds) > 1 else next(iter(kinds.values()))
     parts: dict[str, Any] = {
-        "model": {"name": name, "class": kind, "weights": key.model_weights},
+        "model": {
+            "name": name,
+            "pipeline": type(pipeline).__name__,
+            "class": kind,
+            "weights": key.model_weights,
+        },
         "recipe": recipe.to_dict(),
         "calibration": {**data.identity(), "sampler": key.sampler},
         "version": versions()["fpq-lightning"],

@@ -266,9 +266,7 @@ def test_a_denoiser_whose_calls_are_not_as_planned_is_said() -> None:
 
     pipeline, said = wan(), []
     pipeline.__class__ = Twice
-    found = sample_calibration_sets(
-        pipeline, find_denoisers(pipeline), SamplerConfig(**WAN), 6, on_plan=said.append
-    )
+    found = sample_calibration_sets(pipeline, find_denoisers(pipeline), SamplerConfig(**WAN), 6, on_plan=said.append)
     assert {len(one) for one in found.values()} == {6}
     assert said[2:] == ["transformer (WanTransformer3DModel): 6 calls a trajectory, not 4"]
 
@@ -356,7 +354,9 @@ def test_a_denoiser_that_is_never_called_stays_in_full_precision_unless_it_is_na
     opened = load_quantized(tmp_path / "run" / "quantized")
     assert not packed_layers(opened.transformer_2)
     assert torch.equal(outputs(opened, WAN), outputs(pipeline, WAN))
-    with pytest.raises(ValueError, match=r"never calls its transformer_2 .*: leave it out of recipe.denoisers") as error:
+    with pytest.raises(
+        ValueError, match=r"never calls its transformer_2 .*: leave it out of recipe.denoisers"
+    ) as error:
         quantized(wan(boundary=None), tmp_path / "other", WAN, denoisers=["transformer", "transformer_2"])
     assert "\n" not in str(error.value)
 
@@ -373,7 +373,10 @@ def test_patterns_choose_layers_of_all_denoisers_or_of_one(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("patterns", "said"),
     [
-        ({"exclude": ["transformer_3.*"]}, r"pattern 'transformer_3\.\*' matches no layer of transformer, transformer_2"),
+        (
+            {"exclude": ["transformer_3.*"]},
+            r"pattern 'transformer_3\.\*' matches no layer of transformer, transformer_2",
+        ),
         ({"include": ["transformer.*"]}, r"leaves no layer of transformer_2: leave it out of recipe.denoisers"),
     ],
 )
