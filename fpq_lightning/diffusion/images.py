@@ -95,7 +95,7 @@ def _load(file: Path) -> Tensor:
     medium = next(medium for medium in MEDIA.values() if medium.suffix == file.suffix)
     try:
         return medium.load(file)
-    except (OSError, EOFError, ValueError, SyntaxError, wave.Error) as error:
+    except (OSError, EOFError, KeyError, ValueError, SyntaxError, wave.Error) as error:
         raise ValueError(f"the {medium.name} {file} cannot be read ({error}): delete it") from error
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageSequence
+from PIL.ExifTags import Base
 from torch import Tensor
 
 from fpq_lightning.utils.files import atomic_write
@@ -63,21 +64,31 @@ def webp(video: Tensor, lossless: bool = True) -> bytes:
     """A video `[frames, 3, height, width]` in [-1, 1] as an animated WebP that repeats itself."""
     frames = [Image.fromarray(frame) for frame in to_bytes(video).permute(0, 2, 3, 1).numpy()]
     options = {"lossless": True, "quality": 0, "method": 0} if lossless else {"quality": 80}
+    exif = Image.Exif()
+    exif[Base.ImageDescription] = f"{len(frames)} frames"
     buffer = io.BytesIO()
     frames[0].save(
-        buffer, "WEBP", save_all=True, append_images=frames[1:], duration=FRAME_MILLISECONDS, loop=0, **options
+        buffer,
+        "WEBP",
+        save_all=True,
+        append_images=frames[1:],
+        duration=FRAME_MILLISECONDS,
+        loop=0,
+        exif=exif,
+        **options,
     )
     return buffer.getvalue()
 
 
 def _load_video(file: Path) -> Tensor:
-    frames = []
+    frames: list[Tensor] = []
     with Image.open(file) as image:
+        count = int(image.getexif()[Base.ImageDescription].split()[0])
         for frame in ImageSequence.Iterator(image):
             pixels = torch.from_numpy(np.array(frame.convert("RGB"))).permute(2, 0, 1)
             # Equal frames in a row are one frame in the file, which is shown for longer.
-            frames += [from_bytes(pixels)] * max(1, round(frame.info["duration"] / FRAME_MILLISECONDS))
-    return torch.stack(frames)
+            frames += [from_bytes(pixels)] * max(1, round(frame.info.get("duration", 0) / FRAME_MILLISECONDS))
+    return torch.stack(frames + frames[-1:] * (count - len(frames)))  # where nothing moves there is no duration
 
 
 def wav(sound: Tensor, sampling_rate: int) -> bytes:

@@ -38,6 +38,7 @@ def tensor_of(output: Any, n: int, as_latents: bool = False) -> Tensor:
     values = _joined(found, kind)
     if len(values) != n:
         raise ValueError(f"{kind} holds {len(values)} outputs for {n} seeds: a pipeline must give one for each")
+    as_latents = as_latents and isinstance(values, Tensor)  # a pipeline that knows no latents gives arrays
     if not as_latents and field in (None, *_PIXELS) and (pixels := _pixels(values, field is None)) is not None:
         return pixels
     tensor = torch.as_tensor(values).float().cpu()

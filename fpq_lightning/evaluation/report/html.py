@@ -27,7 +27,7 @@ from fpq_lightning.evaluation.report.markdown import (
 from fpq_lightning.evaluation.report.pictures import draw_samples
 
 _COLUMNS = 8
-_ROWS = 4  # videos or sounds of each variant on the page
+_ROWS = 3  # videos or sounds of each variant on the page
 _SECONDS = 4  # of each
 _LARGEST = 256  # pixels of the longer side of a video, which is averaged down to it
 _GAP = 4  # pixels between videos

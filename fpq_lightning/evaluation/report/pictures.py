@@ -59,12 +59,13 @@ def draw_samples(samples: Mapping[str, Tensor], sampling_rate: int | None = None
     """
     rows = _rows(samples, sampling_rate)
     columns = max(len(tiles) for _, tiles in rows)
-    figure = Figure(figsize=(_SIZE * (columns + 1), _SIZE * len(rows)), dpi=150)
+    square = medium_of(next(iter(samples.values()))) is SOUND
+    height = _SIZE * (1 if square else rows[0][1][0].shape[0] / rows[0][1][0].shape[1])
+    figure = Figure(figsize=(_SIZE * (columns + 1), height * len(rows)), dpi=150)
     grid = figure.subplots(len(rows), columns, squeeze=False)
-    aspect = "auto" if medium_of(next(iter(samples.values()))) is SOUND else "equal"
     for axes, (name, tiles) in zip(grid, rows, strict=True):
         for axis, tile in zip(axes, tiles, strict=False):
-            axis.imshow(tile, interpolation="nearest", aspect=aspect, cmap="gray", vmin=0, vmax=1)
+            axis.imshow(tile, interpolation="nearest", aspect="auto", cmap="gray", vmin=0, vmax=1)
         for axis in axes:
             axis.set_xticks([])
             axis.set_yticks([])
