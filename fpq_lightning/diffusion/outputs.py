@@ -48,13 +48,13 @@ def tensor_of(output: Any, n: int, as_latents: bool = False) -> Tensor:
 
 
 def sampling_rate(pipeline: DiffusionPipeline) -> int | None:
-    """Samples a second of a pipeline's sound, as its configuration or that of a model tells; None if none does.
+    """Samples a second of a pipeline's sound, as it or the configuration of a model tells; None if none does.
 
     What makes the sound tells it, before what else a pipeline may have.
     """
     components = pipeline.components
     models = [components.get(name) for name in ("vocoder", "vae")] + list(components.values())
-    configs = [pipeline.config, *(getattr(model, "config", None) for model in models)]
+    configs = [pipeline, pipeline.config, *(getattr(model, "config", None) for model in models)]
     rates = (getattr(config, name, None) for config in configs for name in _RATES)
     return next((int(rate) for rate in rates if rate), None)
 

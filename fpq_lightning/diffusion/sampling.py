@@ -308,8 +308,8 @@ def sample(
     )
     if medium_of(found) is SOUND and sampling_rate(pipeline) is None:
         raise ValueError(
-            f"no model of {type(pipeline).__name__} tells the sampling rate of its sound: add sampling_rate to the "
-            "configuration of its vae or vocoder"
+            f"nothing in {type(pipeline).__name__} tells the sampling rate of its sound: set pipeline.sampling_rate, "
+            "or --evaluation.n_images 0"
         )
     return found
 

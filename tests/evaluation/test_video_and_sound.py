@@ -34,7 +34,7 @@ DRAW = torch.Generator().manual_seed(0)
 VIDEOS = torch.rand(N, FRAMES, 3, 32, 32, generator=DRAW) * 2 - 1
 BLURRED = VIDEOS * 0.9
 FLICKERING = VIDEOS * 0.8 + 0.1 * torch.tensor([1.0, -1.0, 1.0, -1.0]).reshape(1, 4, 1, 1, 1)
-SOUNDS = torch.randn(N, 2, 4000, generator=DRAW) * 0.2
+SOUNDS = torch.randn(N, 2, 4000, generator=DRAW) * torch.tensor([0.2, 0.05]).reshape(2, 1)
 NOISY = SOUNDS + torch.randn(N, 2, 4000, generator=DRAW) * 0.02
 FEATURES = CHECKOUT / "data" / "cifar10-features"
 
@@ -108,6 +108,7 @@ def test_videos_that_are_judged_in_parts_have_the_same_numbers(monkeypatch: pyte
     assert _measured(FLICKERING, VIDEOS) == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_video_of_one_frame_is_judged_as_an_image() -> None:
     assert _measured(BLURRED[:, :1], VIDEOS[:, :1]) == pytest.approx(_measured(BLURRED[:, 0], VIDEOS[:, 0]))
 

@@ -12,8 +12,8 @@ class DtSSD(MeanMetric):
     """Temporal inconsistency of videos of the same seeds (Erofeev et al., BMVC 2015).
 
     For two neighbouring frames the root of the mean square, over pixels in [0, 1], of the difference between the
-    change of the video and that of the reference; averaged over neighbours and videos. An error that stays the same
-    in all frames does not count.
+    change of the video and that of the reference; averaged over neighbours and videos. A mean over pixels, not
+    their sum, so that sizes can be compared. An error that stays the same in all frames does not count.
 
     Example:
         >>> import torch
