@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from fpq_lightning.diffusion.media import from_bytes
+from fpq_lightning.diffusion.media import from_bytes, from_samples
 
 _PIXELS = ("images", "image", "frames")  # fields of diffusers' outputs
 _SOUNDS = ("audios", "audio")
@@ -26,7 +26,7 @@ def tensor_of(output: Any, n: int, as_latents: bool = False) -> Tensor:
 
     Args:
         output: an output of diffusers, a tuple whose first entry counts, or bare arrays or images. Arrays and the
-            tensors of diffusers hold pixels in [0, 1] (or bytes), bare tensors in [-1, 1].
+            tensors of diffusers hold pixels in [0, 1], bare tensors in [-1, 1]; integers are of full scale.
         n: number of seeds.
         as_latents: whether the pipeline was asked for latents, which may look like pixels.
 
@@ -41,7 +41,8 @@ def tensor_of(output: Any, n: int, as_latents: bool = False) -> Tensor:
     as_latents = as_latents and isinstance(values, Tensor)  # a pipeline that knows no latents gives arrays
     if not as_latents and field in (None, *_PIXELS) and (pixels := _pixels(values, field is None)) is not None:
         return pixels
-    tensor = torch.as_tensor(values).float().cpu()
+    tensor = torch.as_tensor(values).cpu()
+    tensor = from_samples(tensor) if tensor.dtype == torch.int16 else tensor.float()
     if not as_latents and ((field in _SOUNDS and tensor.ndim in (2, 3)) or (field is None and tensor.ndim == 3)):
         return tensor.reshape(n, -1, tensor.shape[-1])
     return tensor.reshape(n, -1)

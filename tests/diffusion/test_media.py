@@ -88,12 +88,18 @@ def test_gray_pixels_have_three_channels() -> None:
         (AudioPipelineOutput(audios=torch.from_numpy(SOUNDS)), (2, 2, 40)),
         (AudioPipelineOutput(audios=list(SOUNDS[:, 0])), (2, 1, 40)),
         (SOUNDS, (2, 2, 40)),
+        (SOUNDS[:, :1], (2, 1, 40)),
     ],
 )
 def test_sound_has_channels(output: Any, shape: tuple[int, ...]) -> None:
     found = tensor_of(output, 2)
     assert medium_of(found) is SOUND
     assert torch.equal(found, torch.from_numpy(SOUNDS[:, : shape[1]]))
+
+
+def test_integers_of_sound_are_of_full_scale() -> None:
+    samples = np.array([[[-32768, 0, 16384]]], np.int16)
+    assert tensor_of(AudioPipelineOutput(audios=samples), 1).tolist() == [[[-1, 0, 0.5]]]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ class SNR(SignalNoiseRatio):
 
     def update(self, sounds: Tensor, reference: Tensor) -> None:  # type: ignore[override]
         """Adds sounds `[n, channels, samples]` or latents `[n, values]` and their references."""
-        super().update(sounds.flatten(1), reference.flatten(1))
+        super().update(sounds.flatten(1).double(), reference.flatten(1).double())  # the smaller epsilon is added
 
 
 _SOUNDS = ImageMetric(
