@@ -1,59 +1,44 @@
-"""Images: datasets of real images, and directories of sampled images as PNG files by seed."""
+"""Images: datasets of real images, and directories of sampled images, videos or sounds as files by seed."""
 
 from __future__ import annotations
 
 import json
 import warnings
+import wave
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from fpq_lightning.diffusion.dataset_files import open_dataset
-from fpq_lightning.utils.files import atomic_write, differences, shorten, write_json
+from fpq_lightning.diffusion.media import MEDIA, from_bytes, load_png, medium_of, save_png, to_bytes
+from fpq_lightning.utils.files import differences, shorten, write_json
 
 if TYPE_CHECKING:
     import datasets
 
+__all__ = [
+    "ImageDirectory",
+    "from_bytes",
+    "image_tensor",
+    "load_images",
+    "load_png",
+    "read_images",
+    "save_png",
+    "to_bytes",
+]
+
 _SETTINGS = "settings.json"
 
 
-def to_bytes(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as uint8."""
-    return images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-
-
-def from_bytes(images: Tensor) -> Tensor:
-    """uint8 images as float32 in [-1, 1]."""
-    return images.float().div(127.5).sub(1)
-
-
-def save_png(image: Tensor, file: Path) -> None:
-    """Writes an image `[channels, height, width]` in [-1, 1] atomically."""
-    with atomic_write(file) as temporary:
-        Image.fromarray(to_bytes(image).permute(1, 2, 0).squeeze(-1).numpy()).save(temporary, compress_level=1)
-
-
-def load_png(file: Path) -> Tensor:
-    """Reads an image that `save_png` wrote: `[channels, height, width]`, float32 in [-1, 1].
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
-    try:
-        with Image.open(file) as image:
-            pixels = torch.from_numpy(np.array(image))
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"the image {file} cannot be read ({error}): delete it") from error
-    return from_bytes(pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1))
-
-
 class ImageDirectory:
-    """Sampled images of one model and sampler. The image of seed i is ``<i>.png``, and is sampled only once.
+    """Sampled images (or videos, sounds, latents) of one model and sampler, each sampled only once.
+
+    That of seed i is ``<i>.png``; videos are ``.webp``, sounds ``.wav`` and latents ``.npy``.
 
     Args:
         path: the directory, which is made when the first image is written.
@@ -73,31 +58,45 @@ class ImageDirectory:
                     f"the images in {path} were made with other settings ({shorten(changed)}): delete them or choose "
                     "another directory"
                 )
-        elif path.is_dir() and any(path.glob("*.png")):
+        elif path.is_dir() and any(any(path.glob(f"*{medium.suffix}")) for medium in MEDIA.values()):
             raise ValueError(
                 f"{path} holds images without {_SETTINGS}, which says how they were made: choose another directory"
             )
 
-    def file(self, seed: int) -> Path:
-        """The file of a seed's image."""
-        return self.path / f"{seed:06d}.png"
+    def file(self, seed: int) -> Path | None:
+        """The file of a seed's image; None if there is none."""
+        files = (self.path / f"{seed:06d}{medium.suffix}" for medium in MEDIA.values())
+        return next((file for file in files if file.is_file()), None)
 
-    def complete(self, seeds: Sequence[int], make: Callable[[list[int]], Tensor]) -> Tensor:
-        """Images of seeds, `[n, channels, height, width]` in [-1, 1].
+    def complete(
+        self, seeds: Sequence[int], make: Callable[[list[int]], Tensor], sampling_rate: int | None = None
+    ) -> Tensor:
+        """Images of seeds, rounded as their files are.
 
         Args:
             seeds: seeds of the images.
             make: samples the images that are missing, given their seeds.
+            sampling_rate: of sounds.
         """
-        found = {seed: load_png(self.file(seed)) for seed in seeds if self.file(seed).is_file()}
+        found = {seed: _load(file) for seed in seeds if (file := self.file(seed)) is not None}
         if missing := [seed for seed in seeds if seed not in found]:
             if not (self.path / _SETTINGS).is_file():
                 write_json(self.path / _SETTINGS, self.settings)
-            for seed, image in zip(missing, make(missing), strict=True):
+            made = make(missing)
+            medium = medium_of(made)
+            for seed, image in zip(missing, made, strict=True):
                 found[seed] = image
                 if image.isfinite().all():
-                    save_png(image, self.file(seed))
+                    medium.save(image, self.path / f"{seed:06d}{medium.suffix}", sampling_rate)
         return torch.stack([found[seed] for seed in seeds])
+
+
+def _load(file: Path) -> Tensor:
+    medium = next(medium for medium in MEDIA.values() if medium.suffix == file.suffix)
+    try:
+        return medium.load(file)
+    except (OSError, EOFError, KeyError, ValueError, SyntaxError, wave.Error) as error:
+        raise ValueError(f"the {medium.name} {file} cannot be read ({error}): delete it") from error
 
 
 def load_images(source: str, column: str) -> datasets.Dataset:

@@ -12,7 +12,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers import schedulers as diffusers_schedulers
@@ -20,6 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fpq_lightning.diffusion.dataset_files import open_dataset, state_of
+from fpq_lightning.diffusion.media import SOUND, medium_of
+from fpq_lightning.diffusion.outputs import sampling_rate, tensor_of
 from fpq_lightning.diffusion.prompts import load_prompts
 from fpq_lightning.nn.calibrated import Mode, running
 
@@ -142,7 +143,7 @@ class FunctionSampler(SamplerConfig):
     Attributes:
         function: takes the pipeline and a list of seeds; calls the pipeline, and gives its output or images: PIL
             images, an array `[n, height, width, channels]` in [0, 1], or a tensor `[n, channels, height, width]` in
-            [-1, 1].
+            [-1, 1]. Videos have an axis of frames after the first; sounds are `[n, channels, samples]`.
     """
 
     function: Callable[[DiffusionPipeline, list[int]], Any] | None = None
@@ -307,15 +308,24 @@ def generate(
 def sample(
     pipeline: DiffusionPipeline, sampler: SamplerConfig, seeds: Sequence[int], prompts: Sequence[str] | None = None
 ) -> Tensor:
-    """Samples one image or video for each seed, as `generate` does.
+    """Samples one image, video or sound for each seed, as `generate` does.
 
     Returns:
-        `[n, channels, height, width]`, float32 in [-1, 1], on the CPU. The frames of a video lie side by side.
+        float32 on the CPU: images `[n, 3, height, width]`, videos `[n, frames, 3, height, width]` or sounds
+        `[n, channels, samples]` in [-1, 1]; or latents `[n, values]`.
 
     Raises:
-        ValueError: as `generate`; or if the pipeline gives no images.
+        ValueError: as `generate`; or if the pipeline gives nothing of the kind, or sounds of an unknown rate.
     """
-    return images_of(generate(pipeline, sampler, seeds, prompts))
+    found = tensor_of(
+        generate(pipeline, sampler, seeds, prompts), len(seeds), sampler.arguments.get("output_type") == "latent"
+    )
+    if medium_of(found) is SOUND and sampling_rate(pipeline) is None:
+        raise ValueError(
+            f"nothing in {type(pipeline).__name__} tells the sampling rate of its sound: set pipeline.sampling_rate, "
+            "or --evaluation.n_images 0"
+        )
+    return found
 
 
 def _arguments(
@@ -361,26 +371,3 @@ def _arguments(
             "all images in --sampler.arguments"
         )
     return arguments
-
-
-def images_of(output: Any) -> Tensor:
-    """The images of what a pipeline gives, `[n, channels, height, width]`, float32 in [-1, 1], on the CPU.
-
-    Raises:
-        ValueError: if it gives something else.
-    """
-    images = next((x for name in ("images", "frames") if (x := getattr(output, name, None)) is not None), output)
-    if isinstance(images, list) and images and hasattr(images[0], "convert"):
-        images = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in images])
-    if isinstance(images, list) and images and all(isinstance(video, np.ndarray) for video in images):
-        images = np.stack(images)
-    if isinstance(images, np.ndarray) and images.ndim == 5:  # frames side by side
-        images = np.concatenate(list(images.swapaxes(0, 1)), axis=2)
-    if isinstance(images, np.ndarray) and images.ndim == 4:
-        return torch.from_numpy(images).permute(0, 3, 1, 2).float().mul_(2).sub_(1)
-    if isinstance(images, Tensor) and images.ndim == 4:
-        return images.float().cpu()
-    raise ValueError(
-        f"{type(output).__name__} holds no images or frames: such pipelines can be calibrated, but not judged; set "
-        "--evaluation.n_images 0"
-    )

@@ -114,16 +114,23 @@ class Evaluator:
         return {name: torch.cat([batch[name] for batch in found]).to(device) for name in found[0]}
 
     def compare(
-        self, images: Tensor, seeds: range, reference: Tensor, device: torch.device, same_seeds: bool = True
+        self,
+        images: Tensor,
+        seeds: range,
+        reference: Tensor,
+        device: torch.device,
+        same_seeds: bool = True,
+        sampling_rate: int | None = None,
     ) -> dict[str, Any]:
-        """Metrics of images against full-precision images, over all processes.
+        """Metrics of images, videos, sounds or latents against full-precision ones, over all processes.
 
         Args:
-            images: this process's share, from `sample_variant`, `[n, 3, height, width]` in [-1, 1].
+            images: this process's share, from `sample_variant`.
             seeds: seeds of the images of all processes.
             reference: full-precision images, also this process's share.
             device: where the metrics are computed.
             same_seeds: whether `reference` holds the same seeds, so that images can be compared one by one.
+            sampling_rate: of sounds.
 
         Returns:
             The numbers by key, and ``n_images``.
@@ -131,8 +138,6 @@ class Evaluator:
         prompts = self.sampler.prompts_of([seed for batch in share(seeds, self.sampler) for seed in batch])
         metrics = self.metrics(device)
         with using_tf32(False):
-            for start in range(0, len(images), _BATCH):
-                a, b = (x[start : start + _BATCH].to(device) for x in (images, reference))
-                metrics.update(a, b, same_seeds, None if prompts is None else prompts[start : start + _BATCH])
+            metrics.update(images, reference, same_seeds, prompts, sampling_rate)
             n_images = distributed.sum_over_ranks(torch.tensor(len(images), device=device))
             return {**metrics.compute(), "n_images": int(n_images)}

@@ -1,4 +1,4 @@
-"""All metrics of one set of images."""
+"""All metrics of one set of images, videos, sounds or latents."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from fpq_lightning.diffusion.media import IMAGE, VIDEO, medium_of
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.evaluation.metrics import METRICS, ImageMetric
 from fpq_lightning.evaluation.networks.network import FeatureNetwork, Features
 from fpq_lightning.utils import distributed
+
+_BATCH = 250  # images or frames that are judged at once
 
 
 class QualityMetrics(nn.Module):
@@ -65,40 +68,61 @@ class QualityMetrics(nn.Module):
             return metric
         return None
 
-    @torch.no_grad()
     def update(
-        self, images: Tensor, reference: Tensor, same_seeds: bool = True, prompts: Sequence[str] | None = None
+        self,
+        images: Tensor,
+        reference: Tensor,
+        same_seeds: bool = True,
+        prompts: Sequence[str] | None = None,
+        sampling_rate: int | None = None,
     ) -> None:
-        """Adds a batch of images.
+        """Adds images, videos, sounds or latents, some at a time.
 
         Args:
-            images: `[n, 3, height, width]` in [-1, 1].
-            reference: full-precision images.
-            same_seeds: whether `reference` holds the same seeds, so that images can be compared one by one.
+            images: as `sample` gives them, on any device.
+            reference: full-precision ones.
+            same_seeds: whether `reference` holds the same seeds, so that they can be compared one by one.
             prompts: prompts of `images`.
+            sampling_rate: of sounds.
 
         Raises:
-            ValueError: if the images and the full-precision images differ in size.
+            ValueError: if these and the full-precision ones differ in size.
         """
+        medium = medium_of(images)
         if images.shape[1:] != reference.shape[1:]:
             raise ValueError(
-                f"images of {tuple(images.shape[1:])} cannot be compared with full-precision ones of "
-                f"{tuple(reference.shape[1:])}: evaluation.reference must make images of the same size"
+                f"{medium.plural} of {tuple(images.shape[1:])} cannot be compared with full-precision ones of "
+                f"{tuple(reference.shape[1:])}: evaluation.reference must make {medium.plural} of the same size"
             )
+        size = max(1, _BATCH // images.shape[1]) if medium is VIDEO else _BATCH
+        for start in range(0, len(images), size):
+            rows = slice(start, start + size)
+            a, b = (x[rows].to(self.not_finite.device) for x in (images, reference))
+            self._update(a, b if same_seeds else None, b, None if prompts is None else prompts[rows], sampling_rate)
+
+    @torch.no_grad()
+    def _update(
+        self,
+        images: Tensor,
+        paired: Tensor | None,
+        reference: Tensor,
+        prompts: Sequence[str] | None,
+        sampling_rate: int | None,
+    ) -> None:
         broken = ~images.flatten(1).isfinite().all(1)
         if broken.any():
             self.not_finite += broken.sum()
             return
-        given: dict[str, Any] = {"images": images}
-        if same_seeds:
-            given["reference"] = reference
-        if prompts is not None:
-            given["prompts"] = prompts
-        outputs = {name: network.describe(images) for name, network in self.networks.items()}
-        of_reference = {name: network.describe(reference) for name, network in self.networks.items()}
+        given: dict[str, Any] = {**_views(images), "sampling_rate": sampling_rate}
+        if paired is not None:
+            given |= {"reference" if k == "images" else f"reference_{k}": v for k, v in _views(paired).items()}
+        outputs, of_reference = self._describe(images), self._describe(reference)
+        if prompts is not None and "images" in given:
+            frames = len(given["images"]) // len(images)
+            given["prompts"] = [prompt for prompt in prompts for _ in range(frames)]
         for entry, metric in self.used:
-            available = given if entry.network is None else {**given, **outputs[entry.network]}
-            if not available.keys() >= set(entry.inputs):
+            available = {**given, **outputs.get(str(entry.network), {})}
+            if any(available.get(name) is None for name in entry.inputs):
                 continue
             arguments = [available[name] for name in entry.inputs]
             if entry.against is None:
@@ -107,6 +131,11 @@ class QualityMetrics(nn.Module):
             metric.update(*arguments, real=False)
             if entry.against == "full_precision":
                 metric.update(*(of_reference[str(entry.network)][name] for name in entry.inputs), real=True)
+
+    def _describe(self, images: Tensor) -> dict[str, Features]:
+        """What each network says of images or frames; nothing of what has none."""
+        pixels = _views(images).get("images")
+        return {} if pixels is None else {name: network.describe(pixels) for name, network in self.networks.items()}
 
     def compute(self) -> dict[str, float | None]:
         """The numbers of all metrics by key; None for what is infinite or needs more images.
@@ -122,6 +151,17 @@ class QualityMetrics(nn.Module):
             if metric.update_called:
                 values |= _numbers(entry, metric)
         return values
+
+
+def _views(outputs: Tensor) -> dict[str, Tensor]:
+    """The forms in which metrics take what a pipeline gave, by the name of the input."""
+    medium = medium_of(outputs)
+    views = {medium.plural: outputs}
+    if medium is VIDEO and outputs.shape[1] == 1:
+        views = {}  # without neighbouring frames it is an image
+    if medium in (IMAGE, VIDEO):
+        views["images"] = outputs.flatten(0, -4)
+    return views
 
 
 def _numbers(entry: ImageMetric, metric: Metric) -> dict[str, float | None]:

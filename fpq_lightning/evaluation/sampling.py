@@ -9,7 +9,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from fpq_lightning.diffusion.images import ImageDirectory, from_bytes, to_bytes
+from fpq_lightning.diffusion.images import ImageDirectory
+from fpq_lightning.diffusion.media import medium_of
+from fpq_lightning.diffusion.outputs import sampling_rate
 from fpq_lightning.diffusion.sampling import SamplerConfig, batches_of, running_pipeline, sample, using_sampler
 from fpq_lightning.nn.calibrated import Mode
 from fpq_lightning.utils import distributed
@@ -35,7 +37,7 @@ def sample_images(
     seeds: Sequence[int],
     directory: ImageDirectory | None = None,
 ) -> Tensor:
-    """Images of seeds, rounded to eight bits, `[n, 3, height, width]` in [-1, 1], on the CPU.
+    """Images (or videos, sounds, latents) of seeds as `sample` gives them, rounded as their files are.
 
     Image i does not depend on the batch it is sampled in, except for the last bits of float32 products; the rounding
     of activations turns these into a few levels of some pixels.
@@ -50,9 +52,9 @@ def sample_images(
     def make(missing: Sequence[int]) -> Tensor:
         with using_tf32(False):
             images = sample(pipeline, sampler, missing)
-        return torch.where(images.isfinite(), from_bytes(to_bytes(images.nan_to_num())), images)
+        return torch.where(images.isfinite(), medium_of(images).rounded(images.nan_to_num()), images)
 
-    return make(seeds) if directory is None else directory.complete(seeds, make)
+    return make(seeds) if directory is None else directory.complete(seeds, make, sampling_rate(pipeline))
 
 
 def share(seeds: range, sampler: SamplerConfig) -> list[range]:
@@ -69,7 +71,7 @@ def sample_variant(
     on_batch: Callable[[int], object] = lambda n: None,
     directory: ImageDirectory | None = None,
 ) -> Tensor:
-    """This process's share of the images of one variant, `[n, 3, height, width]` in [-1, 1], on the CPU.
+    """This process's share of the images (or videos, sounds, latents) of one variant, on the CPU.
 
     Args:
         pipeline: with quantized layers, or in full precision.

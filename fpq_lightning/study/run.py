@@ -17,6 +17,7 @@ from fpq_lightning.api import quantize
 from fpq_lightning.calibration.key import CalibrationKey
 from fpq_lightning.diffusion.denoisers import as_one, find_denoisers, quantized_denoisers
 from fpq_lightning.diffusion.images import ImageDirectory
+from fpq_lightning.diffusion.outputs import sampling_rate
 from fpq_lightning.diffusion.pipelines import load_pipeline, move_pipeline
 from fpq_lightning.evaluation.evaluator import Evaluator
 from fpq_lightning.evaluation.sampling import image_settings, sample_variant
@@ -143,7 +144,7 @@ class Study:
             same = variant == "full_precision"
             judged = seeds if same else range(seeds.stop, seeds.stop + len(seeds))
             images = reference if same else self._images(pipeline, "full_precision", judged)
-            metrics = self.evaluator.compare(images, judged, reference, self.device, same)
+            metrics = self.evaluator.compare(images, judged, reference, self.device, same, sampling_rate(pipeline))
             self._write(name, variant, {"metrics": metrics})
 
     def _recipe(self, name: str, variants: Sequence[Mode]) -> None:
@@ -164,7 +165,9 @@ class Study:
         }
         for variant in variants:
             images = self._images(pipeline, variant, seeds)
-            values = {**shared, "metrics": self.evaluator.compare(images, seeds, reference, self.device)}
+            rate = sampling_rate(pipeline)
+            metrics = self.evaluator.compare(images, seeds, reference, self.device, sampling_rate=rate)
+            values = {**shared, "metrics": metrics}
             if n := self.config.trajectories:
                 first = range(seeds.start, seeds.start + n)
                 values["trajectory"] = trajectory_errors(pipeline, self.config.sampler, first, variant)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fpq_lightning.diffusion.denoisers import as_one, quantized_denoisers
-from fpq_lightning.diffusion.images import ImageDirectory, save_png
+from fpq_lightning.diffusion.images import ImageDirectory
+from fpq_lightning.diffusion.media import IMAGE, medium_of
+from fpq_lightning.diffusion.outputs import sampling_rate
 from fpq_lightning.diffusion.pipelines import load_pipeline, move_pipeline
 from fpq_lightning.diffusion.sampling import SamplerConfig, batches_of, sample, set_sampler, warn_of_long_prompts
 from fpq_lightning.evaluation.config import EvaluationConfig
@@ -143,7 +145,7 @@ class ImageGeneration(pl.LightningModule):
         images = sample_images(pipeline, self.sampler, seeds, self._directories.get(variant))
         shown = self.shown.setdefault(variant, [])
         shown.append(images[: max(0, SHOWN - sum(map(len, shown)))])
-        return images.to(self.device)
+        return images
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Compares the images of a batch of seeds."""
@@ -151,7 +153,12 @@ class ImageGeneration(pl.LightningModule):
         images = self._images(self.pipeline, seeds)
         reference = images if self.reference is None else self._images(self.reference, seeds)
         with using_tf32(False):
-            self.metrics.update(images, reference, prompts=self.sampler.prompts_of(seeds))
+            self.metrics.update(
+                images,
+                reference,
+                prompts=self.sampler.prompts_of(seeds),
+                sampling_rate=sampling_rate(self.pipeline),
+            )
 
     def on_test_epoch_end(self) -> None:
         """Logs the metrics; those that need a reference are left out without one."""
@@ -168,11 +175,11 @@ class ImageGeneration(pl.LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Images of a batch of seeds and prompts."""
         images = sample(self.pipeline, self.sampler, batch["seeds"], batch["prompts"])
-        return {"seeds": batch["seeds"], "images": images}
+        return {"seeds": batch["seeds"], "images": images, "sampling_rate": sampling_rate(self.pipeline)}
 
 
 class WriteImages(pl.Callback):
-    """Writes predicted images as ``<seed>.png``.
+    """Writes predicted images as ``<seed>.png``, videos as ``.webp``, sounds as ``.wav`` and latents as ``.npy``.
 
     Args:
         output: directory.
@@ -181,6 +188,7 @@ class WriteImages(pl.Callback):
     def __init__(self, output: str) -> None:
         self.output = Path(output)
         self.output.mkdir(parents=True, exist_ok=True)
+        self._medium = IMAGE
 
     def on_predict_batch_end(
         self,
@@ -192,10 +200,11 @@ class WriteImages(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Writes the images of a batch."""
+        self._medium = medium_of(outputs["images"])
         for seed, image in zip(outputs["seeds"], outputs["images"], strict=True):
-            save_png(image, self.output / f"{seed:06d}.png")
+            self._medium.save(image, self.output / f"{seed:06d}{self._medium.suffix}", outputs["sampling_rate"])
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs where they are."""
         if trainer.is_global_zero:
-            logger.info("wrote images to %s", self.output)
+            logger.info("wrote %s to %s", self._medium.plural, self.output)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.multimodal import CLIPScore
 from transformers import CLIPModel, CLIPProcessor
 
-from fpq_lightning.diffusion.images import to_bytes
+from fpq_lightning.diffusion.media import to_bytes
 from fpq_lightning.evaluation.metrics.registry import METRICS, Column, ImageMetric
 
 

@@ -1,4 +1,4 @@
-"""The registry of image metrics: what each one needs, how it is made, and how its numbers are shown."""
+"""The registry of metrics: what each one needs, how it is made, and how its numbers are shown."""
 
 from __future__ import annotations
 
@@ -56,9 +56,11 @@ class ImageMetric:
         help: what it measures, in a line.
         columns: its numbers. `compute` of the torchmetrics metric returns one tensor, or a dict with a value for each
             column, in this order.
-        inputs: arguments of the torchmetrics metric's `update`, in order: ``images``; ``reference``, the
-            full-precision images of the same seeds; ``prompts``; and with a `network` its outputs ``pooled``,
-            ``spatial`` and ``logits``. A batch that lacks one of them is left out.
+        inputs: arguments of the torchmetrics metric's `update`, in order: ``images``, which are all frames of videos;
+            ``reference``, the full-precision images of the same seeds; ``prompts``; with a `network` its outputs
+            ``pooled``, ``spatial`` and ``logits``; ``videos``, ``sounds`` or ``latents``, with ``reference_videos``
+            and so on; and ``sampling_rate``, of sounds. A batch that lacks one of them is left out, and so a metric
+            of sounds has no place in a table of images.
         make: makes the torchmetrics metric from the `EvaluationConfig` or, with a `network`, from that network. None
             if it is not configured.
         network: the feature network that it works on, by the option of `EvaluationConfig` that configures it.
@@ -84,7 +86,7 @@ class ImageMetric:
     @property
     def needs_reference(self) -> bool:
         """Whether it needs full-precision images."""
-        return self.against == "full_precision" or "reference" in self.inputs
+        return self.against == "full_precision" or any(name.startswith("reference") for name in self.inputs)
 
     def to_real(self, *columns: Column) -> ImageMetric:
         """The same metric against real images, with columns of its own."""

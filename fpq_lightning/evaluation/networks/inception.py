@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import NoTrainInceptionV3
 from torchmetrics.utilities.imports import _TORCH_FIDELITY_AVAILABLE
 
-from fpq_lightning.diffusion.images import to_bytes
+from fpq_lightning.diffusion.media import to_bytes
 from fpq_lightning.evaluation.networks.network import FeatureNetwork
 
 

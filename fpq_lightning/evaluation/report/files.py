@@ -8,27 +8,33 @@ from typing import Any
 
 from torch import Tensor
 
+from fpq_lightning.diffusion.media import IMAGE, LATENT, SOUND, medium_of
 from fpq_lightning.evaluation.report.html import render_html
 from fpq_lightning.evaluation.report.markdown import render_markdown
-from fpq_lightning.evaluation.report.pictures import save_samples
+from fpq_lightning.evaluation.report.pictures import draw_samples
 from fpq_lightning.utils.files import atomic_write, write_json
 from fpq_lightning.utils.side_work import side_work
 
 SCHEMA_VERSION = 2  # of report.json
-_IN_A_ROW = 8  # images of each variant in samples.png
 
 
-def write_reports(directory: Path, report: Mapping[str, Any], samples: Mapping[str, Tensor]) -> None:
+def write_reports(
+    directory: Path, report: Mapping[str, Any], samples: Mapping[str, Tensor], sampling_rate: int | None = None
+) -> None:
     """Writes `samples.png`, `report.md`, `report.html` and, last, `report.json`.
 
     Args:
         directory: where the files go.
-        report: contents of `report.json`, without its version.
-        samples: images `[n, 3, height, width]` in [-1, 1] by variant.
+        report: contents of `report.json`, without its version and what the samples are.
+        samples: images, videos, sounds or latents, as `sample` gives them, by variant.
+        sampling_rate: of sounds.
     """
-    if samples:
+    medium = medium_of(next(iter(samples.values()))) if samples else IMAGE
+    kind = {"medium": medium.name, **({"sampling_rate": sampling_rate} if medium is SOUND else {})}
+    report = {**kind, **report}
+    if samples and medium is not LATENT:
         with atomic_write(directory / "samples.png") as temporary:
-            save_samples({name: images[:_IN_A_ROW] for name, images in samples.items()}, temporary)
+            temporary.write_bytes(draw_samples(samples, sampling_rate))
     pages = {"report.md": lambda: render_markdown(report), "report.html": lambda: render_html(report, samples)}
     for name, render in pages.items():
         text = None

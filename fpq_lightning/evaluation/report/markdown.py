@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from fpq_lightning.diffusion.media import IMAGE, LATENT
 from fpq_lightning.evaluation.metrics import METRICS, Column, table_columns
 from fpq_lightning.nn.coverage import Coverage
 
@@ -40,10 +41,15 @@ def variant_rows(variants: Mapping[str, Mapping[str, Any]]) -> tuple[list[Column
     return columns, rows
 
 
-def variants_table(variants: Mapping[str, Mapping[str, Any]]) -> str:
-    """The Markdown table of image quality by variant."""
+def variants_table(variants: Mapping[str, Mapping[str, Any]], medium: str = "image") -> str:
+    """The Markdown table of quality by variant.
+
+    Args:
+        variants: their numbers by key.
+        medium: what was compared.
+    """
     columns, rows = variant_rows(variants)
-    header = ["variant", *(column.heading for column in columns), "images"]
+    header = ["variant", *(column.heading for column in columns), f"{medium}s"]
     lines = [" | ".join(row) for row in (header, ["---"] * len(header), *rows)]
     return "\n".join(f"| {line} |" for line in lines)
 
@@ -59,10 +65,12 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     variants = report["variants"]
     parts = [f"# {report['model']}", *_summary(report)]
     if variants:
-        parts += ["## Images", variants_table(variants)]
+        medium = report.get("medium", IMAGE.name)
+        parts += [f"## {medium.capitalize()}s", variants_table(variants, medium)]
         if notes := quality_notes(variants):
             parts.append(" ".join(notes))
-        parts.append("![samples](samples.png)")
+        if medium != LATENT.name:
+            parts.append("![samples](samples.png)")
     if blocks := [b for b in report.get("blocks", []) if b["error_nearest"] is not None]:
         parts += [
             "## Units",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fpq_lightning.diffusion.images import ImageDirectory
+from fpq_lightning.diffusion.outputs import sampling_rate
 from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.evaluation.evaluator import Evaluator
@@ -29,7 +30,7 @@ class ImageQuality(pl.Callback):
 
     Attributes:
         variants: metrics by variant, as in `report.json`.
-        samples: the first images of each variant, `[n, 3, height, width]` in [-1, 1].
+        samples: the first images (or videos, sounds, latents) of each variant.
 
     Args:
         config: what quality is measured on.
@@ -81,12 +82,14 @@ class ImageQuality(pl.Callback):
             reference = images("full_precision", seeds)
             other_seeds = images("full_precision", range(seeds.stop, seeds.stop + n))
             # The noise floor: the difference between two sets of full-precision images.
-            metrics = self.evaluator.compare(reference, seeds, other_seeds, device, same_seeds=False)
+            rate = sampling_rate(pl_module.pipeline)
+            metrics = self.evaluator.compare(reference, seeds, other_seeds, device, False, rate)
             self._keep("full_precision", reference, metrics)
             variants: tuple[Mode, ...] = ("nearest", "quantized")
             for variant in variants:
                 found = images(variant, seeds)
-                self._keep(variant, found, self.evaluator.compare(found, seeds, reference, device))
+                metrics = self.evaluator.compare(found, seeds, reference, device, sampling_rate=rate)
+                self._keep(variant, found, metrics)
         if device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from fpq_lightning.diffusion.denoisers import quantized_denoisers
+from fpq_lightning.diffusion.outputs import sampling_rate
 from fpq_lightning.evaluation.report.files import write_reports
 from fpq_lightning.storage.pipeline import is_quantized, read_descriptions
 from fpq_lightning.training.generation import ImageGeneration
@@ -53,5 +54,5 @@ class QualityReport(pl.Callback):
             "versions": versions(),
         }
         samples = {name: torch.cat(images) for name, images in pl_module.shown.items()}
-        write_reports(self.output, report, samples)
+        write_reports(self.output, report, samples, sampling_rate(pl_module.pipeline))
         logger.info("wrote %s", self.output / "report.html")

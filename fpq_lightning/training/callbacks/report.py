@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from fpq_lightning.diffusion.outputs import sampling_rate
 from fpq_lightning.evaluation.report.files import write_reports
 from fpq_lightning.evaluation.statistics import activation_ranges, layer_statistics, weight_statistics
 from fpq_lightning.nn.coverage import total
@@ -52,7 +53,8 @@ class RunReport(pl.Callback):
         assert isinstance(pl_module, BlockReconstruction)
         if not pl_module.plan.finished:
             return
-        write_reports(self.run.path, self.report(pl_module), self.quality.samples)
+        rate = sampling_rate(pl_module.pipeline)
+        write_reports(self.run.path, self.report(pl_module), self.quality.samples, rate)
 
     def report(self, module: BlockReconstruction) -> dict[str, Any]:
         """The contents of `report.json`."""
