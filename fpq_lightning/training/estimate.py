@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.shards import Shard
@@ -147,7 +148,8 @@ def estimate_run(
         + (_PASSES["capture"] + recipe.solves * _PASSES["closed_form"]) * data.n_samples * forward
         + iterations * _PASSES["learning"] * rounding.batch_size * forward
     ) / world_size + iterations * optimised * _STEP_SECONDS[device.type]
-    per_sample = sum(x[0].numel() * x.element_size() for x in probe.inputs.values())
+    leaves = [leaf for values in probe.inputs.values() for leaf in tree_leaves(values[0]) if isinstance(leaf, Tensor)]
+    per_sample = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
     model_bytes = sum(_bytes(m) for m in pipeline.components.values() if isinstance(m, nn.Module))
     largest = max(unit.parameters for unit in units)
     layers = [m for m in denoiser.modules() if is_quantizable(m)]
