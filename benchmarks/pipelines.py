@@ -50,7 +50,7 @@ def examine(name: str, directory: Path, trace: bool) -> Outcome:
     except Exception as error:
         if trace:
             traceback.print_exc(file=sys.stdout)
-        outcome.result = textwrap.shorten(f"{type(error).__name__}: {error}", 240)
+        outcome.result = textwrap.shorten(f"{type(error).__name__}: {error}".replace(f"{directory}", "DIR"), 240)
     outcome.seconds = time.perf_counter() - start
     return outcome
 

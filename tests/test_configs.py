@@ -91,6 +91,7 @@ def test_the_configuration_of_a_model_runs_whole_on_a_small_pipeline_of_its_clas
     options |= {f"sampler.{name}": json.dumps(small.get(name)).strip('"') for name in ("height", "width", *small)}
     outcome = run_fpq(capsys, ["fit", "--config", file.stem, *(f"--{k}={v}" for k, v in options.items())])
     assert outcome.code == 0, outcome.err
+    assert "estimated time: " in outcome.out
 
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["quantized_share"] > 0.4

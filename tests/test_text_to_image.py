@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import CHECKOUT, fit_arguments, run_fpq, tiny_text_to_image
+from PIL import Image
 from torch import Tensor
 
 from fpq_lightning import AttentionRecipe, CalibrationDataModule, Recipe, RoundingRecipe, load_quantized, quantize
@@ -488,3 +489,26 @@ def test_components_that_cannot_be_quantized_end_in_one_line(
     assert outcome.code != 0
     assert message in outcome.err
     assert not (tmp_path / "run" / "calibration").exists()
+
+
+def test_the_class_that_a_model_is_fitted_as_serves_predict_and_both_models_of_test(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_text_to_image(tmp_path / "tiny")
+    images = [Image.effect_noise((16, 16), 40 + i).convert("RGB") for i in range(3)]
+    datasets.Dataset.from_dict({"image": images}).save_to_disk(tmp_path / "images")
+    options = ["--pipeline=StableDiffusionImg2ImgPipeline", f"--sampler.inputs={tmp_path / 'images'}"]
+    options += ["--sampler.prompts=['a cat']", "--recipe.include=['conv_in']"]
+    outcome = run_fpq(capsys, [*fit_arguments(model, tmp_path / "run", iterations=2), *options])
+    assert outcome.code == 0, outcome.err
+    quantized = f"--model={tmp_path / 'run' / 'quantized'}"
+    output = f"--output={tmp_path / 'test'}"
+    outcome = run_fpq(capsys, ["test", quantized, output, "--evaluation.n_images=2", "--trainer.accelerator=cpu"])
+    assert outcome.code == 0, outcome.err
+    report = json.loads((tmp_path / "test" / "report.json").read_text())
+    assert report["variants"]["quantized"]["psnr"] > 10
+    output = f"--output={tmp_path / 'predict'}"
+    for chosen in (quantized, f"--model={model}"):
+        words = ["predict", chosen, output, "--n_images=1", "--trainer.accelerator=cpu"]
+        outcome = run_fpq(capsys, words if chosen == quantized else [*words, *options[:3], "--sampler.steps=2"])
+        assert outcome.code == 0, outcome.err

@@ -122,7 +122,8 @@ def batch_dim(unit: str, small: Any, large: Any) -> int | None:
     """
     if isinstance(small, Tensor) and isinstance(large, Tensor):
         if small.shape == large.shape:
-            if torch.allclose(small.float(), large.float(), rtol=1e-3, atol=1e-4, equal_nan=True):
+            a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (small, large))
+            if torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True):
                 return None
             change = f"whose values, of shape {tuple(small.shape)}, depend on who else is in the batch"
         else:

@@ -568,8 +568,10 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _stacked(values: list[Any]) -> Any:
-    """One tensor where values are tensors of one shape and type."""
-    alike = all(isinstance(v, Tensor) and v.shape == values[0].shape and v.dtype == values[0].dtype for v in values)
+    """One tensor where values are tensors of one shape and type; of the widest floating type if there are several."""
+    if not all(isinstance(v, Tensor) and v.shape == values[0].shape for v in values):
+        return values
+    alike = len({v.dtype for v in values}) == 1 or all(v.is_floating_point() for v in values)
     return torch.stack(values) if alike else values
 
 

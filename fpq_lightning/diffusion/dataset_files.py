@@ -24,6 +24,8 @@ def open_dataset(source: str, missing: str) -> datasets.Dataset:
     import datasets  # takes a second, and most runs read no dataset
 
     path = Path(source).expanduser()
+    if source.startswith(("/", "./", "../", "~")) and not path.exists():  # no name on the hub
+        raise FileNotFoundError(missing)
     try:
         if (builder := _BUILDERS.get(path.suffix.lower())) is not None:
             return datasets.load_dataset(builder, data_files=str(path), split="train")

@@ -108,16 +108,16 @@ def _activation_ranges(
         for name, largest in _largest(module, layers, calibration.batch(chunk, device), len(chunk)).items():
             parts[name].append(largest)
     # Some models have a timestep for each token or frame, of which some are clean: the noisiest tells the step.
-    rows = torch.cat(order)
-    timesteps = calibration.inputs[key][rows].reshape(len(rows), -1).float().amax(1)
+    values = calibration.inputs[key]  # a tensor, or a list where their shapes differ
+    timesteps = torch.stack([torch.as_tensor(values[i]).float().amax() for i in torch.cat(order).tolist()])
     if not timesteps.isfinite().all():
         return {}
     edges = torch.linspace(timesteps.min().item(), timesteps.max().item() + 1, _TIMESTEP_BINS + 1)
     bins = torch.bucketize(timesteps, edges, right=True) - 1
     found, left = [], []
-    for name, values in parts.items():
-        known = [value for value in values if value is not None]
-        if len(known) < len(values):
+    for name, batches in parts.items():
+        known = [largest for largest in batches if largest is not None]
+        if len(known) < len(batches):
             left.append(name)
         else:
             found.append({"name": name, "clip": _clip(layers[name]), "largest": _by_bin(torch.cat(known), bins)})

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.replay import NetworkReplay
@@ -143,11 +144,12 @@ def _cost(
     replay = NetworkReplay(
         denoiser.network, units, probe, data.make_store(device), micro_batch, recipe.quantized_inputs, recipe.solves
     )
+    leaves = [leaf for values in probe.inputs.values() for leaf in tree_leaves(values[0]) if isinstance(leaf, Tensor)]
     return _Cost(
         forward,
         calls,
         replay.rehearse(n),
-        sum(x[0].numel() * x.element_size() for x in probe.inputs.values()),
+        sum(leaf.numel() * leaf.element_size() for leaf in leaves),
         [unit.parameters for unit in units],
         sum(bool(unit.layers) for unit in units),
         sum(is_quantizable(m) for m in denoiser.network.modules()),

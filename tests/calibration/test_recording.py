@@ -182,6 +182,18 @@ def test_a_timestep_that_all_images_share_is_given_for_each_of_them(shape: Any) 
     assert batch(found, mixed)["timestep"].tolist() == [750, 0]
 
 
+def test_an_argument_that_changes_its_floating_type_along_a_trajectory_is_kept_in_the_widest() -> None:
+    class Narrowing(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            kind = torch.float32 if t == 750 else torch.bfloat16
+            return self.transformer(x, timestep=t.to(kind).expand(len(x)))[0]
+
+    times = recorded(Narrowing).inputs["timestep"]
+    assert times.dtype == torch.float32
+    rounded = torch.tensor([500.0, 250.0]).bfloat16().tolist()
+    assert sorted(times.tolist()) == sorted([750.0, *rounded, 0.0] * 3)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_network_that_reads_only_the_first_timestep_of_a_batch_gets_one_a_batch(batch_size: int) -> None:
     class First(Network):

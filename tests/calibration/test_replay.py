@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.store import ActivationStore
+from fpq_lightning.calibration.stored_tree import batch_dim
 from fpq_lightning.formats.numbers import parse_format
 from fpq_lightning.graph.chain import Chain
 from fpq_lightning.graph.trace import trace_units
@@ -530,6 +531,13 @@ def test_what_a_unit_sees_of_all_samples_together_is_refused_by_the_name_of_the_
         model, inputs = network(), {"x": torch.randn(5, 3, 4)}
         with pytest.raises(ValueError, match="u1"):
             make_replay(model, prepare(model, inputs, 5), inputs, 5)
+
+
+def test_a_complex_tensor_whose_imaginary_part_depends_on_the_batch_is_refused() -> None:
+    rotation = torch.polar(torch.ones(4), torch.arange(4.0))
+    assert batch_dim("u1", rotation, rotation.clone()) is None
+    with pytest.raises(ValueError, match="u1"):
+        batch_dim("u1", rotation, rotation.conj().resolve_conj())
 
 
 class Masked(Folding):

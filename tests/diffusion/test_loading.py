@@ -14,11 +14,13 @@ from diffusers import (
     PipelineQuantizationConfig,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
 )
 from models import tiny_pipeline, tiny_text_to_image
 
 from fpq_lightning import FPQConfig, load_quantized
-from fpq_lightning.diffusion.pipelines import load_pipeline
+from fpq_lightning.diffusion.pipelines import load_pipeline, pipeline_class
 
 
 def _weights(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
@@ -69,6 +71,31 @@ def test_a_repository_of_half_precision_only_is_loaded_from_the_hub(
     assert asked == [None, "fp16"]
     with pytest.raises(ValueError, match="no pipeline of that name on the hub"):
         load_pipeline("owner/none")
+
+
+def test_a_model_is_opened_as_another_class_of_the_same_components(tmp_path: Path) -> None:
+    model = tiny_text_to_image(tmp_path / "model")
+    found = load_pipeline(model, kind=pipeline_class("StableDiffusionImg2ImgPipeline"))
+    assert type(found) is StableDiffusionImg2ImgPipeline
+    own = load_pipeline(model, kind=pipeline_class(None))
+    assert type(own) is StableDiffusionPipeline
+    assert all(torch.equal(weight, _weights(own)[name]) for name, weight in _weights(found).items())
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipline", "UNet2DModel", "DDIMScheduler"])
+def test_what_is_no_pipeline_class_of_diffusers_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"diffusers has no pipeline '{name}'"):
+        pipeline_class(name)
+
+
+def test_a_class_that_needs_other_components_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, kind = tiny_text_to_image(tmp_path / "model"), pipeline_class("StableDiffusionControlNetPipeline")
+    with pytest.raises(ValueError, match=r"cannot load the pipeline .*controlnet"):
+        load_pipeline(model, kind=kind)
+    original = kind.from_pretrained
+    monkeypatch.setattr(kind, "from_pretrained", lambda name, **options: original(model, **options))
+    with pytest.raises(ValueError, match=r"cannot load the pipeline owner/model.*controlnet"):
+        load_pipeline("owner/model", kind=kind)
 
 
 def test_packed_files_that_have_a_variant_in_their_names_are_opened(tmp_path: Path) -> None:

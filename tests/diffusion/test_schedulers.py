@@ -151,6 +151,7 @@ def test_a_function_of_the_users_own_samples(tmp_path: Path) -> None:
             r"no guidance_scale: leave it out",
         ),
         ({"inputs": "none/such"}, r"there is no dataset sampler\.inputs none/such"),
+        ({"inputs": "./such"}, r"there is no dataset sampler\.inputs \./such$"),  # whatever the hub would say
     ],
 )
 def test_arguments_that_do_not_fit_a_pipeline_are_one_clear_line(options: dict[str, Any], line: str) -> None:

@@ -204,6 +204,23 @@ def test_activation_ranges_are_the_largest_inputs_of_each_span_of_timesteps() ->
     assert model.a.mode == "full_precision"
 
 
+def test_activation_ranges_know_timesteps_of_several_shapes() -> None:
+    timesteps, sample = [torch.tensor([4.0]), torch.tensor([0.0, 9.0, 9.0])], torch.randn(2, 4)
+    sets = [CalibrationSet({"sample": sample, "timestep": t}, torch.ones(2)) for t in (timesteps, torch.tensor([4, 9]))]
+
+    class Noisiest(_TwoLayers):
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            return super().forward(sample, timestep.reshape(len(sample), -1).amax(1))
+
+    torch.manual_seed(0)
+    model = Noisiest().requires_grad_(False)
+    quantized = make_quantized(model.a, Granularity("tensor"))
+    quantized.variants["quantized"] = LayerQuantization(inputs=[Quantizer(parse_format("e4m3"), torch.tensor(0.1))])
+    found, expected = (activation_ranges(model, calibration, 2, torch.device("cpu")) for calibration in sets)
+    assert found == expected
+    assert found["timesteps"][0] == 4
+
+
 def test_without_timesteps_or_static_clips_there_are_no_ranges() -> None:
     calibration = CalibrationSet({"sample": torch.randn(5, 4), "timestep": torch.arange(5)}, torch.ones(5))
     found = activation_ranges(_quantized_layers(None), calibration, 2, torch.device("cpu"))

@@ -90,6 +90,7 @@ class RunReport(pl.Callback):
     def _of(self, denoiser: Denoiser, module: BlockReconstruction) -> dict[str, Any]:
         """What the report says of one denoiser."""
         found: dict[str, Any] = {"coverage": asdict(denoiser.coverage)}
+        module.placement.calibrate(None, denoiser.name)  # it may be in host memory
         with side_work("activation ranges"):
             found["activation_ranges"] = activation_ranges(
                 denoiser.network, module.data.sets[denoiser.name], module.data.micro_batch, module.device
