@@ -35,6 +35,7 @@ from diffusers import (
     EDMDPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
+from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
 from diffusers.pipelines.stable_audio import StableAudioProjectionModel
 from models import PARTICULAR, TEXT, WIDTH, Outcome, configuration, denoisers, page, quiet
 from PIL import Image
@@ -339,6 +340,15 @@ def _prior() -> Made:
             "scheduler": diffusers.UnCLIPScheduler(prediction_type="sample", clip_sample_range=5.0)}, {}  # fmt: skip
 
 
+@pipeline_of("KandinskyV22CombinedPipeline")
+def _kandinsky_combined() -> Made:
+    decoder, options = _kandinsky()
+    prior, _ = _prior()
+    components = decoder | {f"prior_{name}": component for name, component in prior.items()}
+    sizes = {name: options[name] for name in ("height", "width")}
+    return components, sizes | {"arguments": {"prior_num_inference_steps": 2}}
+
+
 @pipeline_of("StableCascadePriorPipeline")
 def _stable_cascade_prior() -> Made:
     model = denoiser(
@@ -348,6 +358,22 @@ def _stable_cascade_prior() -> Made:
     return {"tokenizer": tokenizer(), "text_encoder": clip(True), "prior": model,
             "scheduler": diffusers.DDPMWuerstchenScheduler()}, {
                 "height": 128, "width": 128}  # fmt: skip
+
+
+@pipeline_of("StableCascadeCombinedPipeline")
+def _stable_cascade() -> Made:
+    prior, options = _stable_cascade_prior()
+    model = denoiser(
+        "StableCascadeUNet", clip_text_pooled_in_channels=WIDTH, clip_seq=1, in_channels=4, out_channels=4,
+        effnet_in_channels=4, patch_size=1, switch_level=(False,),
+    )  # fmt: skip
+    pixels = PaellaVQModel(latent_channels=4, num_vq_embeddings=8, embed_dim=8, bottleneck_blocks=1)
+    diffusers.PaellaVQModel = PaellaVQModel  # diffusers looks for it here when it opens what it saved
+    components = {f"prior_{name}": component for name, component in prior.items()}
+    components |= {"prior_feature_extractor": None, "prior_image_encoder": None, "vqgan": pixels.eval()}
+    components |= {"decoder": model, "scheduler": diffusers.DDPMWuerstchenScheduler()}
+    components |= {name: prior[name] for name in ("tokenizer", "text_encoder")}
+    return components, options | {"arguments": {"prior_num_inference_steps": 2}}
 
 
 @pipeline_of("StableVideoDiffusionPipeline")
