@@ -1,4 +1,4 @@
-"""A whole run of ``fpq fit`` on a pipeline of the real size with random weights: seconds and memory, as a user pays them.
+"""A whole run of ``fpq fit`` on a pipeline of the real size with random weights: seconds and memory.
 
     python benchmarks/whole_run.py sdxl --output sdxl.json -- --data.n_samples=512 --offload=true
     python benchmarks/whole_run.py sdxl --scale tiny  # the same on a CPU, in seconds
@@ -154,8 +154,7 @@ def main() -> None:
     report = json.loads((run / "report.json").read_text())
     units = [block["seconds"] for block in report["blocks"]]
     found = {
-        "case": args.case, "options": options, "seconds": seconds, "calibration_seconds": report["calibration"]["seconds"],
-        "unit_seconds": sum(units), "units": units, "gpu_bytes": memory.gpu - before, "host_bytes": memory.host,
+        "case": args.case, "options": options, "seconds": seconds, "unit_seconds": sum(units), "units": units, "gpu_bytes": memory.gpu - before, "host_bytes": memory.host,
         "device": report["device"], "versions": report["versions"],
     }  # fmt: skip
     print(

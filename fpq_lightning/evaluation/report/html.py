@@ -92,13 +92,17 @@ def _figures(report: Mapping[str, Any]) -> list[dict[str, str]]:
                 "svg": formats_by_depth(blocks),
             },
         ]
-    if any(layer["clip"] for layer in report.get("activation_ranges", {}).get("layers", [])):
+    of_each = {f" of {name}": one for name, one in report.get("denoisers", {}).items()}
+    for of, one in {"": report, **of_each}.items():
+        ranges = one.get("activation_ranges", {})
+        if not any(layer["clip"] for layer in ranges.get("layers", [])):
+            continue
         figures.append(
             {
-                "title": "Activation ranges over timesteps",
+                "title": f"Activation ranges{of} over timesteps",
                 "text": "Largest input of each layer in full precision, relative to the clip of its quantizer: red is "
                 "cut off, blue leaves range unused.",
-                "svg": ranges_over_timesteps(report["activation_ranges"]),
+                "svg": ranges_over_timesteps(ranges),
             }
         )
     if report.get("layers"):
