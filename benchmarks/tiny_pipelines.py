@@ -426,6 +426,15 @@ def _stable_cascade_decoder() -> Made:
                 "inputs": rows(image_embeddings=embeddings)}  # fmt: skip
 
 
+@pipeline_of("KandinskyV22CombinedPipeline")
+def _kandinsky_combined() -> Made:
+    decoder, options = _kandinsky()
+    prior, _ = _prior()
+    components = decoder | {f"prior_{name}": component for name, component in prior.items()}
+    sizes = {name: options[name] for name in ("height", "width")}
+    return components, sizes | {"arguments": {"prior_num_inference_steps": 2}}
+
+
 @pipeline_of("StableVideoDiffusionPipeline")
 def _stable_video() -> Made:
     unet = denoiser("UNetSpatioTemporalConditionModel", sample_size=8, in_channels=8, num_frames=2)

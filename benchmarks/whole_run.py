@@ -154,7 +154,8 @@ def main() -> None:
     report = json.loads((run / "report.json").read_text())
     units = [block["seconds"] for block in report["blocks"]]
     found = {
-        "case": args.case, "options": options, "seconds": seconds, "unit_seconds": sum(units), "units": units, "gpu_bytes": memory.gpu - before, "host_bytes": memory.host,
+        "case": args.case, "options": options, "seconds": seconds, "unit_seconds": sum(units), "units": units,
+        "gpu_bytes": memory.gpu - before, "host_bytes": memory.host,
         "device": report["device"], "versions": report["versions"],
     }  # fmt: skip
     print(

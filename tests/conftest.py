@@ -25,6 +25,15 @@ if find_spec("triton"):  # that its kernels are to be interpreted is read when t
 settings.register_profile("fpq", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fpq")
 
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Runs are not rehearsed, which takes a second each, unless a test is marked ``rehearsed``."""
+    from fpq_lightning.training import rehearsal, run
+
+    is_rehearsed = item.get_closest_marker("rehearsed") is not None
+    run.rehearse = rehearsal.rehearse if is_rehearsed else lambda *args: None
+
+
 MakeNetwork = Callable[..., tuple[nn.Module, dict[str, Any]]]
 
 

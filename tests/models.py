@@ -234,7 +234,7 @@ def scenario(
     file_size: int = 0,
     environment: dict[str, str] | None = None,
     directory: Path | None = None,
-    rehearses: bool = True,
+    rehearses: bool = False,
 ) -> dict[str, Any]:
     """A command for `run_scenarios` or a `Driver`.
 
@@ -245,7 +245,7 @@ def scenario(
         file_size: bytes that a file may have at most, 0 for any; writing beyond fails as on a full disk.
         environment: variables to set.
         directory: to run in.
-        rehearses: whether a run is rehearsed, as it is outside of tests.
+        rehearses: whether a run is rehearsed, as it is outside of tests; it takes a second.
     """
     return {
         "log": str(log),

@@ -664,7 +664,10 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(model: str
     # Files of at most so many bytes: what a rehearsal writes first and later fails, then what the run does.
     limits = [3_000, 75_000, 90_000, 97_500]
     outcomes = run_scenarios(
-        [scenario(tmp_path / f"log{n}", fit_arguments(model, tmp_path / f"run{n}"), file_size=n) for n in limits]
+        [
+            scenario(tmp_path / f"log{n}", fit_arguments(model, tmp_path / f"run{n}"), file_size=n, rehearses=True)
+            for n in limits
+        ]
     )
     for limit, outcome in zip(limits, outcomes, strict=True):
         run = tmp_path / f"run{limit}"

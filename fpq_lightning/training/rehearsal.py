@@ -245,8 +245,8 @@ class _SmallRun(BlockReconstruction):
         """What a pipeline makes of one seed."""
         with using_sampler(pipeline, self.data.sampler):
             leaves = tree_leaves(generate(pipeline, self.data.sampler, [self._evaluation.seed]))
-        arrays = [x.cpu().numpy() if isinstance(x, Tensor) else x for x in leaves]
-        return [torch.from_numpy(np.array(x)) for x in arrays if isinstance(x, (np.ndarray, Image))]
+        arrays = [x for x in leaves if isinstance(x, (Tensor, np.ndarray, Image))]
+        return [x.cpu() if isinstance(x, Tensor) else torch.from_numpy(np.array(x)) for x in arrays]
 
 
 def _cheapest(units: list[Unit], share: float) -> Unit | None:

@@ -572,8 +572,7 @@ def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint_and_the_run_resume
     limit = runs.checkpoint("interrupted").stat().st_size - 1
     elsewhere = runs.root / "full-elsewhere"
     elsewhere.mkdir()
-    # A rehearsal would find a disk that is full from the start.
-    outcome = runs.fit("full", file_size=limit, environment={"TMPDIR": str(elsewhere)}, rehearses=False)
+    outcome = runs.fit("full", file_size=limit, environment={"TMPDIR": str(elsewhere)})
     assert_one_line(outcome, "File too large", "free space", str(runs.root / "full"))
     assert list(elsewhere.iterdir()) == []
     assert sorted(f.name for f in runs.checkpoint("full").parent.iterdir()) == ["last.ckpt", "previous.ckpt", "units"]

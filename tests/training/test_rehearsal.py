@@ -26,6 +26,8 @@ from fpq_lightning.nn.calibrated import quantized_layers
 from fpq_lightning.training import rehearsal, run
 from fpq_lightning.training.run_directory import RunDirectory
 
+pytestmark = pytest.mark.rehearsed
+
 Run = Callable[..., DiffusionPipeline]
 LEARNED = RoundingRecipe(start="nearest", learned=True, iterations=5, batch_size=4)
 
