@@ -278,6 +278,14 @@ def test_a_denoiser_whose_calls_are_not_as_planned_is_said() -> None:
     assert said[2:] == ["transformer (WanTransformer3DModel): 6 calls a trajectory, not 4"]
 
 
+def test_each_stage_is_planned_by_its_own_scheduler() -> None:
+    pipeline, said = kandinsky(), []
+    sample_calibration_sets(pipeline, find_denoisers(pipeline), SamplerConfig(**KANDINSKY), 6, on_plan=said.append)
+    prior, unet = sorted(said)
+    assert prior.startswith("prior_prior (PriorTransformer) with 6 samples along UnCLIPScheduler: 5 calls a trajectory")
+    assert unet.startswith("unet (UNet2DConditionModel) with 6 samples along DDIMScheduler: 3 calls a trajectory")
+
+
 def test_the_weights_of_several_schedulers_samples_are_measured(made: Made) -> None:
     for name in made.names:
         weights = load_calibration_set(made.directory / "calibration" / name).weights
