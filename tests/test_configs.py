@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
 
+import diffusers
 import pytest
 import yaml
-from diffusers import StableDiffusionPipeline
 from models import CHECKOUT, fit_arguments, run_fpq, save_tiny
 from tiny_pipelines import tiny_pipeline
 
@@ -67,6 +68,17 @@ def test_the_guide_lists_the_configurations_of_models_with_their_inputs() -> Non
         assert values.get("pipeline", READY[file.stem][0]) == READY[file.stem][0]
 
 
+@pytest.mark.parametrize("file", MODELS, ids=lambda f: f.stem)
+def test_the_pipeline_of_a_model_takes_what_its_configuration_gives(file: Path) -> None:
+    kind, inputs = READY[file.stem]
+    given = yaml.safe_load(file.read_text())["sampler"]
+    names = {"steps": "num_inference_steps", "prompts": "prompt"}
+    own = {"scheduler", "arguments", "inputs", "prompt_column", "batch_size"}
+    called = {names.get(name, name) for name in given.keys() - own}
+    called |= given.get("arguments", {}).keys() | set(re.findall(r"`(\w+)`", inputs))
+    assert called <= inspect.signature(getattr(diffusers, kind).__call__).parameters.keys()
+
+
 @pytest.mark.filterwarnings("error:.*left out")  # statistics or calls of the denoiser
 @pytest.mark.parametrize(
     "file",
@@ -82,7 +94,7 @@ def test_the_configuration_of_a_model_runs_whole_on_a_small_pipeline_of_its_clas
     assert ("prompts" in given) == (small["prompts"] is not None)
     small["arguments"] = {**given.get("arguments", {}), **small.get("arguments", {})}
     if "pipeline" in values:  # the repository names another class
-        pipeline = StableDiffusionPipeline(**pipeline.components, requires_safety_checker=False)
+        pipeline = diffusers.StableDiffusionPipeline(**pipeline.components, requires_safety_checker=False)
     pipeline.save_pretrained(tmp_path / "tiny")
     options = {"model": tmp_path / "tiny", "run_dir": tmp_path / "run", "trainer.accelerator": "cpu"}
     options |= {"data.n_samples": 4, "data.n_search": 2}
