@@ -74,15 +74,22 @@ def solve_unit(
     for layer in layers.values():
         layer.variants["closed_form"] = layer.variants["nearest"].copy()
     budget = replay.store.budgets["device"]
-    for stage in _stages(replay, {name: layer for name, layer in layers.items() if layer.variants["nearest"].weights}):
+    stages = _stages(replay, {name: layer for name, layer in layers.items() if layer.variants["nearest"].weights})
+    reference = _Reference(replay, [readers for stage in stages for readers in stage], (rows, held_out))
+    for stage in stages:
         for batch in _within_budget(stage, budget):
-            _solve_together(replay, batch, rows, held_out, recipe)
+            _solve_together(replay, batch, rows, held_out, recipe, reference)
 
 
 def _solve_together(
-    replay: NetworkReplay, stage: list[_Readers], rows: Tensor, held_out: Tensor, recipe: Recipe
+    replay: NetworkReplay,
+    stage: list[_Readers],
+    rows: Tensor,
+    held_out: Tensor,
+    recipe: Recipe,
+    reference: _Reference,
 ) -> None:
-    moments, others = (_moments(replay, stage, of) for of in (rows, held_out))
+    moments, others = (_moments(replay, stage, of, reference) for of in (rows, held_out))
     solvable: dict[str, tuple[QuantizedLayer, Moments, Moments | None]] = {}
     for readers, found, other in zip(stage, moments, others, strict=True):
         if found.are_usable:
@@ -178,16 +185,68 @@ def _within_budget(stage: list[_Readers], budget: int) -> Iterator[list[_Readers
 # --- moments -------------------------------------------------------------------------------------------------------
 
 
-def _moments(replay: NetworkReplay, stage: list[_Readers], rows: Tensor) -> list[Moments]:
+class _Reference:
+    """What layers read in the full-precision network, which does not change while they are solved.
+
+    One pass of the unit keeps it for all stages, at the places that the moments see. Where that takes more than half of
+    the store's budget, each stage has a pass of its own.
+
+    Args:
+        replay: at the unit.
+        readers: all of them.
+        parts: samples of this process, in parts that are asked for as they are.
+    """
+
+    def __init__(self, replay: NetworkReplay, readers: list[_Readers], parts: tuple[Tensor, ...]) -> None:
+        self.replay = replay
+        self._known: dict[int, dict[int, list[_Input]]] = {}  # by the first sample of a chunk, and the readers
+        each = sum(r.calls * r.shape[0] * r.shape[1] * r.first.weight.element_size() for r in readers)
+        if each * _PLACES * sum(map(len, parts)) <= replay.store.budgets["device"] // 2:
+            for chunk in (chunk for rows in parts for chunk in replay.chunks(rows)):
+                self._known[int(chunk[0])] = self._read(readers, chunk)
+
+    def of(self, stage: list[_Readers], chunk: Tensor) -> list[list[_Input]]:
+        """The inputs of the calls of each of some readers."""
+        found = self._known.get(int(chunk[0])) or self._read(stage, chunk)
+        return [found[id(readers)] for readers in stage]
+
+    def _read(self, stage: list[_Readers], chunk: Tensor) -> dict[int, list[_Input]]:
+        seen = _inputs(self.replay, stage, "full_precision", self.replay.reference_inputs(chunk))
+        return {
+            id(readers): [_Input(tuple(x.shape), _some(readers.first, x, chunk)) for x in calls]
+            for readers, calls in zip(stage, seen, strict=True)
+        }
+
+
+@dataclass
+class _Input:
+    """An input of a layer at the places that the moments see.
+
+    Attributes:
+        shape: of the whole input.
+        places: of `patches`.
+    """
+
+    shape: tuple[int, ...]
+    places: Tensor
+
+
+def _some(layer: QuantizedLayer, x: Tensor, chunk: Tensor) -> Tensor:
+    """An input at places that are drawn anew for each chunk of samples, the same on both paths."""
+    if not x.numel():
+        return x
+    return patches(layer, x, _PLACES, torch.Generator().manual_seed(int(chunk[0])))
+
+
+def _moments(replay: NetworkReplay, stage: list[_Readers], rows: Tensor, reference: _Reference) -> list[Moments]:
     """Moments of what each of some layers reads, over the samples of all processes."""
     found = [Moments.zeros(*readers.shape, replay.store.device) for readers in stage]
     for chunk in replay.chunks(rows):
-        reference = _inputs(replay, stage, "full_precision", replay.reference_inputs(chunk))
         quantized = _inputs(replay, stage, "closed_form", replay.inputs(chunk))
         weights = replay.weights(chunk)
-        for readers, moments, *calls in zip(stage, found, reference, quantized, strict=True):
+        for readers, moments, *calls in zip(stage, found, reference.of(stage, chunk), quantized, strict=True):
             for full, other in zip(*calls, strict=False):
-                _add(moments, readers.first, full, other, weights, seed=int(chunk[0]))
+                _add(moments, readers.first, full, other, weights, chunk)
     for moments in found:
         moments.sum_over_ranks()
     return found
@@ -220,7 +279,7 @@ def _collecting(stage: list[_Readers]) -> Iterator[list[list[Tensor]]]:
 
 
 @using_tf32(False)
-def _add(moments: Moments, layer: QuantizedLayer, full: Tensor, other: Tensor, weights: Tensor, seed: int) -> None:
+def _add(moments: Moments, layer: QuantizedLayer, full: _Input, other: Tensor, weights: Tensor, chunk: Tensor) -> None:
     """Adds the inputs of one call on both paths.
 
     Args:
@@ -229,16 +288,13 @@ def _add(moments: Moments, layer: QuantizedLayer, full: Tensor, other: Tensor, w
         full: its full-precision input.
         other: its input in the quantized network.
         weights: of the samples.
-        seed: of the places that are drawn.
+        chunk: the samples.
     """
     if not other.numel():  # an expert that is not chosen may be called without tokens
         return
-    if full.shape != other.shape:  # an expert that was given other tokens: rounding alone is made up for
-        full = other
-    y, x = (
-        patches(layer, values, _PLACES, torch.Generator().manual_seed(seed))
-        for values in (layer.quantize_input(other, layer.variants["closed_form"].inputs), full)
-    )
+    y = _some(layer, layer.quantize_input(other, layer.variants["closed_form"].inputs), chunk)
+    # An expert that was given other tokens makes up for rounding alone.
+    x = full.places if full.shape == tuple(other.shape) else _some(layer, other, chunk)
     # Layers that see another leading dimension than the samples weigh them alike if it is no multiple. All places count
     # alike, in whichever call.
     folded, rest = divmod(len(x), len(weights))

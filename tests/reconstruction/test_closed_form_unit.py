@@ -95,6 +95,33 @@ def test_the_unit_is_much_closer_than_with_nearest_rounding_and_the_unused_layer
     assert errors["closed_form"] < 0.4 * errors["nearest"]
 
 
+@pytest.mark.parametrize("budget", [2**30, 20_000])
+def test_one_pass_of_the_full_precision_unit_serves_all_stages_if_there_is_room(attention: Any, budget: int) -> None:
+    replay, layers, x = attention
+    passes = []
+    replay.reference_inputs = lambda rows: passes.append(len(rows)) or x[rows]
+    replay.store.budgets["device"] = budget
+    with pytest.warns(UserWarning, match="unused"):
+        solve_unit(replay, layers, torch.arange(HELD_OUT, SAMPLES), torch.arange(HELD_OUT), RECIPE)
+    chunks = 3  # of 10 samples at most: two of what is learned from, one of what is held out
+    assert len(passes) == (chunks if budget == 2**30 else chunks * len(_stages(cast(NetworkReplay, replay), layers)))
+    codes = {name: layer.variants["closed_form"].codes for name, layer in layers.items()}
+    others = dict(_solved_with(x, 2**30))
+    assert {name for name, found in codes.items() if found is not None} == {*others} - {"unused"}
+    assert all(torch.equal(codes[name][0], found[0]) for name, found in others.items() if found is not None)
+
+
+def _solved_with(x: Tensor, budget: int) -> Any:
+    torch.manual_seed(0)
+    module = Attention().eval().requires_grad_(False)
+    replay = replay_of(module, x, budget)
+    layers = quantized_layers(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        solve_unit(replay, layers, torch.arange(HELD_OUT, SAMPLES), torch.arange(HELD_OUT), RECIPE)
+    return ((name, layer.variants["closed_form"].codes) for name, layer in layers.items())
+
+
 def test_biases_take_the_mean_error_of_a_layer(attention: Any) -> None:
     replay, layers, x = attention
     shortcut = layers["shortcut"]
