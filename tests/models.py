@@ -298,6 +298,14 @@ def quantized_files(run: Path) -> dict[str, bytes]:
     return {str(f.relative_to(run / "quantized")): f.read_bytes() for f in files}
 
 
+def checkpoint_layers(run: Path) -> dict[str, Any]:
+    """The quantization of layers in the newest checkpoint of a run: of finished units, and of the one in work."""
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    units = sorted((run / "checkpoints" / "units").iterdir())[: len(checkpoint["finished_units"])]
+    finished = [torch.load(file, weights_only=True) for file in units]
+    return {name: state for layers in [*finished, checkpoint["fpq"]["layers"]] for name, state in layers.items()}
+
+
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 LETTERS = [*_ALPHABET, *(f"{letter}</w>" for letter in _ALPHABET), "<|startoftext|>", "<|endoftext|>"]
 

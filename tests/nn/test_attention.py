@@ -14,7 +14,16 @@ import torch
 from conftest import MakeNetwork
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention, AttnProcessor
-from models import fit_arguments, quantized_files, run_fpq, run_scenarios, save_tiny, scenario, tiny_pipeline
+from models import (
+    checkpoint_layers,
+    fit_arguments,
+    quantized_files,
+    run_fpq,
+    run_scenarios,
+    save_tiny,
+    scenario,
+    tiny_pipeline,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -557,7 +566,7 @@ def test_the_report_lists_the_formats_of_attention_and_learning_moves_their_scal
     assert len(block["activation_formats"][ATTENTION]) == 4
     assert ATTENTION not in block["weight_formats"]
     assert block["kept"] == "learned"
-    state = torch.load(runs["whole"] / "checkpoints" / "last.ckpt", weights_only=True)["fpq"]["layers"][ATTENTION]
+    state = checkpoint_layers(runs["whole"])[ATTENTION]
     pairs = zip(state["nearest"]["inputs"], state["quantized"]["inputs"], strict=True)
     assert all(before["scale"] != after["scale"] for before, after in pairs)
     listed = read_description(runs["whole"] / "quantized")["attention"]

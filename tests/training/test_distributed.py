@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
-from models import Outcome, fit_arguments, run_fpq, save_tiny
+from models import Outcome, checkpoint_layers, fit_arguments, run_fpq, save_tiny
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -324,8 +324,7 @@ def blocks(run: Path) -> list[dict[str, Any]]:
 
 def codes(run: Path) -> dict[str, list[Tensor] | None]:
     """Learned codes by layer, None where nearest rounding stayed."""
-    layers = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["fpq"]["layers"]
-    return {name: modes["quantized"]["codes"] for name, modes in layers.items()}
+    return {name: modes["quantized"]["codes"] for name, modes in checkpoint_layers(run).items()}
 
 
 def bits(run: Path) -> dict[str, Any]:
