@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -243,12 +244,15 @@ def batches_of(seeds: range, size: int, world_size: int = 1) -> Iterator[range]:
 def shortened(pipeline: DiffusionPipeline, sampler: SamplerConfig, **options: Any) -> SamplerConfig:
     """The sampler with two steps, if the pipeline takes a number of steps, and other options.
 
-    Pipelines of several stages take a number for each.
+    Pipelines of several stages take a number for each. Those that begin with a noised image leave out all steps but a
+    share, their strength.
     """
     accepted = inspect.signature(pipeline.__call__).parameters
+    strength = sampler.arguments.get("strength", accepted["strength"].default if "strength" in accepted else 1.0)
+    steps = math.ceil(2 / strength) if isinstance(strength, (int, float)) and 0 < strength <= 1 else 2
     if "num_inference_steps" in accepted:
-        options["steps"] = 2
-    stages = {name: 2 for name in accepted if name.endswith("_num_inference_steps")}
+        options["steps"] = steps
+    stages = {name: steps for name in accepted if name.endswith("_num_inference_steps")}
     return replace(sampler, arguments=sampler.arguments | stages, **options)
 
 

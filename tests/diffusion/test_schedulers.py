@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from models import tiny_pipeline
 import fpq_lightning as fpq
 from fpq_lightning import SamplerConfig
 from fpq_lightning.calibration.trajectories import sample_trajectories
-from fpq_lightning.diffusion.sampling import FunctionSampler, sample, set_sampler
+from fpq_lightning.diffusion.sampling import FunctionSampler, sample, set_sampler, shortened
 from fpq_lightning.nn.calibrated import quantized_layers
 
 
@@ -158,3 +158,16 @@ def test_arguments_that_do_not_fit_a_pipeline_are_one_clear_line(options: dict[s
     with pytest.raises((ValueError, FileNotFoundError), match=line) as error:
         sample(labelled(), SamplerConfig(**options), [0])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(None, 7), (0.5, 4), (1.0, 2)])
+def test_a_short_trial_makes_two_steps_whatever_share_of_them_a_pipeline_leaves_out(
+    strength: float | None, steps: int
+) -> None:
+    class ImageToImage:
+        def __call__(self, image: object, strength: float = 0.3, num_inference_steps: int = 50) -> None: ...
+
+    arguments = {} if strength is None else {"strength": strength}
+    short = shortened(cast(Any, ImageToImage()), SamplerConfig(arguments=arguments))
+    assert short.steps == steps
+    assert min(int(steps * (strength or 0.3)), steps) == 2  # as diffusers counts them
