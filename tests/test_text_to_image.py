@@ -22,10 +22,11 @@ from torch import Tensor
 from fpq_lightning import AttentionRecipe, CalibrationDataModule, Recipe, RoundingRecipe, load_quantized, quantize
 from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.disk import load_calibration_set, save_calibration_set
+from fpq_lightning.calibration.look_ahead import collapsed
 from fpq_lightning.calibration.recorder import guidance_shares
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.store import ActivationStore
-from fpq_lightning.calibration.trajectories import collapsed, sample_trajectories
+from fpq_lightning.calibration.trajectories import sample_trajectories
 from fpq_lightning.diffusion.pipelines import load_pipeline
 from fpq_lightning.diffusion.prompts import load_prompts
 from fpq_lightning.diffusion.sampling import SamplerConfig, sample, set_sampler, warn_of_long_prompts

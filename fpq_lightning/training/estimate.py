@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fpq_lightning.calibration.calibration_set import CalibrationSet
+from fpq_lightning.calibration.look_ahead import count_calls
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.shards import Shard
-from fpq_lightning.calibration.trajectories import count_calls, sample_calibration_sets
+from fpq_lightning.calibration.trajectories import sample_calibration_sets
 from fpq_lightning.diffusion.sampling import SamplerConfig, shortened
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.nn.calibrated import is_quantizable

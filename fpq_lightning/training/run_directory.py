@@ -209,6 +209,8 @@ class RunDirectory:
         for name in (*(target.stem for target in written), _REHEARSAL):
             for left in self.path.glob(f".{name}-*"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for left in (self.checkpoints / "units").glob(".*"):
+            left.unlink()
         shutil.rmtree(self.activations, ignore_errors=True)
 
     def _take(self, lock: int) -> None:

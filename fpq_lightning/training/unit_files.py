@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fpq_lightning.utils.files import sync_file
+from fpq_lightning.utils.files import atomic_write
 
 
 class UnitFiles:
@@ -44,17 +43,12 @@ class UnitFiles:
             number: of the unit.
             contents: of `contents_of`.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        target, temporary = self.file(number), self.directory / f".{number + 1:04d}.pt"
         try:
-            temporary.write_bytes(contents)
-            sync_file(temporary)
-            os.replace(temporary, target)
+            with atomic_write(self.file(number)) as temporary:
+                temporary.write_bytes(contents)
         except OSError as error:
-            error.filename = error.filename or str(target)
+            error.filename = error.filename or str(self.file(number))
             raise
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def check(self, digests: list[str]) -> None:
         """Compares the files of the first units with their digests.

@@ -17,10 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from fpq_lightning.calibration.calibration_set import CalibrationSet
+from fpq_lightning.calibration.collector import steps_to_keep, timestep_weights
 from fpq_lightning.calibration.disk import load_calibration_set, save_calibration_set
 from fpq_lightning.calibration.noised_images import noise_real_images
 from fpq_lightning.calibration.recorder import output_sensitivity
-from fpq_lightning.calibration.trajectories import sample_trajectories, steps_to_keep, timestep_weights
+from fpq_lightning.calibration.trajectories import sample_trajectories
 from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.training.datamodule import CalibrationDataModule, UnitBatches
 
