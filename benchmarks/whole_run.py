@@ -105,13 +105,15 @@ class Memory(threading.Thread):
 
     def __init__(self, process: subprocess.Popen) -> None:
         super().__init__(daemon=True)
-        self.process, self.host, self.gpu = process, 0, 0
+        self.process, self.gpu = process, 0
+        self.host = {"VmRSS": 0, "RssAnon": 0}  # with pages of files that are mapped to memory, and without
 
     def run(self) -> None:
         while self.process.poll() is None:
             try:
                 status = Path(f"/proc/{self.process.pid}/status").read_text()
-                self.host = max(self.host, 1024 * int(status.split("VmRSS:")[1].split()[0]))
+                for name, most in self.host.items():
+                    self.host[name] = max(most, 1024 * int(status.split(f"{name}:")[1].split()[0]))
             except (OSError, IndexError):
                 pass
             if torch.cuda.is_available():
@@ -161,7 +163,8 @@ def main() -> None:
     print(
         f"{args.case}: {seconds:.0f} s in all, {sum(units):.0f} s in {len(units)} units "
         f"(first {sum(units[:5]) / 5:.2f} s, last {sum(units[-5:]) / 5:.2f} s each), peak GPU "
-        f"{found['gpu_bytes'] / GIB:.1f} GiB, host {memory.host / GIB:.1f} GiB"
+        f"{found['gpu_bytes'] / GIB:.1f} GiB, host {memory.host['RssAnon'] / GIB:.1f} GiB and with mapped files "
+        f"{memory.host['VmRSS'] / GIB:.1f}"
     )
     if args.output:
         args.output.write_text(json.dumps(found, indent=2) + "\n")

@@ -21,6 +21,7 @@ from fpq_lightning.calibration.axes import LEADING
 from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.store import ActivationStore
 from fpq_lightning.calibration.stored_tree import StoredTree, condition_key
+from fpq_lightning.calibration.unit_calls import UnitCalls
 from fpq_lightning.graph.chain import Chain, parts_of
 from fpq_lightning.graph.tree import named_leaves
 from fpq_lightning.graph.units import Unit
@@ -72,7 +73,7 @@ class NetworkReplay:
         units: in execution order, of `trace_units`.
         calibration: keyword arguments of the network, and weights of the samples.
         store: for activations.
-        micro_batch: samples a pass.
+        micro_batch: samples a pass, at most. On a GPU there are no more than fit a quarter of the store's budget there.
         quantized_inputs: whether `inputs` of a unit come from the quantized path.
         keep_reference: whether the inputs of a unit on the full-precision path are kept, too.
     """
@@ -99,6 +100,7 @@ class NetworkReplay:
         self._placeholders_in_memory = False
         self._weights = calibration.weights.to(store.device)
         self.n = len(calibration)
+        self._bytes_a_sample = [0] * len(units)  # that a pass of each unit takes beyond its inputs, as far as known
         self._last_use = [max((k for k, u in enumerate(units) if i in u.sources), default=i) for i in range(len(units))]
         self._group_of = cast(Tensor, calibration.group_of).clone()
         self._groups = [(self._group_of == g).nonzero().flatten() for g in self._group_of.unique().tolist()]
@@ -114,39 +116,35 @@ class NetworkReplay:
         """The current unit."""
         return self.units[self.position]
 
+    @property
+    def samples_a_pass(self) -> int:
+        """The most samples that a pass of the current unit takes."""
+        each = self._bytes_a_sample[self.position]
+        fitting = self.store.budgets["device"] // 4 // each if each else self.micro_batch
+        return max(1, min(self.micro_batch, fitting))
+
     @torch.no_grad()
     def _templates(self, group: int, rows: Tensor) -> tuple[list[StoredTree], list[StoredTree]]:
         """Structures of the inputs and outputs of every unit for samples of a group."""
-        seen: dict[int, list[tuple[Any, Any]]] = {2: [], 3: []}
-        batches: list[dict[str, Any]] = []
-        for size, found in seen.items():
-            calls: dict[nn.Module, tuple[Any, Any]] = {}
-            parts = [part for unit in self.units for part in parts_of(unit.module)]
-            hooks = [
-                part.register_forward_hook(
-                    lambda module, args, kwargs, output, calls=calls: calls.update({module: ((args, kwargs), output)}),
-                    with_kwargs=True,
-                )
-                for part in parts
-            ]
-            batches.append(self._calibration.batch(rows[torch.arange(size) % len(rows)], self.store.device))
-            try:
-                self.model(**batches[-1])
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            for unit in self.units:
-                inputs, outputs = zip(*(calls[part] for part in parts_of(unit.module)), strict=True)
-                found.append((inputs[0], outputs if len(outputs) > 1 else outputs[0]))
-        # An input that the network changes in place is no longer what it was.
-        given = {id(x): path for path, x in named_leaves(batches[0]) if self._is_leading(path) and not x._version}
-        pairs = list(zip(seen[2], seen[3], strict=True))
+        batches = {n: self._calibration.batch(rows[torch.arange(n) % len(rows)], self.store.device) for n in (2, 3)}
+        shapes = UnitCalls(self.units, self.store.device)
+        shapes.run(self.model, batches[3])
+        # Of what grows with the batch shape and type are enough, and of large networks there is no room for more.
+        calls = {n: UnitCalls(self.units, self.store.device, shapes) for n in (3, 2)}
+        for n, found in calls.items():
+            leading = {id(x): path for path, x in named_leaves(batches[n]) if self._is_leading(path)}
+            found.run(self.model, batches[n], leading)
+        for i, size in enumerate(calls[3].bytes):
+            self._bytes_a_sample[i] = max(self._bytes_a_sample[i], size // 3)
+        given = calls[2].given
         names = [unit.name for unit in self.units]
         input_trees = [
-            StoredTree("inputs", name, a[0], b[0], given, group) for name, (a, b) in zip(names, pairs, strict=True)
+            StoredTree("inputs", name, calls[2].inputs[i], calls[3].inputs[i], given, group)
+            for i, name in enumerate(names)
         ]
         output_trees = [
-            StoredTree("outputs", name, a[1], b[1], group=group) for name, (a, b) in zip(names, pairs, strict=True)
+            StoredTree("outputs", name, calls[2].outputs[i], calls[3].outputs[i], group=group)
+            for i, name in enumerate(names)
         ]
         return input_trees, output_trees
 
@@ -169,10 +167,10 @@ class NetworkReplay:
         return self._named([copy.copy(tree) for tree in self._input_trees[self.position]], "reference")
 
     def _batches(self) -> Iterator[_Chunk]:
-        """All samples, `micro_batch` at a time."""
+        """All samples, `samples_a_pass` at a time."""
         for g, rows in enumerate(self._groups):
-            for start in range(0, len(rows), self.micro_batch):
-                places = slice(start, min(start + self.micro_batch, len(rows)))
+            for start in range(0, len(rows), self.samples_a_pass):
+                places = slice(start, min(start + self.samples_a_pass, len(rows)))
                 yield _Chunk(g, places if len(self._groups) == 1 else rows[places], places)
 
     def chunks(self, rows: Tensor, size: int | None = None) -> Iterator[Tensor]:
@@ -180,9 +178,9 @@ class NetworkReplay:
 
         Args:
             rows: indices of samples, int64.
-            size: the most in a part; None is `micro_batch`.
+            size: the most in a part; None is `samples_a_pass`.
         """
-        return self._calibration.chunks(rows, size or self.micro_batch)
+        return self._calibration.chunks(rows, size or self.samples_a_pass)
 
     def _locate(self, rows: slice | Tensor) -> tuple[int, slice | Tensor]:
         """The group of some samples, and where they lie in it."""
@@ -302,7 +300,7 @@ class NetworkReplay:
         return self._references()[group].read(self.store, places)
 
     def gathered_inputs(self, rows: Tensor, placement: list[Tensor]) -> Iterator[tuple[Tensor, Any]]:
-        """Captured inputs for samples of all processes, `micro_batch` at a time, and their positions.
+        """Captured inputs for samples of all processes, `samples_a_pass` at a time, and their positions.
 
         Args:
             rows: those of this process.
@@ -316,7 +314,7 @@ class NetworkReplay:
         tree = self._input_trees[self.position][0]
         leaves = [gather_rows(self.store.read(key, rows), placement) for key in tree.all_keys()]
         every = torch.arange(sum(len(part) for part in placement))
-        for positions in every.split(self.micro_batch):
+        for positions in every.split(self.samples_a_pass):
             some = slice(int(positions[0]), int(positions[-1]) + 1)
             yield positions, tree.fill([leaf[some].flatten(0, 1) for leaf in leaves])
 

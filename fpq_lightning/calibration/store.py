@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from fpq_lightning.utils.pinned_memory import pin, unpin
+from fpq_lightning.calibration.host_memory import HostMemory
 
 _UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -30,16 +32,52 @@ def parse_bytes(size: str | int) -> int:
 
 @dataclass
 class _Entry:
-    tensor: Tensor
+    """An array.
+
+    Attributes:
+        parts: its rows, one after the other.
+        next_use: when it will be read next.
+        tier: device, host or disk.
+        dtype: of what is written and read.
+        file: that holds it.
+        runs: of host memory that hold its parts.
+    """
+
+    parts: list[Tensor]
     next_use: int
-    tier: str  # device, host or disk
-    dtype: torch.dtype  # of what is written and read
+    tier: str
+    dtype: torch.dtype
     file: Path | None = None
-    pinned: bool = False
+    runs: Sequence[Tensor] = ()
 
     @property
     def bytes(self) -> int:
-        return self.tensor.numel() * self.tensor.element_size()
+        return sum(part.numel() * part.element_size() for part in self.parts)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(map(len, self.parts)), *self.parts[0].shape[1:])
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+    def pieces(self, start: int, stop: int) -> Iterator[Tensor]:
+        """The rows from `start` to `stop`, part by part."""
+        first = 0
+        for part in self.parts:
+            low, high = max(start - first, 0), min(stop - first, len(part))
+            if low < high:
+                yield part[low:high]
+            first += len(part)
+
+    def write(self, start: int, values: Tensor) -> None:
+        for piece in self.pieces(start, start + len(values)):
+            piece.copy_(values[: len(piece)])
+            values = values[len(piece) :]
+
+    def row(self, index: int) -> Tensor:
+        return next(self.pieces(index, index + 1))[0]
 
 
 class ActivationStore:
@@ -69,6 +107,7 @@ class ActivationStore:
         self.budgets = {"device": budget, "host": 0 if device.type == "cpu" else host_budget}
         self.peak = 0
         self._entries: dict[str, _Entry] = {}
+        self._host: HostMemory | None = None
         self._directory = directory
         self._scratch: tempfile.TemporaryDirectory | None = None
 
@@ -111,10 +150,12 @@ class ActivationStore:
 
     def _new(self, tier: str, shape: tuple[int, ...], kept: torch.dtype, next_use: int, dtype: torch.dtype) -> _Entry:
         if tier == "device":
-            return _Entry(torch.empty(shape, dtype=kept, device=self.device), next_use, tier, dtype)
+            return _Entry([torch.empty(shape, dtype=kept, device=self.device)], next_use, tier, dtype)
         if tier == "host":
-            tensor = torch.empty(shape, dtype=kept)
-            return _Entry(tensor, next_use, tier, dtype, pinned=pin(tensor))
+            self._host = self._host or HostMemory(self.budgets["host"])
+            runs = self._host.allocate(shape[0], torch.Size(shape[1:]).numel() * kept.itemsize)
+            parts = [run.view(kept).reshape(-1, *shape[1:]) for run in runs]
+            return _Entry(parts, next_use, tier, dtype, runs=runs)
         if self._scratch is None:
             if self._directory is not None:
                 Path(self._directory).mkdir(parents=True, exist_ok=True)
@@ -123,25 +164,29 @@ class ActivationStore:
             file = Path(handle.name)
         numel = torch.Size(shape).numel()
         tensor = torch.from_file(str(file), shared=True, size=numel, dtype=kept).reshape(shape)
-        return _Entry(tensor, next_use, tier, dtype, file)
+        return _Entry([tensor], next_use, tier, dtype, file)
 
     def write(self, key: str, start: int, values: Tensor) -> None:
         """Writes rows from `start` on."""
-        self._entries[key].tensor[start : start + len(values)].copy_(values)
+        entry = self._entries[key]
+        if entry.tier == "host" and values.device.type == "cpu" and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # what was here before may still be on its way to the device
+        entry.write(start, values)
 
     def read(self, key: str, rows: slice | Tensor) -> Tensor:
         """Rows on the compute device, in the type that was written."""
         entry = self._entries[key]
-        if isinstance(rows, Tensor) and entry.pinned:
-            found = torch.empty((len(rows), *entry.tensor.shape[1:]), dtype=entry.tensor.dtype, device=self.device)
-            for to, row in zip(found, rows.tolist(), strict=True):  # each its own copy, that the GPU fetches
-                to.copy_(entry.tensor[row], non_blocking=True)
+        if isinstance(rows, Tensor) and entry.tier != "host":
+            (whole,) = entry.parts
+            found = whole.index_select(0, rows.to(whole.device))
         elif isinstance(rows, Tensor):
-            found = entry.tensor.index_select(0, rows.to(entry.tensor.device))
+            found = torch.empty((len(rows), *entry.shape[1:]), dtype=entry.kept_dtype, device=self.device)
+            for to, row in zip(found, rows.tolist(), strict=True):  # each its own copy, that the GPU fetches
+                to.copy_(entry.row(row), non_blocking=True)
         else:
-            found = entry.tensor[rows]
-            if entry.tensor.device.type == self.device.type:
-                found = found.clone()  # the network may change it in place
+            start, stop, _ = rows.indices(entry.shape[0])
+            parts = [part.to(self.device, copy=True) for part in entry.pieces(start, stop)]  # the network may change it
+            found = parts[0] if len(parts) == 1 else torch.cat([*parts, entry.parts[0][:0].to(self.device)])
         return found.to(self.device).to(entry.dtype)
 
     def promote(self, key: str) -> None:
@@ -154,8 +199,11 @@ class ActivationStore:
 
     def _moved(self, key: str, tier: str) -> _Entry:
         entry = self._entries[key]
-        moved = self._new(tier, tuple(entry.tensor.shape), entry.tensor.dtype, entry.next_use, entry.dtype)
-        moved.tensor.copy_(entry.tensor)
+        moved = self._new(tier, entry.shape, entry.kept_dtype, entry.next_use, entry.dtype)
+        start = 0
+        for part in entry.parts:
+            moved.write(start, part)
+            start += len(part)
         self.free(key)
         return moved
 
@@ -186,13 +234,16 @@ class ActivationStore:
             return
         if entry.file is not None:
             entry.file.unlink()
-        if entry.pinned:
-            unpin(entry.tensor)
+        for run in entry.runs:
+            cast(HostMemory, self._host).free(run)
 
     def close(self) -> None:
         """Forgets everything and removes the files."""
         for key in list(self._entries):
             self.free(key)
+        if self._host is not None:
+            self._host.close()
+            self._host = None
         if self._scratch is not None:
             self._scratch.cleanup()
             self._scratch = None

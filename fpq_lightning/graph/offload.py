@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fpq_lightning.graph.units import layer_count
-from fpq_lightning.utils.pinned_memory import pin, unpin
+from fpq_lightning.utils.alignment import align
+from fpq_lightning.utils.staging import Staging
 
 
 class Offload:
     """Keeps the blocks of a network in host memory; a block is on the device during its forward, or while it is held.
 
+    Weights stay where they were loaded to, which may be files that are mapped to memory.
     What lies between the blocks, and layers that stand alone, stays on the device. A part of a block that runs without
     it (DiT embeds the timestep once more with its first block's layers) is there while it runs.
 
@@ -28,9 +30,8 @@ class Offload:
         self.model = model.to("cpu")
         self.blocks = [block for block in blocks if layer_count(block) > 1]
         self.device = torch.device("cpu")
-        # Weights do not change: what goes back to host memory need not be copied.
-        self._home = {id(p): p.data for block in self.blocks for p in block.parameters()}
-        self._pinned: list[Tensor] = []
+        self._home: dict[int, Tensor] = {}  # of weights on the device; they do not change, so nothing is copied back
+        self._staging: Staging | None = None
         self._held: list[nn.Module] = []
         self._running: list[nn.Module] = []
         self._handles: list[Any] = []
@@ -44,10 +45,8 @@ class Offload:
     def place(self, device: torch.device) -> None:
         """Moves what is not in a block to the device that blocks go to from now on."""
         self.device = device
-        if device.type == "cuda" and not self._pinned:
-            for block in self.blocks:
-                if not self._is_there(block):
-                    self._pin(block)
+        if device.type == "cpu":
+            align(self.model)
         inside = {id(x) for block in self.blocks for x in (*block.parameters(), *block.buffers())}
         for x in (*self.model.parameters(), *self.model.buffers()):
             if id(x) not in inside:
@@ -61,8 +60,19 @@ class Offload:
             if block not in wanted:
                 self._unload(block)
         for block in wanted:
-            block.to(self.device)
+            self._load(block)
         self._held = wanted
+
+    def keep(self, size: int) -> None:
+        """Holds the first blocks, too, as far as all that are held take no more than some bytes."""
+        left = size - sum(_bytes(block) for block in self._held)
+        for block in self.blocks:
+            if block not in self._held:
+                left -= _bytes(block)
+                if left < 0:
+                    break
+                self._load(block)
+                self._held.append(block)
 
     def remove(self) -> None:
         """Leaves the network in host memory, as any other."""
@@ -70,33 +80,15 @@ class Offload:
             handle.remove()
         self.hold([])
         self.model.to("cpu")
-        for memory in self._pinned:
-            unpin(memory)
-        self._pinned = []
-
-    def _pin(self, block: nn.Module) -> None:
-        """Puts the weights of a block side by side into memory that the GPU reads at full speed."""
-        by_type: dict[torch.dtype, list[nn.Parameter]] = {}
-        for p in block.parameters():
-            if p.is_contiguous():
-                by_type.setdefault(p.dtype, []).append(p)
-        for dtype, parameters in by_type.items():
-            sizes = [p.numel() for p in parameters]
-            memory = torch.empty(sum(sizes), dtype=dtype)
-            if not pin(memory):
-                continue
-            self._pinned.append(memory)
-            for p, place in zip(parameters, memory.split(sizes), strict=True):
-                home = place.view_as(p)
-                home.copy_(self._home[id(p)])
-                p.data = self._home[id(p)] = home
+        if self._staging is not None:
+            self._staging.close()
 
     def _is_there(self, block: nn.Module) -> bool:
         return block in self._held or block in self._running
 
     def _enter(self, block: nn.Module, args: Any) -> None:
         if block not in self._held and "forward" not in vars(block):  # a stub needs no weights
-            block.to(self.device)
+            self._load(block)
             self._running.append(block)
 
     def _leave(self, block: nn.Module, args: Any, output: Any) -> None:
@@ -106,14 +98,27 @@ class Offload:
 
     def _enter_part(self, block: nn.Module, part: nn.Module, args: Any) -> None:
         if not self._is_there(block):
-            part.to(self.device)
+            self._load(part)
 
     def _leave_part(self, block: nn.Module, part: nn.Module, args: Any, output: Any) -> None:
         if not self._is_there(block):
             self._unload(part)
 
+    def _load(self, module: nn.Module) -> None:
+        weights = [p for p in module.parameters() if id(p) not in self._home]
+        self._home |= {id(p): p.data for p in weights}
+        if self.device.type == "cuda":
+            self._staging = self._staging or Staging(self.device)
+            plain = [p for p in weights if p.is_contiguous()]
+            for p, copy in zip(plain, self._staging.copies(plain), strict=True):
+                p.data = copy
+        module.to(self.device)
+
     def _unload(self, module: nn.Module) -> None:
         for p in module.parameters():
-            if id(p) in self._home:
-                p.data = self._home[id(p)]
+            p.data = self._home.pop(id(p), p.data)
         module.to("cpu")  # what it has got since: quantizers and codes
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())

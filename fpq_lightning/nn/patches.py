@@ -11,14 +11,14 @@ from torch.nn import functional as F  # noqa: N812  the usual name
 from fpq_lightning.nn.split_layer import SplitLayer
 
 
-def patches(layer: SplitLayer, x: Tensor, at_most: int, generator: torch.Generator) -> Tensor:
+def patches(layer: SplitLayer, x: Tensor, jitter: Tensor) -> Tensor:
     """The inputs of a layer's rows at some of the places of each element of a batch.
 
     Args:
         layer: Linear or Conv.
         x: its input; one without a batch is a batch of one.
-        at_most: places of each element; of more than these one is drawn from each of as many equal ranges.
-        generator: to draw with, on the CPU.
+        jitter: `[batch, most]` from 0 to 1. An element with more than `most` places gives one of each of as many equal
+            ranges, at that share of the range.
 
     Returns:
         `[batch, places, groups, in / groups * kernel]`.
@@ -26,14 +26,14 @@ def patches(layer: SplitLayer, x: Tensor, at_most: int, generator: torch.Generat
     x = layer.batched(x)
     if isinstance(layer, nn.Linear):
         tokens = x.reshape(len(x), -1, 1, x.shape[-1])
-        return _drawn(tokens, 1, at_most, generator).flatten(3)
+        return _drawn(tokens, 1, jitter).flatten(3)
     kernel = layer.weight.shape[2:]
     # With each window along dimensions of its own nothing is copied before the places are drawn.
     windows = _padded(layer, x)
     for d, (size, stride, dilation) in enumerate(zip(kernel, layer.stride, layer.dilation, strict=True)):
         windows = windows.unfold(2 + d, dilation * (size - 1) + 1, stride)[..., ::dilation]
     dims = len(kernel)
-    found = _drawn(windows.movedim(1, 1 + dims), dims, at_most, generator)  # [batch, places, in, *kernel]
+    found = _drawn(windows.movedim(1, 1 + dims), dims, jitter)  # [batch, places, in, *kernel]
     return found.unflatten(2, (layer.groups, -1)).flatten(3)
 
 
@@ -43,13 +43,13 @@ def _padded(layer: SplitLayer, x: Tensor) -> Tensor:
     return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
 
 
-def _drawn(values: Tensor, dims: int, at_most: int, generator: torch.Generator) -> Tensor:
+def _drawn(values: Tensor, dims: int, jitter: Tensor) -> Tensor:
     """Some places of `[batch, *places, ...]`, whose places have `dims` dimensions, `[batch, drawn, ...]`."""
     shape = values.shape[1 : 1 + dims]
-    n = shape.numel()
+    n, at_most = shape.numel(), jitter.shape[1]
     if n <= at_most:
         return values.flatten(1, dims) if dims > 1 else values
-    jitter = torch.rand(len(values), at_most, generator=generator)
-    places = ((torch.arange(at_most) + jitter) * (n / at_most)).long().clamp(max=n - 1).to(values.device)
+    jitter = jitter.to(values.device)
+    places = ((torch.arange(at_most, device=values.device) + jitter) * (n / at_most)).long().clamp(max=n - 1)
     batch = torch.arange(len(values), device=values.device)[:, None]
     return cast(Tensor, values[(batch, *torch.unravel_index(places, shape))])

@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fpq_lightning.calibration.replay import NetworkReplay
-from fpq_lightning.nn.calibrated import LayerQuantization, Mode, QuantizedLayer, input_of, running
+from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, input_of, running
 from fpq_lightning.nn.patches import patches
 from fpq_lightning.quantization.closed_form import problem_of, search_formats, solve
 from fpq_lightning.quantization.moments import Moments
@@ -202,16 +203,20 @@ class _Reference:
         self._known: dict[int, dict[int, list[_Input]]] = {}  # by the first sample of a chunk, and the readers
         each = sum(r.calls * r.shape[0] * r.shape[1] * r.first.weight.element_size() for r in readers)
         if each * _PLACES * sum(map(len, parts)) <= replay.store.budgets["device"] // 2:
-            for chunk in (chunk for rows in parts for chunk in replay.chunks(rows)):
-                self._known[int(chunk[0])] = self._read(readers, chunk)
+            with running(replay.unit.module, "full_precision"):
+                for chunk in (chunk for rows in parts for chunk in replay.chunks(rows)):
+                    self._known[int(chunk[0])] = self._read(readers, chunk)
 
     def of(self, stage: list[_Readers], chunk: Tensor) -> list[list[_Input]]:
         """The inputs of the calls of each of some readers."""
-        found = self._known.get(int(chunk[0])) or self._read(stage, chunk)
+        found = self._known.get(int(chunk[0]))
+        if found is None:
+            with running(self.replay.unit.module, "full_precision"):
+                found = self._read(stage, chunk)
         return [found[id(readers)] for readers in stage]
 
     def _read(self, stage: list[_Readers], chunk: Tensor) -> dict[int, list[_Input]]:
-        seen = _inputs(self.replay, stage, "full_precision", self.replay.reference_inputs(chunk))
+        seen = _inputs(self.replay, stage, self.replay.reference_inputs(chunk))
         return {
             id(readers): [_Input(tuple(x.shape), _some(readers.first, x, chunk)) for x in calls]
             for readers, calls in zip(stage, seen, strict=True)
@@ -232,29 +237,42 @@ class _Input:
 
 
 def _some(layer: QuantizedLayer, x: Tensor, chunk: Tensor) -> Tensor:
-    """An input at places that are drawn anew for each chunk of samples, the same on both paths."""
+    """An input at places that are drawn for each sample, the same on both paths and whatever samples are in a batch."""
     if not x.numel():
         return x
-    return patches(layer, x, _PLACES, torch.Generator().manual_seed(int(chunk[0])))
+    n, jitter = len(layer.batched(x)), _jitter()
+    folded, rest = divmod(n, len(chunk))
+    if rest:
+        return patches(layer, x, jitter[torch.arange(n) % len(jitter)])
+    of_sample = jitter[chunk.cpu() % len(jitter)].repeat_interleave(folded, dim=0)
+    turn = 0.618034 * (torch.arange(n) % folded)  # other places in each of its frames
+    return patches(layer, x, (of_sample + turn[:, None]) % 1)
+
+
+@cache
+def _jitter() -> Tensor:
+    """Where places lie in their ranges, for each sample."""
+    return torch.rand(2**12, _PLACES, generator=torch.Generator().manual_seed(0))
 
 
 def _moments(replay: NetworkReplay, stage: list[_Readers], rows: Tensor, reference: _Reference) -> list[Moments]:
     """Moments of what each of some layers reads, over the samples of all processes."""
     found = [Moments.zeros(*readers.shape, replay.store.device) for readers in stage]
-    for chunk in replay.chunks(rows):
-        quantized = _inputs(replay, stage, "closed_form", replay.inputs(chunk))
-        weights = replay.weights(chunk)
-        for readers, moments, *calls in zip(stage, found, reference.of(stage, chunk), quantized, strict=True):
-            for full, other in zip(*calls, strict=False):
-                _add(moments, readers.first, full, other, weights, chunk)
+    with running(replay.unit.module, "closed_form"):  # once, since it makes the layers decode their weights anew
+        for chunk in replay.chunks(rows):
+            quantized = _inputs(replay, stage, replay.inputs(chunk))
+            weights = replay.weights(chunk)
+            for readers, moments, *calls in zip(stage, found, reference.of(stage, chunk), quantized, strict=True):
+                for full, other in zip(*calls, strict=False):
+                    _add(moments, readers.first, full, other, weights, chunk)
     for moments in found:
         moments.sum_over_ranks()
     return found
 
 
-def _inputs(replay: NetworkReplay, stage: list[_Readers], mode: Mode, inputs: Any) -> list[list[Tensor]]:
+def _inputs(replay: NetworkReplay, stage: list[_Readers], inputs: Any) -> list[list[Tensor]]:
     """What the layers of a stage read in a call of the unit, which ends with the last of them."""
-    with running(replay.unit.module, mode), _collecting(stage) as seen:
+    with _collecting(stage) as seen:
         replay.call(inputs)
     return seen
 

@@ -133,7 +133,7 @@ class UnitTrainer:
         local_weights = self.replay.weights(self.samples.local(rows))
         weights = distributed.gather_rows(local_weights, shard.placement(rows))
         weights = weights[torch.cat(order).to(weights.device)]
-        search_unit(self.unit, layer_inputs, weights, self.recipe, -(-len(rows) // self.replay.micro_batch))
+        search_unit(self.unit, layer_inputs, weights, self.recipe, -(-len(rows) // self.replay.samples_a_pass))
         if operands:
             search_attention(self.unit, operands, self.recipe)
         self.report.error_nearest = self._error("nearest")

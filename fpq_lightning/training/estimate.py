@@ -133,18 +133,19 @@ class _Cost:
 
 
 def _cost(
-    denoiser: Denoiser, probe: CalibrationSet, calls: int, data: CalibrationDataModule, device: torch.device, n: int
-) -> _Cost:
-    """Traces a denoiser and times one pass; n is the number of samples of this process."""
-    micro_batch = min(data.micro_batch, 32)
+    denoiser: Denoiser, probe: CalibrationSet, calls: int, data: CalibrationDataModule, device: torch.device, n: int,
+    batch: int,
+) -> _Cost:  # fmt: skip
+    """Traces a denoiser and times a pass of a batch; n is the number of samples of this process."""
     alike = probe.largest_group()
-    rows = alike[torch.arange(micro_batch) % len(alike)]
-    forward = _seconds_per_sample(denoiser.network, probe.batch(rows, device), micro_batch, device)
+    rows = alike[torch.arange(batch) % len(alike)]
+    forward = _seconds_per_sample(denoiser.network, probe.batch(rows, device), batch, device)
     units = find_units(denoiser.network, denoiser.candidates, probe, device).units
     recipe = denoiser.recipe
     replay = NetworkReplay(
-        denoiser.network, units, probe, data.make_store(device), micro_batch, recipe.quantized_inputs, recipe.solves
-    )
+        denoiser.network, units, probe, data.make_store(device), data.micro_batch, recipe.quantized_inputs,
+        recipe.solves,
+    )  # fmt: skip
     leaves = [leaf for values in probe.inputs.values() for leaf in tree_leaves(values[0]) if isinstance(leaf, Tensor)]
     return _Cost(
         forward,
@@ -189,7 +190,7 @@ def estimate_run(
     shard = Shard(min(recipe.rounding.batch_size, data.n_train_of(data.n_samples)), 0, world_size)
     n = len(shard.owned(data.n_samples))
     costs = [
-        _cost(denoiser, probes[denoiser.name], calls[denoiser.name], data, device, n)
+        _cost(denoiser, probes[denoiser.name], calls[denoiser.name], data, device, n, sampler.batch_size)
         for denoiser in denoisers
         if denoiser.name in probes
     ]

@@ -16,6 +16,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from fpq_lightning.calibration.replay import NetworkReplay
+from fpq_lightning.calibration.store import parse_bytes
 from fpq_lightning.diffusion.components import check_components, quantize_components
 from fpq_lightning.diffusion.denoisers import as_one
 from fpq_lightning.graph.attention import quantize_attention
@@ -73,7 +74,8 @@ class BlockReconstruction(pl.LightningModule):
         check_components(pipeline, recipe)
         networks = {denoiser.name: denoiser.network for denoiser in self.denoisers}
         blocks = {d.name: [unit.module for unit in d.candidates] for d in self.denoisers} if offload else None
-        self.placement = Placement(pipeline, networks, blocks)
+        # While it runs as a whole there are no activations.
+        self.placement = Placement(pipeline, networks, blocks, kept=parse_bytes(data.store_budget))
         data.attach(self.placement, recipe.rounding.batch_size, self.plan, required=recipe.denoisers is not None)
 
     @property

@@ -12,7 +12,6 @@ from fpq_lightning.diffusion.pipelines import move_pipeline
 from fpq_lightning.graph.chain import parts_of
 from fpq_lightning.graph.offload import Offload
 from fpq_lightning.graph.units import Unit
-from fpq_lightning.utils.alignment import align
 
 
 class Placement:
@@ -22,6 +21,7 @@ class Placement:
         pipeline: in full precision.
         denoisers: of the pipeline, by name.
         blocks: of each denoiser the modules that are on the device only while they run; None moves whole denoisers.
+        kept: bytes of blocks that stay on a GPU while the pipeline runs as a whole.
     """
 
     def __init__(
@@ -29,13 +29,14 @@ class Placement:
         pipeline: DiffusionPipeline,
         denoisers: Mapping[str, nn.Module],
         blocks: Mapping[str, Sequence[nn.Module]] | None = None,
+        kept: int = 0,
     ) -> None:
         self.pipeline = pipeline
         self.denoisers = denoisers
+        self.kept = kept
         self._device = torch.device("cpu")
         self._offloads: dict[str, Offload] = {}
         for name, some in (blocks or {}).items():
-            align(denoisers[name])  # now, for blocks go back to where they are
             self._offloads[name] = Offload(denoisers[name], some)
 
     def to(self, device: torch.device) -> None:
@@ -46,6 +47,7 @@ class Placement:
         else:
             for offload in self._offloads.values():
                 offload.place(device)
+                offload.keep(self.kept // len(self._offloads) if device.type == "cuda" else 0)
             self._move_other_components(device)
 
     def calibrate(self, unit: Unit | None, name: str | None) -> None:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fpq_lightning.calibration import store as store_module
+from fpq_lightning.calibration import host_memory
+from fpq_lightning.calibration.host_memory import HostMemory
 from fpq_lightning.calibration.store import ActivationStore, parse_bytes
 
 CPU = torch.device("cpu")
@@ -253,23 +254,47 @@ def test_host_memory_lies_between_the_device_and_the_disk(tmp_path: Path) -> Non
     store.close()
 
 
-def test_host_memory_is_locked_as_long_as_an_array_lies_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_memory_is_locked_once_and_serves_further_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     locked: list[int] = []
-    monkeypatch.setattr(store_module, "pin", lambda x: not locked.append(x.data_ptr()))
-    monkeypatch.setattr(store_module, "unpin", lambda x: locked.remove(x.data_ptr()))
-    store = make_store(tmp_path, budget=24, host=40)
-    values = {key: put(store, key, 5, use) for key, use in (("latest", 3), ("late", 2), ("soon", 1))}
-    assert len(locked) == 2
+    monkeypatch.setattr(host_memory, "pin", lambda x: not locked.append(x.data_ptr()))
+    monkeypatch.setattr(host_memory, "unpin", lambda x: locked.remove(x.data_ptr()))
+    store = make_store(tmp_path, budget=20, host=640)
     rows = torch.tensor([4, 0, 4])
-    for key, expected in values.items():
-        assert torch.equal(store.read(key, rows), expected[rows])
-        assert torch.equal(store.read(key, slice(1, 3)), expected[1:3])
-    store.free("soon")
-    store.promote("late")
-    assert len(locked) == 1
-    assert torch.equal(store.read("late", rows), values["late"][rows])
+    for turn in range(5):
+        values = {key: put(store, key, 5 + turn, 3) for key in ("first", "second", "third")}
+        assert (store.used("host"), len(locked)) == (3 * 4 * (5 + turn) - (20 if turn == 0 else 0), 1)
+        for key, expected in values.items():
+            assert torch.equal(store.read(key, rows), expected[rows])
+            assert torch.equal(store.read(key, slice(1, 3)), expected[1:3])
+            store.free(key)
     store.close()
     assert locked == []
+
+
+@given(
+    slab=st.integers(1, 1000),
+    actions=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40), st.integers(0, 300)), max_size=40),
+)
+def test_runs_of_host_memory_never_overlap_and_all_are_used_again(
+    slab: int, actions: list[tuple[int, int, int]]
+) -> None:
+    memory = HostMemory(slab)
+    held: dict[int, tuple[list[Tensor], int, int]] = {}
+    for key, rows, row_bytes in actions:
+        for run in held.pop(key, ([], 0, 0))[0]:
+            memory.free(run)
+        runs = memory.allocate(rows, row_bytes)
+        assert sum(map(len, runs)) == rows * max(row_bytes, 1)
+        assert all(len(run) % max(row_bytes, 1) == 0 and run.data_ptr() % 8 == 0 for run in runs)
+        for run in runs:
+            run.fill_(key + 1)
+        held[key] = runs, rows, row_bytes
+        assert all((run == other + 1).all() for other, (of_other, *_) in held.items() for run in of_other)
+    for runs, *_ in held.values():
+        for run in runs:
+            memory.free(run)
+    slabs = [(i, 0, len(memory)) for i, (memory, _) in enumerate(memory._slabs)]
+    assert sorted(memory._free) == slabs
 
 
 def test_an_array_is_promoted_to_the_device_where_it_fits(tmp_path: Path) -> None:

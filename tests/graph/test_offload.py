@@ -16,6 +16,7 @@ from fpq_lightning.graph.offload import Offload
 from fpq_lightning.graph.trace import _Tracer
 from fpq_lightning.graph.units import discover_units, layer_count
 from fpq_lightning.nn.calibrated import LayerQuantization
+from fpq_lightning.utils.staging import Staging
 
 
 class Elsewhere:
@@ -121,26 +122,33 @@ def test_weights_come_back_to_the_memory_they_left() -> None:
     assert {name: value.data_ptr() for name, value in unet.named_parameters()} == before
 
 
-def test_locked_weights_are_those_that_blocks_come_back_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    unet, locked = tiny_unet(), []
-    monkeypatch.setattr(offload_module, "pin", lambda x: not locked.append(x))
-    monkeypatch.setattr(offload_module, "unpin", lambda x: locked.remove(x))
-    inputs = {"sample": torch.randn(1, 3, 8, 8), "timestep": torch.tensor([3])}
-    with torch.no_grad():
-        expected = unet(**inputs).sample
-    offload = Offload(unet, [unit.module for unit in discover_units(unet)])
-    for block in offload.blocks:
-        offload._pin(block)
-    assert len(locked) == len(offload.blocks)
-    memory = [range(x.data_ptr(), x.data_ptr() + 4 * x.numel()) for x in locked]
-    with torch.no_grad():
-        assert torch.equal(unet(**inputs).sample, expected)
-    for block, place in zip(offload.blocks, memory, strict=True):
-        assert all(p.data_ptr() in place for p in block.parameters())
-    offload.remove()
-    assert not locked
-    with torch.no_grad():
-        assert torch.equal(unet(**inputs).sample, expected)
+def test_as_many_blocks_stay_as_fit_until_others_are_held() -> None:
+    blocks = [nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(4)]
+    offload = Offload(nn.Sequential(*blocks), blocks)
+    for size, there in ((47, 0), (48, 1), (143, 2), (150, 3), (1000, 4)):
+        offload.keep(size)
+        offload.keep(size)
+        assert [offload._is_there(block) for block in blocks] == [True] * there + [False] * (4 - there)
+    offload.hold([blocks[2]])
+    assert [offload._is_there(block) for block in blocks] == [False, False, True, False]
+    offload.keep(100)
+    assert [offload._is_there(block) for block in blocks] == [True, False, True, False]
+
+
+def test_staged_copies_are_equal_and_stay_so() -> None:
+    staging = Staging(torch.device("cpu"))
+    shapes = [(3, 5), (), (0, 2), (1000,), (2, 3, 4)]
+    types = [torch.bfloat16, torch.float32, torch.uint8, torch.float64, torch.float16]
+    made = []
+    for turn in range(4):
+        tensors = [(torch.rand(shape) * 9 + turn).to(dtype) for shape, dtype in zip(shapes, types, strict=True)]
+        made.append((tensors, staging.copies(tensors)))
+    for tensors, copies in made:
+        for x, copied in zip(tensors, copies, strict=True):
+            assert copied.dtype == x.dtype
+            assert torch.equal(copied, x)
+            assert copied.data_ptr() % 64 == 0
+    staging.close()
 
 
 def test_codes_move_with_their_layer_and_keep_their_type() -> None:

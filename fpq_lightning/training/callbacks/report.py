@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from fpq_lightning.diffusion.outputs import sampling_rate
@@ -19,15 +17,9 @@ from fpq_lightning.training.denoisers import Denoiser
 from fpq_lightning.training.module import BlockReconstruction
 from fpq_lightning.training.run_directory import RunDirectory
 from fpq_lightning.utils.files import weights_size
+from fpq_lightning.utils.peak_memory import peak_memory
 from fpq_lightning.utils.provenance import device_name, versions
 from fpq_lightning.utils.side_work import side_work
-
-
-def peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes: of the GPU's allocator, or of the process without a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class RunReport(pl.Callback):
@@ -93,6 +85,6 @@ class RunReport(pl.Callback):
         module.placement.calibrate(None, denoiser.name)  # it may be in host memory
         with side_work("activation ranges"):
             found["activation_ranges"] = activation_ranges(
-                denoiser.network, module.data.sets[denoiser.name], module.data.micro_batch, module.device
+                denoiser.network, module.data.sets[denoiser.name], module.data.sampler.batch_size, module.device
             )
         return {**found, "disk_bytes": weights_size(self.run.quantized / denoiser.name)}
