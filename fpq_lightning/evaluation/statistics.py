@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, input_of, quantized_layers, running
 from fpq_lightning.nn.coverage import coverage
+from fpq_lightning.quantization.quantizer import Quantizer
 
 _TIMESTEP_BINS = 10
 _TIMESTEPS = ("timestep", "timesteps")  # names of the denoisers' argument
@@ -31,18 +32,21 @@ def layer_statistics(module: nn.Module) -> list[dict[str, Any]]:
         quantization = _quantization(layer)
         if quantization is None or not quantization.weights:
             continue
-        weight, bits = layer.quantized_weight(quantization), 0
-        for quantizer, rows in zip(quantization.weights, layer.weight_rows(), strict=True):
-            bits += rows.numel() * quantizer.format.bits + quantizer.scale_bits
-        found.append(
-            {
-                "name": name,
-                "parameters": weight.numel(),
-                "bits": bits / weight.numel(),
-                "zeros": (weight == 0).sum().item() / weight.numel(),
-            }
-        )
+        parts = list(quantization.weights)
+        codes = quantization.codes or [q.encode(r) for q, r in zip(parts, layer.weight_rows(), strict=True)]
+        n = sum(c.numel() for c in codes)
+        bits = sum(q.scale_bits + c.numel() * q.format.bits for q, c in zip(parts, codes, strict=True))
+        zeros = sum(map(_zeros, parts, codes))
+        found.append({"name": name, "parameters": n, "bits": bits / n, "zeros": zeros / n})
     return found
+
+
+def _zeros(quantizer: Quantizer, codes: Tensor) -> int:
+    """How many codes stand for zero."""
+    if quantizer.offset is not None:
+        return int((quantizer.decode(codes) == 0).sum())
+    counts = torch.bincount(codes.flatten(), minlength=len(quantizer.format.values)).cpu()
+    return int(counts[quantizer.format.values == 0].sum())
 
 
 def weight_statistics(module: nn.Module, layers: list[dict[str, Any]] | None = None) -> dict[str, float | None]:
@@ -68,7 +72,7 @@ def weight_statistics(module: nn.Module, layers: list[dict[str, Any]] | None = N
 
 @torch.no_grad()
 def activation_ranges(
-    module: nn.Module, calibration: CalibrationSet, batch_size: int, device: torch.device, n: int = 256
+    module: nn.Module, calibration: CalibrationSet, batch_size: int, device: torch.device, n: int = 64
 ) -> dict[str, Any]:
     """Largest magnitudes of the layers' inputs along the trajectory, in full precision.
 

@@ -71,6 +71,8 @@ class UnitTrainer:
             learns: whether rounding is learned.
             state: of `learning_state`, to go on from.
         """
+        if self.replay.store.device.type == "cuda":
+            torch.cuda.empty_cache()  # blocks of other sizes
         self.capture()
         if self.layers:
             self._within_memory(self.initialise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -36,6 +37,12 @@ class Placement:
         self.kept = kept
         self._device = torch.device("cpu")
         self._offloads: dict[str, Offload] = {}
+        self._slicing: list[Any] = []  # autoencoders that would else decode all images of a batch at once
+        if blocks is not None:
+            components = pipeline.components.values()
+            self._slicing = [c for c in components if getattr(c, "use_slicing", None) is False]
+        for autoencoder in self._slicing:
+            autoencoder.enable_slicing()
         for name, some in (blocks or {}).items():
             self._offloads[name] = Offload(denoisers[name], some)
 
@@ -67,6 +74,9 @@ class Placement:
         """Leaves the pipeline like any other; one whose blocks were offloaded stays in host memory."""
         for offload in self._offloads.values():
             offload.remove()
+        for autoencoder in self._slicing:
+            autoencoder.disable_slicing()
+        self._slicing = []
         if self._offloads:
             self._offloads = {}
             self.pipeline.to("cpu")
