@@ -27,12 +27,21 @@ from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
 from full_size import CASES, build
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 
 GIB = 2**30
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -45,7 +54,9 @@ _TEXT = {  # configurations of the text encoders
 _VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
 _VAE["down_block_types"] = ("DownEncoderBlock2D",) * 4
 _VAE["up_block_types"] = ("UpDecoderBlock2D",) * 4
-_CONFIGS = {"sdxl": "sdxl", "sd15": "stable_diffusion_1_5"}
+_T5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"}
+_TINY_T5 = {"d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+_CONFIGS = {"sdxl": "sdxl", "sd15": "stable_diffusion_1_5", "flux": "flux_dev"}
 
 _PROFILED = """
 import cProfile, sys
@@ -75,25 +86,50 @@ def text_encoder(kind: type[Any], config: dict[str, Any], width: int) -> Any:
     return kind(CLIPTextConfig(**config, bos_token_id=52, eos_token_id=53, pad_token_id=53)).to(torch.bfloat16)
 
 
+def t5(width: int, tiny: bool, device: torch.device) -> T5EncoderModel:
+    """With random weights that a device draws, in bfloat16 from the start."""
+    with torch.device("meta"):
+        model = T5EncoderModel(T5Config(vocab_size=32128, **{**_T5, **(_TINY_T5 if tiny else {}), "d_model": width}))
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    for p in model.parameters():
+        drawn = torch.empty(p.shape, dtype=p.dtype, device=device)
+        p.data.copy_(drawn.normal_(0, 0.02) if p.ndim > 1 else drawn.fill_(1.0))
+    return model
+
+
 def write_pipeline(case: str, tiny: bool, directory: Path, device: torch.device) -> None:
     """Writes a pipeline with random weights in bfloat16."""
     torch.manual_seed(0)
-    unet = build(CASES[case], tiny, device)
+    network = build(CASES[case], tiny, device)
     small = {"block_out_channels": (8,) * 4, "norm_num_groups": 4, "layers_per_block": 1} if tiny else {}
-    vae = AutoencoderKL(**{**_VAE, **small}, sample_size=8 * unet.config.sample_size).to(torch.bfloat16)
-    words, width = tokenizer(directory.with_name("tokenizer")), unet.config.cross_attention_dim
+    words = tokenizer(directory.with_name("tokenizer"))
     pipeline: DiffusionPipeline
+    if case == "flux":
+        config = network.config
+        latents = {"latent_channels": config.in_channels // 4, "use_quant_conv": False, "use_post_quant_conv": False}
+        latents |= {"shift_factor": 0.1159, "scaling_factor": 0.3611, "sample_size": 1024}
+        vae = AutoencoderKL(**{**_VAE, **latents, **small})
+        pipeline = FluxPipeline(
+            vae=vae.to(torch.bfloat16), transformer=network, tokenizer=words, tokenizer_2=words,
+            text_encoder=text_encoder(CLIPTextModel, _TEXT["clip"], config.pooled_projection_dim),
+            text_encoder_2=t5(config.joint_attention_dim, tiny, device),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        )  # fmt: skip
+        pipeline.save_pretrained(directory)
+        return
+    vae = AutoencoderKL(**{**_VAE, **small}, sample_size=8 * network.config.sample_size).to(torch.bfloat16)
+    width = network.config.cross_attention_dim
     if case == "sdxl":
         widths = (6, 6) if tiny else (768, 1280)
         pipeline = StableDiffusionXLPipeline(
-            vae=vae, unet=unet, tokenizer=words, tokenizer_2=words,
+            vae=vae, unet=network, tokenizer=words, tokenizer_2=words,
             text_encoder=text_encoder(CLIPTextModel, _TEXT["clip"], widths[0]),
             text_encoder_2=text_encoder(CLIPTextModelWithProjection, _TEXT["bigG"], widths[1]),
             scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1),
         )  # fmt: skip
     else:
         pipeline = StableDiffusionPipeline(
-            vae=vae, unet=unet, tokenizer=words, text_encoder=text_encoder(CLIPTextModel, _TEXT["clip"], width),
+            vae=vae, unet=network, tokenizer=words, text_encoder=text_encoder(CLIPTextModel, _TEXT["clip"], width),
             scheduler=PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1),
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
