@@ -72,9 +72,8 @@ class Problem:
         With the columns reversed, ``H = L L^T`` gives ``U = L^-1``, reversed again.
         """
         backwards = self.order.flip(0)
-        lower, _ = torch.linalg.cholesky_ex(self.hessian[:, backwards][:, :, backwards])
-        eye = torch.eye(lower.shape[1], device=lower.device).expand_as(lower)
-        return torch.linalg.solve_triangular(lower, eye, upper=False).flip(1, 2)
+        inverse = _inverse_factor(self.hessian[:, backwards[:, None], backwards])
+        return inverse.flip(1, 2)
 
 
 def _times(rows: Tensor, matrices: Tensor) -> Tensor:
@@ -82,24 +81,35 @@ def _times(rows: Tensor, matrices: Tensor) -> Tensor:
     return (rows.unflatten(0, (len(matrices), -1)) @ matrices).flatten(0, 1)
 
 
-def problem_of(
-    weight: Tensor,
+def _inverse_factor(matrices: Tensor) -> Tensor:
+    """The inverses of the lower Cholesky factors of matrices."""
+    lower, _ = torch.linalg.cholesky_ex(matrices)
+    del matrices  # they are large
+    eye = torch.eye(lower.shape[1], device=lower.device).expand_as(lower)
+    return torch.linalg.solve_triangular(lower, eye, upper=False)
+
+
+def problems_of(
+    weights: Sequence[Tensor],
     moments: Moments,
     columns: Sequence[int],
     centred: bool,
     dampings: Sequence[float] = DAMPINGS,
     held_out: Moments | None = None,
-) -> Problem:
-    """The least-squares problem of a weight.
+) -> Iterator[Problem]:
+    """The least-squares problems of weights that read the same inputs, one after the other.
 
     The target is damped towards the weight itself (ridge regression), so that inputs that were not seen keep their
     weights. How much is right depends on how many samples there are and on what they are to teach: of some dampings the
     one whose target has the least output error on held-out samples is taken.
 
+    The matrices may take most of the memory. So those of the moments are used up, and a problem holds good until the
+    next is asked for.
+
     Args:
-        weight: full precision, float32 `[out, n]`.
+        weights: full precision, float32 `[out, n]` each.
         moments: of the inputs.
-        columns: of each part of the weight.
+        columns: of each part of a weight.
         centred: whether a bias takes the means.
         dampings: to choose from, ascending, added to the diagonal of H, relative to its mean; more than the last where
             rounding errors need it.
@@ -107,34 +117,57 @@ def problem_of(
     """
     mean_x, mean_y = (mean.float() for mean in moments.means)
     means = (mean_x, mean_y) if centred else None
-    hessian, cross = moments.about(means)
     size = moments.yy.diagonal(dim1=1, dim2=2).mean(1) / moments.weight.float()
-    judged = None if held_out is None else held_out.about(means)
+    hessian, cross = moments.take_second(means)
+    judged = None if held_out is None else held_out.take_second(means)
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
     # Of inputs that hardly vary around a large mean rounding errors alone are left, which may be negative.
-    mean = torch.maximum(hessian.diagonal(dim1=1, dim2=2).mean(1), 1e-6 * size)
-    wanted, ridge = cross, torch.zeros_like(mean)
+    mean = torch.maximum(diagonal.mean(1), 1e-6 * size)
+    found = [_damped(weight, hessian, cross, mean, dampings, judged) for weight in weights]
+    del cross, judged
+    undamped = diagonal.clone()
+    for target, ridge in found:
+        diagonal.copy_(undamped + ridge[:, None])
+        yield Problem(target, hessian, tuple(columns))
+
+
+def _damped(
+    weight: Tensor,
+    hessian: Tensor,
+    cross: Tensor,
+    mean: Tensor,
+    dampings: Sequence[float],
+    judged: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """The target of a weight, and what is added to the diagonal for it; the matrices are as they were afterwards."""
+    diagonals = [matrix.diagonal(dim1=1, dim2=2) for matrix in (hessian, cross)]
+    before = [diagonal.clone() for diagonal in diagonals]
     best: tuple[float, Tensor, Tensor] | None = None  # error, target, ridge
     further = (10.0**power for power in count(1))
     for damping in chain(dampings, (max(dampings[-1], DAMPINGS[0]) * factor for factor in further)):
-        more = (damping * mean).clamp(min=1e-12) - ridge
-        for matrix in (hessian, wanted):
-            matrix.diagonal(dim1=1, dim2=2).add_(more[:, None])
-        ridge = ridge + more
-        factor, info = torch.linalg.cholesky_ex(hessian)
-        if info.any():
+        ridge = (damping * mean).clamp(min=1e-12)
+        for diagonal, own in zip(diagonals, before, strict=True):
+            diagonal.copy_(own + ridge[:, None])
+        target = _solution(hessian, _times(weight, cross))
+        if target is None:
             continue
-        target = torch.cholesky_solve(_times(weight, wanted).unflatten(0, (len(hessian), -1)).mT, factor).mT.flatten(
-            0, 1
-        )
         error = 0.0 if judged is None else _error_of(target, weight, *judged)
         if best is None or error < best[0] - _TIE:
             best = error, target, ridge
         if judged is None or damping >= dampings[-1]:
             break
+    for diagonal, own in zip(diagonals, before, strict=True):
+        diagonal.copy_(own)
     assert best is not None
-    _, target, chosen = best
-    hessian.diagonal(dim1=1, dim2=2).add_((chosen - ridge)[:, None])
-    return Problem(target, hessian, tuple(columns))
+    return best[1:]
+
+
+def _solution(hessian: Tensor, rows: Tensor) -> Tensor | None:
+    """``rows H^-1`` for rows `[out, n]`, None if H is not positive definite."""
+    factor, info = torch.linalg.cholesky_ex(hessian)
+    if info.any():
+        return None
+    return torch.cholesky_solve(rows.unflatten(0, (len(hessian), -1)).mT, factor).mT.flatten(0, 1)
 
 
 def _error_of(target: Tensor, weight: Tensor, hessian: Tensor, cross: Tensor) -> float:

@@ -67,14 +67,17 @@ class Moments:
         """Of x and y, float64 `[groups, n]`."""
         return self.x / self.weight, self.y / self.weight
 
-    def about(self, means: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def take_second(self, means: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Second moments ``E[y y^T]`` and ``E[x y^T]`` about some means of x and y, or about zero.
+
+        They are in the memory of the sums, which are used up: nothing can be added any more.
 
         Args:
             means: float32 `[groups, n]` each; of other inputs, perhaps.
         """
         total = self.weight.float()
-        found = self.yy / total, self.xy / total
+        found = self.yy.div_(total), self.xy.div_(total)
+        self.yy = self.xy = self.yy.new_empty(0)
         if means is not None:
             own_x, own_y = (mean.float() for mean in self.means)
             x, y = means

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +15,7 @@ from torch import Tensor
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, input_of, running
 from fpq_lightning.nn.patches import patches
-from fpq_lightning.quantization.closed_form import problem_of, search_formats, solve
+from fpq_lightning.quantization.closed_form import Solution, problems_of, search_formats, solve
 from fpq_lightning.quantization.moments import Moments
 from fpq_lightning.quantization.quantizer import Quantizer
 from fpq_lightning.quantization.recipe import Recipe
@@ -91,17 +91,19 @@ def _solve_together(
     reference: _Reference,
 ) -> None:
     moments, others = (_moments(replay, stage, of, reference) for of in (rows, held_out))
-    solvable: dict[str, tuple[QuantizedLayer, Moments, Moments | None]] = {}
-    for readers, found, other in zip(stage, moments, others, strict=True):
-        if found.are_usable:
-            judge = other if other.are_usable else None
-            solvable |= {name: (layer, found, judge) for name, layer in readers.layers.items()}
-        else:
+    for readers, found in zip(stage, moments, strict=True):
+        if not found.are_usable:
             _warn_of_nearest(readers, "no finite statistics of their inputs")
-    by_size = sorted(solvable, key=lambda name: -solvable[name][0].weight.numel())
-    solved = {name: _solve(*solvable[name], recipe) for name in by_size[distributed.rank() :: distributed.world_size()]}
+    usable = [group for group in zip(stage, moments, others, strict=True) if group[1].are_usable]
+    layers = {name: layer for readers, *_ in usable for name, layer in readers.layers.items()}
+    by_size = sorted(layers, key=lambda name: -layers[name].weight.numel())
+    mine = by_size[distributed.rank() :: distributed.world_size()]
+    solved: dict[str, LayerQuantization] = {}
+    for readers, found, other in usable:
+        own = {name: layer for name, layer in readers.layers.items() if name in mine}
+        solved |= _solve(own, found, other if other.are_usable else None, recipe)
     for name, quantization in share(solved, replay.store.device).items():
-        solvable[name][0].variants["closed_form"] = quantization
+        layers[name].variants["closed_form"] = quantization
 
 
 def _warn_of_nearest(readers: _Readers, reason: str) -> None:
@@ -121,7 +123,8 @@ def _stages(replay: NetworkReplay, layers: dict[str, QuantizedLayer]) -> list[li
     for name, seen in inputs.items():
         layer = layers[name]
         quantizers = [q.to_state() for q in layer.variants["nearest"].inputs]
-        reads = (*map(id, seen), layer.convolution, layer.weight.shape[1:], _plain(quantizers))
+        kind = layer.convolution, layer.weight.shape[1:], tuple(layer.splits), layer.bias is None
+        reads = (*map(id, seen), *kind, _plain(quantizers))
         grouped.setdefault(str(reads), _Readers({}, len(seen))).layers[name] = layer
     readers = list(grouped.values())
     level = [0] * len(readers)
@@ -324,24 +327,37 @@ def _add(moments: Moments, layer: QuantizedLayer, full: _Input, other: Tensor, w
 
 
 @using_tf32(False)
-def _solve(layer: QuantizedLayer, moments: Moments, held_out: Moments | None, recipe: Recipe) -> LayerQuantization:
-    """A layer's quantization in closed form: formats, scales, codes and bias."""
-    nearest = layer.variants["nearest"]
-    weight = layer.weight.detach().float().flatten(1)
-    columns = [n * layer.weight[0, 0].numel() for n in layer.splits]
-    corrects = layer.bias is not None and recipe.correct_biases
-    problem = problem_of(weight, moments, columns, centred=corrects, held_out=held_out)
-    quantizers = list(nearest.weights)
-    if recipe.weights.objective == "output":
-        quantizers = search_formats(problem, weight, recipe.weight_formats(), layer.granularity)
-    solution = solve(problem, weight, quantizers)
+def _solve(
+    layers: Mapping[str, QuantizedLayer], moments: Moments, held_out: Moments | None, recipe: Recipe
+) -> dict[str, LayerQuantization]:
+    """The quantization in closed form of layers that read the same: formats, scales, codes and biases."""
+    if not layers:
+        return {}
+    first = next(iter(layers.values()))
+    columns = [n * first.weight[0, 0].numel() for n in first.splits]
+    weights = [layer.weight.detach().float().flatten(1) for layer in layers.values()]
+    corrects = first.bias is not None and recipe.correct_biases  # all of them have one, or none
+    found = {}
+    problems = problems_of(weights, moments, columns, centred=corrects, held_out=held_out)
+    for (name, layer), weight, problem in zip(layers.items(), weights, problems, strict=True):
+        nearest = layer.variants["nearest"]
+        quantizers = list(nearest.weights)
+        if recipe.weights.objective == "output":
+            quantizers = search_formats(problem, weight, recipe.weight_formats(), layer.granularity)
+        solution = solve(problem, weight, quantizers)
+        found[name] = _quantization(layer, solution, nearest.inputs, columns)
+        if layer.bias is not None and corrects:
+            found[name].set_bias(layer.bias.detach() + moments.mean_shift(weight, solution.values))
+    return found
 
+
+def _quantization(
+    layer: QuantizedLayer, solution: Solution, inputs: Sequence[Quantizer], columns: list[int]
+) -> LayerQuantization:
     def rows(values: Tensor) -> list[Tensor]:
         return [layer.granularity.rows(part.contiguous()) for part in values.split(columns, dim=1)]
 
-    found = LayerQuantization(solution.quantizers, nearest.inputs)
+    found = LayerQuantization(solution.quantizers, inputs)
     found.codes = [cast(Quantizer, q).encode(r) for q, r in zip(found.weights, rows(solution.values), strict=True)]
     found.unrounded = rows(solution.unrounded)
-    if layer.bias is not None and corrects:
-        found.set_bias(layer.bias.detach() + moments.mean_shift(weight, solution.values))
     return found

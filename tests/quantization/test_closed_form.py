@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from fpq_lightning.quantization.closed_form import (
     Problem,
     coordinate_descent,
     gptq,
-    problem_of,
+    problems_of,
     refined_scales,
     solve,
 )
@@ -28,6 +30,13 @@ from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 from fpq_lightning.quantization.search import search_tensor_error
 
 CPU = torch.device("cpu")
+
+
+def problem_of(weight: Tensor, moments: Moments, columns: list[int], centred: bool, *rest: Any) -> Problem:
+    """The problem of one weight; the moments can be used again."""
+    dampings, held_out = (*rest, *(DAMPINGS, None)[len(rest) :])
+    (found,) = problems_of([weight], copy.deepcopy(moments), columns, centred, dampings, copy.deepcopy(held_out))
+    return found
 
 
 def random_problem(n: int, out: int, seed: int, m: int = 400) -> tuple[Problem, Tensor]:
@@ -62,7 +71,7 @@ def test_the_target_is_weighted_least_squares_as_numpy_solves_it(centred: bool) 
     design = np.concatenate([design, np.ones((300, 1))], 1) if centred else design
     root = weights.double().sqrt().numpy()[:, None]
     expected = np.linalg.lstsq(design * root, (x.double() @ weight.double().T).numpy() * root, rcond=None)[0].T[:, :6]
-    problem = problem_of(weight, moments, [6], centred, dampings=(0.0,))
+    problem = problem_of(weight, moments, [6], centred, (0.0,))
     assert np.allclose(problem.target.numpy(), expected, atol=1e-4)
 
 
@@ -90,6 +99,29 @@ def test_the_damping_is_that_of_least_error_on_held_out_samples(positions: int, 
     expected, found = (problem_of(weight, moments, [12], centred, *rest) for rest in [((best,),), (DAMPINGS, held_out)])
     assert torch.allclose(found.target, expected.target, atol=1e-5)
     assert torch.allclose(found.hessian, expected.hessian, atol=1e-5)
+
+
+def test_weights_that_read_the_same_have_the_problems_that_each_has_alone() -> None:
+    generator = torch.Generator().manual_seed(3)
+    weights = [torch.randn(out, 12, generator=generator) for out in (4, 2, 6)]
+    noise = torch.tensor([0.0] * 6 + [1.0] * 6)
+    weights[1][:, 6:], weights[2][:, :6] = 0, 0  # so that they want other dampings
+
+    def made(n: int) -> Moments:
+        x = torch.randn(n, 12, generator=generator)
+        moments = Moments.zeros(1, 12, CPU)
+        moments.add(x[:, None], (x + noise * torch.randn(n, 12, generator=generator))[:, None], torch.ones(n))
+        return moments
+
+    moments, held_out = made(30), made(200)
+    alone = [problem_of(weight, moments, [12], True, DAMPINGS, held_out) for weight in weights]
+    together = 0
+    for problem, own in zip(problems_of(weights, moments, [12], True, held_out=held_out), alone, strict=True):
+        assert torch.equal(problem.target, own.target)
+        assert torch.equal(problem.hessian, own.hessian)
+        together += 1
+    assert together == 3
+    assert len({tuple(problem.hessian.diagonal(dim1=1, dim2=2).flatten().tolist()) for problem in alone}) > 1
 
 
 def test_inputs_that_were_never_seen_keep_their_weights_and_break_nothing() -> None:
