@@ -322,7 +322,7 @@ def _ltx() -> Made:
     )  # fmt: skip
     return {"scheduler": FlowMatchEulerDiscreteScheduler(), "vae": video.eval(), "text_encoder": t5(),
             "tokenizer": tokenizer(), "transformer": denoiser("LTXVideoTransformer3DModel")}, {
-                **_VIDEO, "height": 32, "width": 32}  # fmt: skip
+                "arguments": {**_VIDEO["arguments"], "num_frames": 9}, "height": 32, "width": 32}  # fmt: skip
 
 
 @pipeline_of("HunyuanVideoPipeline")

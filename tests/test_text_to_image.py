@@ -27,7 +27,7 @@ from fpq_lightning.calibration.recorder import guidance_shares
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.store import ActivationStore
 from fpq_lightning.calibration.trajectories import sample_trajectories
-from fpq_lightning.diffusion.pipelines import load_pipeline
+from fpq_lightning.diffusion.pipelines import load_pipeline, pipeline_class
 from fpq_lightning.diffusion.prompts import load_prompts
 from fpq_lightning.diffusion.sampling import SamplerConfig, sample, set_sampler, warn_of_long_prompts
 from fpq_lightning.graph.trace import trace_units
@@ -288,6 +288,19 @@ def test_the_weight_of_a_sample_holds_the_share_of_its_pass_of_guidance(model: s
         at_step = found.inputs["timestep"] == timestep
         of_pass = [found.weights[at_step & mask].mean().item() for mask in (unconditional, ~unconditional)]
         assert of_pass[1] / of_pass[0] == pytest.approx((guidance / (1 - guidance)) ** 2, rel=0.01)
+
+
+def test_passes_of_perturbed_attention_guidance_weigh_as_in_its_sum_and_stand_alone(model: str) -> None:
+    """It is u + g (c - u) + s (c - p) of the unconditional, conditional and perturbed pass."""
+    pipeline = load_pipeline(model, kind=pipeline_class("StableDiffusionPAGPipeline"))
+    sampler = SamplerConfig(steps=4, batch_size=3, guidance_scale=3.0, prompts=PROMPTS, arguments={"pag_scale": 4.0})
+    with pytest.warns(UserWarning, match=r"\(PAGCFGIdentitySelfAttnProcessor2_0\): all of its guidance passes"):
+        found = sample_trajectories(pipeline, sampler, 12, seed=6, weighting="sensitivity")
+    for timestep in found.inputs["timestep"].unique():
+        weights = found.weights[found.inputs["timestep"] == timestep].sort().values
+        assert (weights / weights[0]).tolist() == pytest.approx([1, (4 / 2) ** 2, (7 / 2) ** 2], rel=0.01)
+    one, three = (pipeline.unet(**found.batch(slice(0, n), torch.device("cpu")))[0] for n in (1, 3))
+    assert torch.allclose(one[0], three[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("guidance", [3.0, 1.0])

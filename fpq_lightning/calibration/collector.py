@@ -19,6 +19,8 @@ from fpq_lightning.diffusion.sampling import batches_of
 from fpq_lightning.graph.tree import output_leaves
 from fpq_lightning.utils import distributed
 
+_NOT_FINITE = "the full-precision model gives NaN or Inf along its trajectories ({}): it cannot be calibrated"
+
 
 def timestep_weights(weighting: Literal["uniform", "late", "early"], steps: int) -> Tensor:
     """How often each call of a trajectory is kept, `[steps]`, summing to 1; the first sees pure noise."""
@@ -105,6 +107,7 @@ class Collector:
         self._other: set[str] = set()
         self._of_first: dict[str, Any] = {}  # what all images of the first call have in common
         self._varied: set[str] = set()  # what differs between calls
+        self._finite = True  # all that the network gave
 
     @property
     def trajectories(self) -> int:
@@ -122,6 +125,7 @@ class Collector:
 
     def take(self, call: Call) -> None:
         """A call of the batch that is sampled."""
+        self._finite &= call.finite
         structure, leaves = collapsed(call.arguments, self.plan.axes)
         if structure != self.plan.structure:
             self._leave_out(leaves)
@@ -181,6 +185,8 @@ class Collector:
 
     def calibration_set(self, denoiser: Any) -> CalibrationSet:
         """All samples, in the order of `_shuffled`."""
+        if not all(distributed.all_gather_objects(self._finite)):
+            raise ValueError(_NOT_FINITE.format("what it gives"))
         everything = [sample for part in distributed.all_gather_objects(self._taken) for sample in part]
         everything.sort(key=lambda sample: sample[0])
         if len(everything) != self.n:
@@ -203,9 +209,9 @@ class Collector:
                 if axes[path].kind == "dim":
                     values = [torch.as_tensor(value).reshape(()) for value in values]
             inputs[path] = _stacked(values)
-        _check_finite({**inputs, "sensitivity": weight})
+        _check_finite(inputs)
         nested = {path: axis for path, axis in axes.items() if axis != LEADING}
-        if not weight.any():  # a network that gives zeros
+        if not (weight.any() and weight.isfinite().all()):  # a network that gives zeros; what cannot be measured
             weight = torch.ones(self.n)
         return CalibrationSet(inputs, (weight / weight.mean())[order], constants, nested, self.plan.structure)
 
@@ -301,10 +307,7 @@ def _check_finite(inputs: Mapping[str, Any]) -> None:
     for path, value in inputs.items():
         for leaf in tree_flatten(value)[0]:
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and not (leaf.isfinite().all() or _is_bias(leaf)):
-                raise ValueError(
-                    f"the full-precision model gives NaN or Inf along its trajectories ({path}): it cannot be "
-                    "calibrated"
-                )
+                raise ValueError(_NOT_FINITE.format(path))
 
 
 def _is_bias(leaf: Tensor) -> bool:

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from fpq_lightning.diffusion.processors import attention_processors
 from fpq_lightning.graph.tree import named_leaves, output_leaves
 
 PLAIN = (bool, int, float, str, type(None))
@@ -27,12 +28,14 @@ class Call:
     Attributes:
         arguments: its keyword arguments as they came in.
         output: the floating-point tensors that it gave.
+        finite: whether all that it gave is finite.
         sensitivity: how strongly the scheduler passes an error of each guidance pass on to each image,
-            `[passes, images]`; None if it was not measured.
+            `[passes, images]`; NaN if it cannot be measured, None if it was not to be.
     """
 
     arguments: dict[str, Any]
     output: list[Tensor] = field(default_factory=list)
+    finite: bool = True
     sensitivity: Tensor | None = None
 
 
@@ -45,6 +48,9 @@ class Recorder:
         on_step: takes the calls of each denoiser, by name, since the last step of a scheduler, and the scheduler that
             makes a step now; None for the calls that no step followed. An exception of it ends sampling.
         measures: whether the sensitivity of the scheduler is measured.
+
+    Attributes:
+        images: of the batch that is sampled.
     """
 
     def __init__(
@@ -58,8 +64,10 @@ class Recorder:
         self.schedulers = list({id(c): c for c in schedulers}.values())  # of several pipelines in one, each has its own
         self.denoisers = denoisers
         self.on_step, self.measures = on_step, measures
-        self.images = 1  # of the batch that is sampled
+        self.images = 1
+        self._processors: dict[str, dict[int, Any]] = {name: {} for name in denoisers}  # in calls, by identity
         self._pending: dict[str, list[Call]] = {}
+        self._warned = False
 
     def __enter__(self) -> Recorder:
         self._handles = []
@@ -83,11 +91,17 @@ class Recorder:
         if self._pending:
             self._hand_over(None)
 
+    def guest_processors(self, name: str) -> list[str]:
+        """Classes of what computed attention in calls of a denoiser, but does not outside of its pipeline."""
+        own = set(map(id, attention_processors(self.denoisers[name]).values()))
+        return sorted({type(guest).__name__ for key, guest in self._processors[name].items() if key not in own})
+
     def _hand_over(self, scheduler: Any) -> None:
         pending, self._pending = self._pending, {}
         self.on_step(pending, scheduler)
 
     def _before(self, name: str, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._processors[name] |= {id(own): own for own in attention_processors(module).values()}
         arguments = bound_arguments(inspect.signature(type(module).forward), module, args, kwargs)
         for path, leaf in named_leaves(arguments):
             if not isinstance(leaf, (Tensor, *PLAIN)):
@@ -100,7 +114,9 @@ class Recorder:
         self._pending.setdefault(name, []).append(Call(copied))
 
     def _after(self, name: str, module: Any, args: tuple, output: Any) -> None:
-        self._pending[name][-1].output = [x.detach() for x in output_leaves(output)]
+        call = self._pending[name][-1]
+        call.output = [x.detach() for x in output_leaves(output)]
+        call.finite = all(bool(x.isfinite().all()) for x in call.output)
 
     def _measured_step(self, scheduler: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.measures and self._pending:
@@ -110,6 +126,8 @@ class Recorder:
 
     def _measure(self, scheduler: Any, step: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:
         calls = [call for some in self._pending.values() for call in some]
+        if not all(call.finite for call in calls):  # such a network is refused
+            return
         try:
             options = dict(inspect.signature(step).bind(*args, **kwargs).arguments)
             given = tuple(options.pop(name) for name in ("model_output", "timestep", "sample"))
@@ -118,14 +136,19 @@ class Recorder:
             predicted = [call for call in calls if _predicts(call, given[0])] or calls
             passes = [_rows(call.output).unflatten(0, (-1, len(given[0]))) for call in predicted]
             shares = guidance_shares([x for some in passes for x in some], given[0]).split([len(x) for x in passes])
+            if not (sensitivity.isfinite().all() and all(share.isfinite().all() for share in shares)):
+                raise ValueError("it comes out as NaN or Inf")
         except Exception as error:  # whatever a scheduler may do with what it is given: its steps go on without weights
-            reason = " ".join(str(error).split())[:150]
-            warnings.warn(
-                f"how strongly {type(scheduler).__name__} passes errors on cannot be measured ({reason}): its "
-                "samples weigh alike",
-                stacklevel=2,
-            )
-            self.measures = False
+            if not self._warned:
+                reason = " ".join(str(error).split())[:150]
+                warnings.warn(
+                    f"how strongly {type(scheduler).__name__} passes errors on cannot be measured ({reason}): its "
+                    "samples weigh alike",
+                    stacklevel=2,
+                )
+            self._warned = True
+            for call in calls:
+                call.sensitivity = torch.full((1, self.images), torch.nan)
             return
         for call in calls:
             call.sensitivity = sensitivity[None]
@@ -176,7 +199,7 @@ def output_sensitivity(scheduler: Any, arguments: tuple, options: dict[str, Any]
     options = dict(options)
     takes_generator = "generator" in inspect.signature(type(scheduler).step).parameters
     probe = output.std() * 1e-2
-    probe = torch.where(probe == 0, 1e-2, probe)
+    probe = torch.where(probe > 0, probe, 1e-2)  # values that are all alike have none, and a single one has NaN
     stepped = []
     for shift in (0.0, probe):
         clone = copy.copy(scheduler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from fpq_lightning.calibration.look_ahead import look_ahead
 from fpq_lightning.calibration.recorder import Call, Recorder
 from fpq_lightning.diffusion.denoisers import find_denoisers
 from fpq_lightning.diffusion.sampling import SamplerConfig, generate, using_sampler
+from fpq_lightning.utils import distributed
 
 
 @torch.no_grad()
@@ -95,4 +97,11 @@ def sample_calibration_sets(
                 for collector in collectors.values():
                     collector.end_batch()
                 on_batch(min(batch.stop, batches.trajectories), batches.trajectories)
+        for name, plan in plans.items():
+            if (guests := recorder.guest_processors(name)) and distributed.rank() == 0:
+                warnings.warn(
+                    f"{type(pipeline).__name__} gives {plan.network} other attention processors while it samples "
+                    f"({', '.join(guests)}): all of its guidance passes are calibrated with its own attention",
+                    stacklevel=3,
+                )
         return {name: collector.calibration_set(denoisers[name]) for name, collector in collectors.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,7 @@ _HOW_TO_LOAD = {  # arguments of ``from_pretrained`` that are none of a pipeline
     "provider_options", "proxies", "quantization_config", "revision", "sess_options", "trust_remote_code",
     "use_onnx", "use_safetensors", "variant",
 }  # fmt: skip
-_OF_A_CLASS = ("custom_pipeline", "custom_revision", "trust_remote_code")  # which class opens a pipeline
+_OF_A_CLASS = {"custom_pipeline", "custom_revision", "trust_remote_code"}  # which class opens a pipeline
 
 _WEIGHTS = re.compile(  # files of weights; a part's number may come before its variant or after it
     r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?(\.(?P<variant>[a-z]\w*?))?(-\d+-of-\d+)?"
@@ -94,6 +95,23 @@ def load_pipeline(
     return pipeline
 
 
+def complete_index(pipeline: DiffusionPipeline, directory: Path) -> None:
+    """Makes the index of a written pipeline name the modules of classes that their library does not offer.
+
+    diffusers writes its own name for all of its classes, and looks them up there when it opens the pipeline.
+    """
+    file = directory / "model_index.json"
+    index = json.loads(file.read_text())
+    declared = {name: index[name] for name, component in pipeline.components.items() if component is not None}
+    elsewhere = {
+        name: [type(getattr(pipeline, name)).__module__, kind]
+        for name, (library, kind) in declared.items()
+        if library in sys.modules and not hasattr(sys.modules[library], kind)
+    }
+    if elsewhere:
+        file.write_text(json.dumps(index | elsewhere, indent=2, sort_keys=True) + "\n")
+
+
 def arguments_to_open(pipeline: DiffusionPipeline) -> dict[str, None]:
     """What ``from_pretrained`` is to be told so that it makes a pipeline with the same components: those it lacks."""
     return {name: None for name, component in pipeline.components.items() if component is None}
@@ -107,7 +125,9 @@ def arguments_of_quantized(path: Path, arguments: Mapping[str, Any]) -> dict[str
         arguments: that loaded the full-precision one.
     """
     index = json.loads((path / "model_index.json").read_text())
-    return {name: value for name, value in arguments.items() if name in index or name in _OF_A_CLASS}
+    # What the class takes besides its components may be missing in the index, for not every class writes it.
+    kept = index.keys() | _OF_A_CLASS
+    return {name: value for name, value in arguments.items() if name in kept or name not in _HOW_TO_LOAD}
 
 
 def _from_hub(

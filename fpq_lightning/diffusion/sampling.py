@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from fpq_lightning.diffusion.dataset_files import open_dataset, state_of
 from fpq_lightning.diffusion.media import SOUND, medium_of
 from fpq_lightning.diffusion.outputs import sampling_rate, tensor_of
+from fpq_lightning.diffusion.processors import kept_if_interrupted
 from fpq_lightning.diffusion.prompts import load_prompts
 from fpq_lightning.nn.calibrated import Mode, running
 
@@ -299,9 +300,10 @@ def generate(
         ValueError: if an option does not fit the pipeline, or prompts or other arguments are missing.
     """
     try:
-        if isinstance(sampler, FunctionSampler):
-            return cast(Any, sampler.function)(pipeline, list(seeds))
-        return pipeline(**_arguments(pipeline, sampler, seeds, prompts))
+        with kept_if_interrupted(pipeline):
+            if isinstance(sampler, FunctionSampler):
+                return cast(Any, sampler.function)(pipeline, list(seeds))
+            return pipeline(**_arguments(pipeline, sampler, seeds, prompts))
     except TypeError as error:
         if "BFloat16" not in str(error):
             raise

@@ -21,6 +21,7 @@ from fpq_lightning.diffusion.denoisers import as_one, find_denoisers, quantized_
 from fpq_lightning.diffusion.pipelines import (
     arguments_of_quantized,
     class_to_open,
+    complete_index,
     load_pipeline,
     made_empty,
     quantized_files,
@@ -97,6 +98,7 @@ def save_quantized(
     with atomic_directory(directory) as temporary, _in_form(pipeline, details, of_each, export, temporary):
         try:
             pipeline.save_pretrained(temporary)
+            complete_index(pipeline, temporary)
         except SafetensorError as error:
             raise OSError(errno.EIO, f"{error}", str(directory)) from error
         names = {"version": details.get("version", "?"), "base_model": details.get("base_model", "?")}
@@ -160,6 +162,7 @@ def check_form(
             if (empty := made_empty(denoiser)) is not None:
                 check_fits(denoiser, empty)
         pipeline.save_config(directory)
+        complete_index(pipeline, directory)
         networks = {name: c for name, c in pipeline.components.items() if isinstance(c, nn.Module)}
         for name, component in pipeline.components.items():
             if name not in networks and hasattr(component, "save_pretrained"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import diffusers
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from fpq_lightning.calibration.axes import Axis, find_axes, images_of, joined
 from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.disk import load_calibration_set, save_calibration_set
+from fpq_lightning.calibration.recorder import output_sensitivity
 from fpq_lightning.calibration.trajectories import sample_trajectories
-from fpq_lightning.diffusion.sampling import SamplerConfig
+from fpq_lightning.diffusion.sampling import SamplerConfig, generate
 from fpq_lightning.training.datamodule import CalibrationDataModule, UnitBatches
 
 SAMPLER = SamplerConfig(steps=4, batch_size=3)
@@ -322,6 +324,146 @@ def test_what_will_be_calibrated_is_said_before() -> None:
     (line,) = said
     assert line.startswith("2 Network with 12 samples")  # after the first steps that are compared, before all others
     assert "DDIMScheduler: 4 calls a trajectory, timesteps 750 to 0" in line
+
+
+# --- attention processors of a call --------------------------------------------------------------------------------
+
+
+class OwnAttention:
+    """Takes any batch."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True) + x
+
+
+class PerturbedAttention(OwnAttention, nn.Module):
+    """Takes batches of three guidance passes, and leaves attention out of the last of them."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        first, second, last = x.chunk(3)
+        return torch.cat([super().__call__(first), super().__call__(second), last])
+
+
+class AttentiveNetwork(Network):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.Module()
+        self.attention.processor = OwnAttention()
+
+    def forward(self, x: Tensor, timestep: Any, **other: Any) -> tuple[Tensor]:
+        return super().forward(self.attention.processor(x), timestep, **other)
+
+
+class PerturbedGuidance(Pipeline):
+    """Gives its network another processor for the time of a call."""
+
+    def predict(self, x: Tensor, t: Tensor) -> Tensor:
+        first, second, last = self.transformer(torch.cat([x, 2 * x, 2 * x]), timestep=t)[0].chunk(3)
+        return first + 3 * (second - first) + 2 * (second - last)
+
+    @functools.wraps(Pipeline.__call__)
+    def __call__(self, *args: Any, **kwargs: Any) -> ImagePipelineOutput:
+        own, self.transformer.attention.processor = self.transformer.attention.processor, PerturbedAttention()
+        found = super().__call__(*args, **kwargs)
+        del self.transformer.attention.processor
+        self.transformer.attention.processor = own
+        return found
+
+
+def test_a_network_whose_pipeline_changes_its_attention_is_calibrated_with_its_own() -> None:
+    pipeline = make(PerturbedGuidance, AttentiveNetwork())
+    own = pipeline.transformer.attention.processor
+    said = r"gives AttentiveNetwork other attention processors while it samples \(PerturbedAttention\)"
+    with pytest.warns(UserWarning, match=said) as warned:
+        found = sample_trajectories(pipeline, SAMPLER, 12, seed=5, weighting="sensitivity")
+    assert len(warned) == 1
+    assert pipeline.transformer.attention.processor is own
+    arguments = batch(found, [0])
+    expected = pipeline.transformer.layer(own(arguments["x"])) + arguments["timestep"].reshape(-1, 1, 1, 1) / 1000
+    assert torch.equal(pipeline.transformer(**arguments)[0], expected)
+    assert len(found.weights.unique()) > 3  # a pass of each weight at each step
+
+
+def test_processors_that_a_pipeline_does_not_change_are_not_spoken_of(recwarn: pytest.WarningsRecorder) -> None:
+    pipeline = make(network=AttentiveNetwork())
+    pipeline.transformer.attention.processor = Unhashable()
+    sample_trajectories(pipeline, SAMPLER, 4)
+    assert not recwarn.list
+
+
+class Unhashable(OwnAttention):
+    __hash__ = None  # as of a data class
+
+
+def test_an_error_within_a_call_leaves_a_network_its_processors() -> None:
+    pipeline = make(PerturbedGuidance, AttentiveNetwork())
+    own = pipeline.transformer.attention.processor
+    pipeline.transformer.layer.forward = lambda x: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        generate(pipeline, SAMPLER, [0])
+    assert pipeline.transformer.attention.processor is own
+
+
+# --- weights -------------------------------------------------------------------------------------------------------
+
+
+class OneFrame(Pipeline):
+    """Gives the scheduler what is predicted beyond a frame that it was given: nothing."""
+
+    def __call__(
+        self, batch_size: int, generator: list[torch.Generator], num_inference_steps: int = 5
+    ) -> ImagePipelineOutput:
+        x = torch.stack([torch.randn(2, 4, 4, generator=g) for g in generator])
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            beyond = self.predict(x, t)[:, :, 4:]
+            self.scheduler.step(beyond, t, beyond)
+        return ImagePipelineOutput(images=x[:, :1].permute(0, 2, 3, 1).numpy())
+
+
+@pytest.mark.filterwarnings("ignore:std:UserWarning")
+def test_samples_weigh_alike_with_a_line_where_the_sensitivity_comes_out_as_nan() -> None:
+    with pytest.warns(UserWarning, match="DDIMScheduler passes errors on cannot be measured") as warned:
+        found = sample_trajectories(make(OneFrame), SAMPLER, 8, weighting="sensitivity")
+    assert len([w for w in warned if "weigh alike" in str(w.message)]) == 1
+    assert torch.equal(found.weights, torch.ones(8))
+
+
+def test_samples_weigh_alike_if_the_sensitivity_of_one_step_alone_cannot_be_measured() -> None:
+    class Brittle(DDIMScheduler):
+        def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **options: Any) -> Any:
+            if int(timestep) == 250 and model_output.dtype == torch.float32:
+                raise RuntimeError("no float32 here")
+            return super().step(model_output, timestep, sample, **options)
+
+    pipeline = make()
+    pipeline.scheduler = Brittle.from_config(pipeline.scheduler.config)
+    pipeline.transformer.double()
+    pipeline.predict = lambda x, t: pipeline.transformer(x.double(), timestep=t)[0]
+    with pytest.warns(UserWarning, match="no float32 here"):
+        found = sample_trajectories(pipeline, SAMPLER, 8, weighting="sensitivity")
+    assert torch.equal(found.weights, torch.ones(8))
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "sensitivity"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_network_whose_last_output_alone_is_not_finite_is_refused(weighting: Any, value: float) -> None:
+    pipeline = make()
+    pipeline.transformer.forward = lambda x, timestep: (x if timestep else torch.full_like(x, value),)
+    with pytest.raises(ValueError, match="NaN or Inf along its trajectories") as error:
+        sample_trajectories(pipeline, SAMPLER, 8, weighting=weighting)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:std:UserWarning")
+def test_the_sensitivity_of_a_single_value_is_that_of_many() -> None:
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(4)
+    one, many = (
+        output_sensitivity(scheduler, (torch.ones(1, n, 1, 1), scheduler.timesteps[1], torch.ones(1, n, 1, 1)), {})
+        for n in (1, 9)
+    )
+    assert one.item() == pytest.approx(many.item(), rel=1e-3)
 
 
 def test_steps_and_scheduler_are_the_pipelines_own_unless_others_are_asked_for() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMWuerstchenScheduler, DiffusionPipeline, StableCascadeDecoderPipeline
+from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
 from models import CHECKOUT, save_tiny, tiny_pipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -24,6 +27,7 @@ from fpq_lightning import (
     load_quantized,
     quantize,
 )
+from fpq_lightning.diffusion.pipelines import complete_index
 from fpq_lightning.nn.calibrated import quantized_layers
 from fpq_lightning.nn.hashing import hash_weights
 from fpq_lightning.storage.pipeline import is_quantized, save_quantized
@@ -318,3 +322,28 @@ def test_fingerprints_follow_every_weight_bit_and_every_part() -> None:
 def test_the_embedded_model_opens() -> None:
     pipeline = DiffusionPipeline.from_pretrained(str(CHECKOUT / "data" / "cifar10-ddpm-small"))
     assert 5e6 < sum(p.numel() for p in pipeline.unet.parameters()) < 6e6
+
+
+def test_a_component_of_a_class_that_diffusers_does_not_offer_is_opened_by_plain_diffusers(tmp_path: Path) -> None:
+    pixels = PaellaVQModel(bottleneck_blocks=1, num_vq_embeddings=8, levels=1, embed_dim=16, latent_channels=4)
+    others = dict.fromkeys(("decoder", "tokenizer", "text_encoder"))
+    written = StableCascadeDecoderPipeline(vqgan=pixels, scheduler=DDPMWuerstchenScheduler(), **others)
+    written.save_pretrained(tmp_path)
+    before = json.loads((tmp_path / "model_index.json").read_text())
+    with pytest.raises(ValueError, match="no class `PaellaVQModel`"):  # or there is nothing to mend any more
+        DiffusionPipeline.from_pretrained(tmp_path, **others)
+    complete_index(written, tmp_path)
+    after = json.loads((tmp_path / "model_index.json").read_text())
+    assert {name: entry for name, entry in before.items() if after[name] != entry} == {"vqgan": before["vqgan"]}
+    code = "import sys; from diffusers import *; DiffusionPipeline.from_pretrained(sys.argv[1], **eval(sys.argv[2]))"
+    subprocess.run([sys.executable, "-c", code, tmp_path, str(others)], check=True)
+    opened = DiffusionPipeline.from_pretrained(tmp_path, **others)
+    assert all(map(torch.equal, opened.vqgan.state_dict().values(), pixels.state_dict().values()))
+
+
+def test_an_index_in_which_all_classes_are_found_stays_as_diffusers_wrote_it(tmp_path: Path) -> None:
+    written = tiny_pipeline()
+    written.save_pretrained(tmp_path)
+    before = (tmp_path / "model_index.json").read_bytes()
+    complete_index(written, tmp_path)
+    assert (tmp_path / "model_index.json").read_bytes() == before

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPAGPipeline
 from models import fit_arguments, run_fpq, tiny_text_to_image
 
 from fpq_lightning import CalibrationDataModule, EvaluationConfig, Recipe, RoundingRecipe, SamplerConfig, quantize
@@ -123,3 +123,12 @@ def test_a_variant_is_that_of_the_full_precision_files_alone(incomplete: str, tm
     arguments = {"variant": "mine", "custom_pipeline": "there", "safety_checker": None}
     kept = {"custom_pipeline": "there", "safety_checker": None}
     assert arguments_of_quantized(tmp_path / "both", arguments) == kept
+
+
+def test_what_a_class_takes_but_does_not_write_into_its_index_is_kept(tmp_path: Path) -> None:
+    model = tiny_text_to_image(tmp_path / "model")
+    guided = StableDiffusionPAGPipeline.from_pretrained(model, **MISSING, pag_applied_layers=["up"])
+    guided.save_pretrained(tmp_path / "guided")
+    assert "pag_applied_layers" not in json.loads((tmp_path / "guided" / "model_index.json").read_text())
+    given = {"pag_applied_layers": ["up"], "local_files_only": True}
+    assert arguments_of_quantized(tmp_path / "guided", given) == {"pag_applied_layers": ["up"]}
