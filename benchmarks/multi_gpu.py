@@ -11,6 +11,7 @@ calibration by the command line, also on CPUs; options after ``--`` go to ``fpq 
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -140,6 +141,8 @@ def blocks(args: argparse.Namespace) -> None:
         if distributed.rank() == 0:
             row = {"gpus": distributed.world_size(), **row, "ms": round(1e3 * statistics.median(seconds), 3)}
             print(json.dumps(row), flush=True)
+        del ten_steps  # NCCL waits for graphs that hold its collectives before the group can end
+        gc.collect()
         torch.cuda.empty_cache()
     dist.destroy_process_group()
 
@@ -161,6 +164,8 @@ def profile(args: argparse.Namespace) -> None:
         print("| kernel | launches | us |\n| --- | --- | --- |")
         for event in events[: args.rows]:
             print(f"| {event.key[:90]} | {event.count / steps:g} | {event.self_device_time_total / steps:.1f} |")
+    del ten_steps
+    gc.collect()
     dist.destroy_process_group()
 
 

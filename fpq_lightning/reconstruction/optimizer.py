@@ -62,6 +62,10 @@ class GraphedAdam(torch.optim.Adam):
         torch.cuda.current_stream().wait_stream(self._stream)
         return self._error
 
+    def release(self) -> None:
+        """Lets go of the captured step; no further one is made."""
+        self._graph = None
+
     def _captured(self, closure: Callable[[], Tensor]) -> torch.cuda.CUDAGraph | None:
         graph = torch.cuda.CUDAGraph()
         gc.collect()

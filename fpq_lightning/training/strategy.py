@@ -17,6 +17,7 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
+from fpq_lightning.reconstruction.optimizer import GraphedAdam
 from fpq_lightning.training.watchdog import Watchdog
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -62,6 +63,13 @@ class CalibrationStrategy(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """Leaves the module unwrapped."""
+
+    def teardown(self) -> None:
+        """Lets go of captured steps: NCCL waits for every graph that holds a collective before its group can end."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, GraphedAdam):
+                optimizer.release()
+        super().teardown()
 
     def _configure_launcher(self) -> None:
         super()._configure_launcher()
