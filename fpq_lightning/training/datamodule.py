@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -29,7 +29,7 @@ from fpq_lightning.utils import distributed
 from fpq_lightning.utils.files import shorten
 from fpq_lightning.utils.places import check_ours, check_writable
 from fpq_lightning.utils.progress import progress_bar
-from fpq_lightning.utils.values import Count, CountOrZero, check_values
+from fpq_lightning.utils.values import MOST, Count, Within, check_values
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class CalibrationDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        n_samples: CountOrZero = 1024,
+        n_samples: Annotated[int, Within(4, MOST)] = 1024,
         seed: int = 0,
         source: str = "trajectories",
         image_column: str = "image",
@@ -158,9 +158,9 @@ class CalibrationDataModule(pl.LightningDataModule):
         self.store_budget, self.store_host_budget = store_budget, store_host_budget
         self.store_dtype = store_dtype
         self.store_directory = store_directory
-        check_values(self, "data")
-        if n_samples < 4:
+        if type(n_samples) is int and n_samples < 4:
             raise ValueError(f"the calibration set would be empty: data.n_samples must be at least 4, got {n_samples}")
+        check_values(self, "data")
         if not 0 < held_out_fraction < 1:
             raise ValueError(f"data.held_out_fraction must be between 0 and 1, got {held_out_fraction}")
         if round(n_samples * held_out_fraction) >= n_samples:

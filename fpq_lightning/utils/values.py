@@ -27,10 +27,11 @@ class Within:
         return f"from {self.least} to {self.most}" if math.isfinite(self.most) else f"of at least {self.least}"
 
 
-_MOST = 2**31 - 1  # of anything that can be counted
+MOST = 2**31 - 1
+"""Of anything that can be counted."""
 
-Count = Annotated[int, Within(1, _MOST)]
-CountOrZero = Annotated[int, Within(0, _MOST)]
+Count = Annotated[int, Within(1, MOST)]
+CountOrZero = Annotated[int, Within(0, MOST)]
 
 
 def check_values(owner: object, option: str) -> None:
