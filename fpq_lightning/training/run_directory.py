@@ -25,7 +25,9 @@ from fpq_lightning.training.unit_files import UnitFiles
 from fpq_lightning.utils.files import differences, shorten, write_json
 from fpq_lightning.utils.places import check_ours, check_writable
 from fpq_lightning.utils.provenance import fingerprint
-from fpq_lightning.utils.temporary import PREFIX, in_use, remove_leftovers
+from fpq_lightning.utils.temporary import in_use, remove_leftovers
+
+_REHEARSAL = ".rehearsal-"  # begins the names of directories of it
 
 
 class _UnreadableError(ValueError):
@@ -205,7 +207,7 @@ class RunDirectory:
         """
         with self._locked():
             self._clean()
-            made = Path(tempfile.mkdtemp(prefix=f"{PREFIX}rehearsal-", dir=self.path))
+            made = Path(tempfile.mkdtemp(prefix=_REHEARSAL, dir=self.path))
             try:
                 with in_use(made):
                     yield RunDirectory(made, self.parts)
@@ -235,6 +237,7 @@ class RunDirectory:
         """Removes what processes that were killed have left half-written."""
         for place in (self.path, self.checkpoints / "units", *self.images.glob("*")):
             remove_leftovers(place)
+        remove_leftovers(self.path, _REHEARSAL)
         remove_leftovers(self.activations, STORE)
         with suppress(OSError):  # there is none, or it holds something else
             self.activations.rmdir()
