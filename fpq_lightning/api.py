@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.training.run import prepare_run
-from fpq_lightning.training.strategy import TRAINER_DEFAULTS
+from fpq_lightning.training.strategy import TRAINER_DEFAULTS, precision_of
+
+_ALONE = threading.RLock()  # a run uses random states, modes and warnings of the whole process
 
 
 def quantize(
@@ -28,7 +31,7 @@ def quantize(
     offload: bool = False,
     **trainer_options: Any,
 ) -> DiffusionPipeline:
-    """Quantizes the denoisers of a pipeline in place.
+    """Quantizes the denoisers of a pipeline in place; those of several threads one after the other.
 
     Args:
         pipeline: a diffusers pipeline in full precision.
@@ -53,18 +56,20 @@ def quantize(
         raise ValueError(f"quantize takes a diffusers pipeline, got {type(pipeline).__name__}: load it first")
     if sampler is not None and not isinstance(sampler, SamplerConfig):
         sampler = FunctionSampler(function=sampler)
-    run = prepare_run(
-        pipeline,
-        str(base_model or getattr(pipeline, "name_or_path", None) or type(pipeline).__name__),
-        recipe or Recipe(),
-        data or CalibrationDataModule(),
-        sampler or SamplerConfig(),
-        evaluation or EvaluationConfig(n_images=0),
-        run_dir,
-        resume=ckpt_path is not None,
-        offload=offload,
-    )
-    trainer = run.trainer(**{**TRAINER_DEFAULTS, **trainer_options})
-    run.log_estimate(trainer)
-    run.fit(trainer, ckpt_path)
+    with _ALONE:
+        run = prepare_run(
+            pipeline,
+            str(base_model or getattr(pipeline, "name_or_path", None) or type(pipeline).__name__),
+            recipe or Recipe(),
+            data or CalibrationDataModule(),
+            sampler or SamplerConfig(),
+            evaluation or EvaluationConfig(n_images=0),
+            run_dir,
+            resume=ckpt_path is not None,
+            offload=offload,
+            precision=precision_of(trainer_options),
+        )
+        trainer = run.trainer(**{**TRAINER_DEFAULTS, **trainer_options})
+        run.log_estimate(trainer)
+        run.fit(trainer, ckpt_path)
     return pipeline

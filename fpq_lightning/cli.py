@@ -8,7 +8,9 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -286,6 +288,30 @@ def _explain(error: BaseException) -> str:
     )
 
 
+@contextmanager
+def _interruptible(command: str) -> Iterator[None]:
+    """Within the block Ctrl-C ends the process with a line and code 130.
+
+    It does not raise KeyboardInterrupt, which Lightning catches, to end the process with code 1.
+    """
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes, which all get the signal
+    line = "\nfpq: interrupted" + ": go on with --ckpt_path last" * (command == "fit") + "\n"
+
+    def interrupt(number: int, frame: object) -> None:
+        if is_first:
+            os.write(2, line.encode())  # print may be what was interrupted
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 # --- the entry point -------------------------------------------------------------------------------------------
 
 
@@ -310,7 +336,8 @@ def _run(arguments: list[str]) -> None:
             arguments[i] = find_config(argument)
         elif argument.startswith("--config="):
             arguments[i] = f"--config={find_config(argument.removeprefix('--config='))}"
-    _COMMANDS[name](arguments)
+    with _interruptible(name):
+        _COMMANDS[name](arguments)
 
 
 def main(arguments: Sequence[str | Path] | None = None) -> None:
@@ -325,7 +352,8 @@ def main(arguments: Sequence[str | Path] | None = None) -> None:
     with _messages():
         try:
             _run([str(argument) for argument in (sys.argv[1:] if arguments is None else arguments)])
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # before the command has begun
+            print("fpq: interrupted", file=sys.stderr)
             sys.exit(130)
         except Exception as error:
             sys.exit(f"fpq: {_explain(error)}")

@@ -20,6 +20,7 @@ from fpq_lightning.utils.files import atomic_directory, write_json
 
 _WEIGHT = "sample_weight"  # the column of the weights
 _TENSORS = "tensors.safetensors"
+_DATASET = "dataset_info.json"  # of `datasets`
 _TENSOR = "tensor:"  # begins what stands for a tensor in JSON
 MADE_FROM = "made_from.json"  # what decides a set, beside it
 
@@ -34,11 +35,17 @@ def save_calibration_sets(
         directory: where to.
         made_from: what decides the sets (`CalibrationKey.to_dict`), written to ``made_from.json``.
     """
-    with atomic_directory(Path(directory)) as temporary:
+    with atomic_directory(Path(directory), is_calibration_set) as temporary:
         for name, calibration in sets.items():
             _save(calibration, temporary / name)
         if made_from is not None:
             write_json(temporary / MADE_FROM, made_from)
+
+
+def is_calibration_set(directory: Path) -> bool:
+    """Whether a directory holds a set that was written here, or such sets in directories of their names."""
+    tensors = [file for place in ("", "*/") for file in directory.glob(place + _TENSORS)]
+    return (directory / MADE_FROM).is_file() or any(file.with_name(_DATASET).is_file() for file in tensors)
 
 
 def save_calibration_set(calibration: CalibrationSet, directory: str | Path) -> None:

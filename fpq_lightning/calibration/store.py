@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 from fpq_lightning.calibration.host_memory import HostMemory
+from fpq_lightning.utils.temporary import lock, remove_leftovers
+
+STORE = "fpq-store-"  # begins the names of directories of activations
 
 _UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -110,6 +114,7 @@ class ActivationStore:
         self._host: HostMemory | None = None
         self._directory = directory
         self._scratch: tempfile.TemporaryDirectory | None = None
+        self._lock = -1  # of the scratch directory
 
     def used(self, tier: str) -> int:
         """Bytes held in a tier: ``device``, ``host`` or ``disk``."""
@@ -159,7 +164,9 @@ class ActivationStore:
         if self._scratch is None:
             if self._directory is not None:
                 Path(self._directory).mkdir(parents=True, exist_ok=True)
-            self._scratch = tempfile.TemporaryDirectory(prefix="fpq-store-", dir=self._directory)
+            self._scratch = tempfile.TemporaryDirectory(prefix=STORE, dir=self._directory)
+            self._lock = lock(Path(self._scratch.name))
+            remove_leftovers(Path(self._scratch.name).parent, STORE)
         with tempfile.NamedTemporaryFile(dir=self._scratch.name, delete=False) as handle:
             file = Path(handle.name)
         numel = torch.Size(shape).numel()
@@ -247,3 +254,4 @@ class ActivationStore:
         if self._scratch is not None:
             self._scratch.cleanup()
             self._scratch = None
+            os.close(self._lock)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fpq_lightning.diffusion.dataset_files import open_dataset
 from fpq_lightning.diffusion.media import MEDIA, from_bytes, load_png, medium_of, save_png, to_bytes
 from fpq_lightning.utils.files import differences, shorten, write_json
+from fpq_lightning.utils.temporary import remove_leftovers
 
 if TYPE_CHECKING:
     import datasets
@@ -51,6 +52,7 @@ class ImageDirectory:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self.settings = json.loads(json.dumps(settings))
+        remove_leftovers(path)
         file = path / _SETTINGS
         if file.is_file():
             if changed := differences(json.loads(file.read_text()), self.settings):

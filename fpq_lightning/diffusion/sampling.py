@@ -25,6 +25,7 @@ from fpq_lightning.diffusion.outputs import sampling_rate, tensor_of
 from fpq_lightning.diffusion.processors import kept_if_interrupted
 from fpq_lightning.diffusion.prompts import load_prompts
 from fpq_lightning.nn.calibrated import Mode, running
+from fpq_lightning.utils.values import Count, check_values
 
 if TYPE_CHECKING:
     import datasets
@@ -57,22 +58,19 @@ class SamplerConfig:
     """
 
     scheduler: str | None = None
-    steps: int | None = None
+    steps: Count | None = None
     guidance_scale: float | None = None
     prompts: str | list[str] | None = None
     prompt_column: str | None = None
     negative_prompt: str | None = None
-    height: int | None = None
-    width: int | None = None
+    height: Count | None = None
+    width: Count | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     inputs: str | None = None
-    batch_size: int = 16
+    batch_size: Count = 16
 
     def __post_init__(self) -> None:
-        if (self.steps is not None and self.steps < 1) or self.batch_size < 1:
-            raise ValueError(
-                f"sampling needs steps and batch_size of at least 1, got {self.steps} and {self.batch_size}"
-            )
+        check_values(self, "sampler")
         if self.scheduler is not None and not hasattr(diffusers_schedulers, self.scheduler):
             raise ValueError(f"diffusers has no scheduler {self.scheduler!r}: use for example DDIMScheduler")
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from fpq_lightning.utils.files import paths_to_text
 from fpq_lightning.utils.resources import FEATURES
+from fpq_lightning.utils.values import Count, CountOrZero, check_values
 
 
 @dataclass
@@ -35,7 +36,7 @@ class EvaluationConfig:
             command.
     """
 
-    n_images: int = 64
+    n_images: CountOrZero = 64
     seed: int = 0
     features: str | None = FEATURES
     inception: str | None = None
@@ -43,14 +44,15 @@ class EvaluationConfig:
     clip: str | None = None
     real: str | None = None
     real_column: str = "image"
-    n_real: int | None = None
+    n_real: Count | None = None
     corrupt: Literal["fail", "skip"] = "fail"
     reference: str | None = None
     images: str | None = None
 
     def __post_init__(self) -> None:
         paths_to_text(self)
-        if self.n_images < 0 or self.n_images == 1:
+        check_values(self, "evaluation")
+        if self.n_images == 1:
             raise ValueError(f"evaluation.n_images must be 0 or at least 2, got {self.n_images}")
         if self.real is not None and self.features is None and self.inception is None:
             raise ValueError("evaluation.real needs evaluation.features or evaluation.inception")

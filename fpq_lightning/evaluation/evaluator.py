@@ -19,6 +19,7 @@ from fpq_lightning.evaluation.networks.network import FeatureNetwork, Features
 from fpq_lightning.evaluation.quality import QualityMetrics, warn_left_out
 from fpq_lightning.evaluation.sampling import share
 from fpq_lightning.utils import distributed
+from fpq_lightning.utils.places import check_writable
 from fpq_lightning.utils.resources import find_features
 from fpq_lightning.utils.tf32 import using_tf32
 
@@ -61,6 +62,8 @@ class Evaluator:
             CIFAR10Network.load(find_features(config.features))
         if not config.n_images:
             return
+        if config.images is not None:
+            check_writable(config.images, "evaluation.images")
         for network in self.networks.values():
             width = network.num_features
             if config.n_images <= width and distributed.rank() == 0:

@@ -63,7 +63,8 @@ def attention(
     if dropout_p:
         raise ValueError(f"attention with dropout ({dropout_p}) cannot be quantized: exclude its module")
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    with torch.autocast(query.device.type, enabled=False):
+    kind = query.device.type
+    with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):  # there is none for tensors without data
         q, k, v = (operand(x.float()) for operand, x in zip(operands, (query, key, value), strict=False))
         if enable_gqa:
             k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))

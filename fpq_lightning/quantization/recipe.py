@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fpq_lightning.formats.numbers import FAMILIES, FORMATS, Format, IntFormat, parse_formats
 from fpq_lightning.formats.scales import FLOAT32, parse_scale_format
 from fpq_lightning.quantization.quantizer import Granularity
+from fpq_lightning.utils.values import Count, CountOrZero, Within, check_values
 
 
 def _patterns(patterns: list[str] | str) -> list[str]:
@@ -34,9 +35,12 @@ class WeightRecipe:
 
     formats: str | list[str] | None = "fp4"
     granularity: Literal["tensor", "channel", "group"] = "channel"
-    group_size: int | None = None
+    group_size: Count | None = None
     scale_format: str = FLOAT32
     objective: Literal["output", "tensor", "max"] = "output"
+
+    def __post_init__(self) -> None:
+        check_values(self, "recipe.weights")
 
 
 @dataclass
@@ -59,6 +63,7 @@ class ActivationRecipe:
     objective: Literal["output", "tensor", "max"] = "tensor"
 
     def __post_init__(self) -> None:
+        check_values(self, "recipe.activations")
         self.token_layers = _patterns(self.token_layers)
 
 
@@ -72,6 +77,9 @@ class AttentionRecipe:
     """
 
     formats: str | list[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_values(self, "recipe.attention")
 
 
 @dataclass
@@ -98,16 +106,19 @@ class RoundingRecipe:
 
     start: Literal["nearest", "closed_form"] = "closed_form"
     learned: bool = False
-    iterations: int = 500
-    batch_size: int = 32
-    learning_rate: float = 1e-2
-    scale_learning_rate: float = 1e-3
-    regularisation: float = 1.0
-    warmup: float = 0.2
-    straight_through: float = 0.0
+    iterations: CountOrZero = 500
+    batch_size: Count = 32
+    learning_rate: Annotated[float, Within(0)] = 1e-2
+    scale_learning_rate: Annotated[float, Within(0)] = 1e-3
+    regularisation: Annotated[float, Within(0)] = 1.0
+    warmup: Annotated[float, Within(0, 1)] = 0.2
+    straight_through: Annotated[float, Within(0, 1)] = 0.0
     scale_aware: bool = False
     learn_weight_scales: bool = True
     learn_activation_scales: bool = True
+
+    def __post_init__(self) -> None:
+        check_values(self, "recipe.rounding")
 
 
 @dataclass
@@ -150,6 +161,7 @@ class Recipe:
     correct_biases: bool = True
 
     def __post_init__(self) -> None:
+        check_values(self, "recipe")
         self.include, self.exclude = _patterns(self.include), _patterns(self.exclude)
         self.denoisers = None if self.denoisers is None else _patterns(self.denoisers)
         if self.denoisers == []:
@@ -171,10 +183,10 @@ class Recipe:
         if self.activations.token_layers and not any(f.min < 0 for f in formats):
             raise ValueError("activations.token_layers needs a signed format among activations.formats")
         r = self.rounding
-        if r.learned and (r.iterations < 1 or r.batch_size < 1 or not 0 <= r.warmup < 1):
+        if r.learned and (r.iterations < 1 or r.warmup == 1):
             raise ValueError(
-                "learned rounding needs recipe.rounding.iterations and batch_size of at least 1 and warmup in [0, 1), "
-                f"got {r.iterations}, {r.batch_size} and {r.warmup}"
+                "learned rounding needs recipe.rounding.iterations of at least 1 and warmup below 1, "
+                f"got {r.iterations} and {r.warmup}"
             )
 
     @property

@@ -17,6 +17,7 @@ from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 from fpq_lightning.storage.dequantized import FILE
 from fpq_lightning.storage.exports.registry import EXPORTS
 from fpq_lightning.storage.pipeline import described_denoisers, is_quantized, load_quantized, save_quantized
+from fpq_lightning.utils.places import check_writable
 
 _OF_FILES = ("quant_method", "format_version", "layers", "attention")
 """Entries of a description that say how the files are written."""
@@ -40,6 +41,7 @@ def export(directory: str | Path, output: str | Path, form: str) -> None:
         raise FileNotFoundError(f"there is no quantized pipeline at {directory}: give the quantized/ of a run")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} exists already: choose another --output")
+    check_writable(target, "--output")
     pipeline = load_quantized(directory)
     of_each: dict[str, dict[str, Any]] = {}
     for name, denoiser, description in described_denoisers(pipeline, directory):

@@ -207,6 +207,14 @@ def coverage_lines(directory: str | Path) -> list[str]:
     return [
         f"{name}: {line}" if len(found) > 1 else line
         for name, description in found.items()
-        if description.get("coverage")
-        for line in Coverage.from_dict(description["coverage"]).lines()
+        for line in _coverage_lines(description)
     ]
+
+
+def _coverage_lines(description: Mapping[str, Any]) -> list[str]:
+    lines = Coverage.from_dict(description["coverage"]).lines() if description.get("coverage") else []
+    if attention := description.get("attention"):
+        formats = Counter(quantizer["format"] for operands in attention.values() for quantizer in operands)
+        used = ", ".join(f"{name} x{n}" for name, n in formats.most_common())
+        lines.append(f"attention of {len(attention)} module{'s' * (len(attention) > 1)} is quantized ({used})")
+    return lines

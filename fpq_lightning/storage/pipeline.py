@@ -10,8 +10,9 @@ import errno
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
@@ -30,17 +31,19 @@ from fpq_lightning.nn.attention import QuantizedAttention, quantized_attention
 from fpq_lightning.nn.calibrated import QuantizedLayer, quantized_layers
 from fpq_lightning.nn.convert import make_plain, pack_attention, pack_layer, quantized_weight
 from fpq_lightning.nn.packed_layer import PackedLayer, packed_layers
-from fpq_lightning.nn.swap import SwappedModule
+from fpq_lightning.nn.swap import SwappedModule, restore
 from fpq_lightning.storage import dequantized
 from fpq_lightning.storage.config import FPQConfig, QuantizationMethod
 from fpq_lightning.storage.diffusers_quantizer import check_fits
 from fpq_lightning.storage.exports.registry import EXPORTS, Export
 from fpq_lightning.storage.headers import read_header
-from fpq_lightning.utils.files import atomic_directory
+from fpq_lightning.utils.files import atomic_directory, atomic_write
+
+_MADE_BY = "Made by fpq_lightning"
 
 _README = """# A quantized diffusion model
 
-Made by fpq_lightning {version} from `{base_model}`.
+{made_by} {version} from `{base_model}`.
 
 {usage}"""
 
@@ -86,23 +89,24 @@ def save_quantized(
 
     Args:
         pipeline: its denoisers' layers have the variant ``quantized`` or are packed.
-        directory: replaced if it exists.
+        directory: replaced if it is empty or `is_written`.
         details: where it comes from: ``base_model``, ``recipe``, ``version``, ``fingerprint``.
         form: the name of an export.
         of_each: further details of each denoiser that is quantized, by component; None finds these out.
 
     Raises:
-        ValueError: if there is no such export, a quantized weight holds NaN or Inf, or no layer fits the export.
+        ValueError: if there is no such export, a quantized weight holds NaN or Inf, no layer fits the export, or the
+            directory holds something else.
     """
     export = EXPORTS[form]
-    with atomic_directory(directory) as temporary, _in_form(pipeline, details, of_each, export, temporary):
+    with atomic_directory(directory, is_written) as temporary, _in_form(pipeline, details, of_each, export, temporary):
         try:
-            pipeline.save_pretrained(temporary)
+            type(pipeline).save_pretrained(pipeline, temporary)
             complete_index(pipeline, temporary)
         except SafetensorError as error:
             raise OSError(errno.EIO, f"{error}", str(directory)) from error
         names = {"version": details.get("version", "?"), "base_model": details.get("base_model", "?")}
-        (temporary / "README.md").write_text(_README.format(**names, usage=export.usage))
+        (temporary / "README.md").write_text(_README.format(made_by=_MADE_BY, **names, usage=export.usage))
 
 
 @contextmanager
@@ -194,7 +198,29 @@ def load_quantized(directory: str | Path, kind: type[DiffusionPipeline] = Diffus
     if not files:
         for _, denoiser, description in described_denoisers(pipeline, directory):
             dequantized.apply_inputs(denoiser.eval().requires_grad_(False), description)
+        cast(Any, pipeline).save_pretrained = partial(
+            _save_dequantized, pipeline, (path / dequantized.FILE).read_text()
+        )
     return pipeline
+
+
+def _save_dequantized(
+    pipeline: DiffusionPipeline, description: str, save_directory: str | Path, *args: Any, **kwargs: Any
+) -> None:
+    """`save_pretrained` of an opened dequantized pipeline: also writes the description that it was opened with."""
+    models = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
+    with _restored(models):
+        for module in [m for model in models for m in model.modules() if isinstance(m, SwappedModule)]:
+            restore(module)
+        with atomic_write(Path(save_directory) / dequantized.FILE) as temporary:
+            temporary.write_text(description)
+        type(pipeline).save_pretrained(pipeline, save_directory, *args, **kwargs)
+
+
+def is_written(directory: Path) -> bool:
+    """Whether `save_quantized` has written a directory, in any form; its files may be damaged."""
+    readme = directory / "README.md"
+    return is_quantized(directory) or (readme.is_file() and _MADE_BY in readme.read_text(errors="replace"))
 
 
 def _packed_files(directory: Path) -> dict[str, Path]:

@@ -16,6 +16,7 @@ from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.utils.files import paths_to_text
 from fpq_lightning.utils.resources import find_config
+from fpq_lightning.utils.values import CountOrZero, check_values
 
 
 @dataclass
@@ -38,6 +39,9 @@ class RowConfig:
         default_factory=lambda: ["nearest", "quantized"]
     )
     group: str = "recipes"
+
+    def __post_init__(self) -> None:
+        check_values(self, "rows")
 
 
 @dataclass
@@ -64,12 +68,13 @@ class StudyConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     recipe: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
-    trajectories: int = 64
+    trajectories: CountOrZero = 64
     scratch: str = "runs/study"
     tf32: bool = True
 
     def __post_init__(self) -> None:
         paths_to_text(self)
+        check_values(self, "")
         if self.evaluation.n_images < 2:
             raise ValueError("a study needs evaluation.n_images of at least 2")
         for name in self.rows:

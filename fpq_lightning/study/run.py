@@ -26,9 +26,11 @@ from fpq_lightning.nn.calibrated import Mode
 from fpq_lightning.nn.hashing import hash_weights
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.study.config import StudyConfig, complete
+from fpq_lightning.study.table import check_table, read_row
 from fpq_lightning.study.trajectory import trajectory_errors
 from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.utils.files import differences, shorten, write_json
+from fpq_lightning.utils.places import check_writable
 from fpq_lightning.utils.provenance import device_name, fingerprint, versions
 from fpq_lightning.utils.tf32 import using_tf32
 
@@ -56,6 +58,8 @@ class Study:
         self.built = {name: config.build(name) for name in config.rows}
         self.evaluator = Evaluator(config.evaluation, config.sampler)
         self.evaluator.check()
+        check_table(self.output)
+        check_writable(config.scratch, "scratch")
         pipeline = load_pipeline(config.model)
         self._weights = hash_weights(as_one(find_denoisers(pipeline)))
         self.scratch = Path(config.scratch) / self._weights[:8]
@@ -87,7 +91,7 @@ class Study:
         return json.loads(json.dumps(settings))
 
     def _check(self, file: Path, settings: dict[str, Any]) -> None:
-        if file.is_file() and (changed := differences(complete(json.loads(file.read_text())["settings"]), settings)):
+        if file.is_file() and (changed := differences(complete(read_row(file).get("settings", {})), settings)):
             raise ValueError(f"{file} was made with other settings ({shorten(changed)}): delete it or rename the row")
 
     def missing(self, only: Sequence[str] = ()) -> dict[str, list[str]]:

@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from fpq_lightning.evaluation.metrics import Column, table_columns
 from fpq_lightning.study.config import complete
 from fpq_lightning.utils.files import atomic_write
+from fpq_lightning.utils.places import check_ours, check_writable
+from fpq_lightning.utils.temporary import remove_leftovers
 
 _VARIANTS = ("full_precision", "other_seeds", "nearest", "quantized")
 _SETTINGS = (  # of a row: key, title, digits
@@ -28,20 +30,40 @@ _SETTINGS = (  # of a row: key, title, digits
 _FLOAT, _INTEGER = "#2563a8", "#c2702e"
 
 
+def read_row(file: Path) -> dict[str, Any]:
+    """Reads the file of a row.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        row = json.loads(file.read_text())
+        row["metrics"], row["name"], row["variant"], row["group"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the row {file} cannot be read ({error}): delete it") from error
+    return row
+
+
+def check_table(output: Path) -> None:
+    """Finds out that the table of a study would replace files that are none of ours.
+
+    Raises:
+        ValueError: if so, or if nothing can be written there.
+    """
+    replaced = ("table.md", "table.csv", "quality_*.png", "trajectory.png")
+    check_ours(output, lambda directory: any((directory / "rows").glob("*.json")), replaced, "output")
+    check_writable(output, "output")
+    for place in (output, output / "rows"):
+        remove_leftovers(place)
+
+
 def read_rows(output: Path, order: Sequence[str] = ()) -> list[dict[str, Any]]:
     """All rows in a study's directory: first the rows in `order`, then others by name.
 
     Raises:
         ValueError: if a file cannot be read.
     """
-    rows = []
-    for file in sorted((output / "rows").glob("*.json")):
-        try:
-            row = json.loads(file.read_text())
-            row["metrics"], row["name"], row["variant"], row["group"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"the row {file} cannot be read ({error}): delete it") from error
-        rows.append(row)
+    rows = [read_row(file) for file in sorted((output / "rows").glob("*.json"))]
     places = {name: i for i, name in enumerate(order)}
     rows.sort(key=lambda row: (places.get(row["name"], len(places)), row["name"], _VARIANTS.index(row["variant"])))
     return rows

@@ -19,6 +19,7 @@ from fpq_lightning.diffusion.pipelines import load_pipeline, pipeline_class
 from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.evaluation.evaluator import Evaluator
+from fpq_lightning.evaluation.report.files import check_reports
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.storage.pipeline import is_quantized, read_description
 from fpq_lightning.training.callbacks.image_progress import ImageProgress
@@ -27,7 +28,7 @@ from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.training.generation import ImageGeneration, SeedDataModule, WriteImages
 from fpq_lightning.training.run import Run, RunFinishedError, check_images, prepare_run
 from fpq_lightning.training.run_directory import RunDirectory
-from fpq_lightning.training.strategy import TRAINER_DEFAULTS
+from fpq_lightning.training.strategy import TRAINER_DEFAULTS, precision_of
 from fpq_lightning.training.summary import run_summary
 from fpq_lightning.utils.options import OptionParser, option_help
 from fpq_lightning.utils.tracebacks import RunError
@@ -175,6 +176,7 @@ class FPQCommandLine(LightningCLI):
                 pipeline, options.model, options.recipe, options.data, options.sampler, options.evaluation, run_dir,
                 resume=options.ckpt_path is not None, offload=options.offload,
                 checkpoint_steps=options.checkpoint_steps, pipeline_arguments=options.pipeline_arguments,
+                precision=precision_of(options.trainer),
             )  # fmt: skip
         except RunFinishedError:
             logger.info("%s is finished: see %s. To run it again, delete it.", run_dir, Path(run_dir) / "report.md")
@@ -186,6 +188,7 @@ class FPQCommandLine(LightningCLI):
         if not options.evaluation.n_images:
             raise ValueError("--evaluation.n_images must be at least 2 to evaluate a model")
         output = Path(options.output or default_test_directory(options.model))
+        check_reports(output)
         if options.evaluation.images is None:
             options.evaluation.images = str(output / "images")
         self.model = ImageGeneration(

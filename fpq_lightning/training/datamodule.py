@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -15,18 +15,21 @@ import torch
 from torch import Tensor
 
 from fpq_lightning.calibration.calibration_set import CalibrationSet
-from fpq_lightning.calibration.disk import MADE_FROM, load_calibration_sets, save_calibration_sets
+from fpq_lightning.calibration.disk import MADE_FROM, is_calibration_set, load_calibration_sets, save_calibration_sets
 from fpq_lightning.calibration.key import CalibrationKey
 from fpq_lightning.calibration.noised_images import noise_real_images
 from fpq_lightning.calibration.shards import Samples, Shard
 from fpq_lightning.calibration.store import ActivationStore, parse_bytes
 from fpq_lightning.calibration.trajectories import sample_calibration_sets
+from fpq_lightning.diffusion.images import load_images
 from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.training.placement import Placement
 from fpq_lightning.training.plan import Plan
 from fpq_lightning.utils import distributed
 from fpq_lightning.utils.files import shorten
+from fpq_lightning.utils.places import check_ours, check_writable
 from fpq_lightning.utils.progress import progress_bar
+from fpq_lightning.utils.values import MOST, Count, Within, check_values
 
 logger = logging.getLogger(__name__)
 
@@ -126,15 +129,15 @@ class CalibrationDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        n_samples: int = 1024,
+        n_samples: Annotated[int, Within(4, MOST)] = 1024,
         seed: int = 0,
         source: str = "trajectories",
         image_column: str = "image",
         timesteps: Literal["uniform", "late", "early"] = "uniform",
         weighting: Literal["uniform", "sensitivity"] = "sensitivity",
         held_out_fraction: float = 0.0625,
-        n_search: int = 64,
-        micro_batch: int = 64,
+        n_search: Count = 64,
+        micro_batch: Count = 64,
         directory: str | None = None,
         store_budget: str = "4GiB",
         store_host_budget: str = "16GiB",
@@ -142,17 +145,6 @@ class CalibrationDataModule(pl.LightningDataModule):
         store_directory: str | None = None,
     ) -> None:
         super().__init__()
-        if n_samples < 4:
-            raise ValueError(f"the calibration set would be empty: data.n_samples must be at least 4, got {n_samples}")
-        if not 0 < held_out_fraction < 1:
-            raise ValueError(f"data.held_out_fraction must be between 0 and 1, got {held_out_fraction}")
-        if micro_batch < 1 or n_search < 1:
-            raise ValueError(f"data.micro_batch and data.n_search must be at least 1, got {micro_batch} and {n_search}")
-        if round(n_samples * held_out_fraction) >= n_samples:
-            raise ValueError(
-                f"data.held_out_fraction {held_out_fraction} leaves none of {n_samples} samples to learn from"
-            )
-        parse_bytes(store_budget), parse_bytes(store_host_budget)
         self.n_samples = n_samples
         self.seed = seed
         self.source = source
@@ -166,6 +158,16 @@ class CalibrationDataModule(pl.LightningDataModule):
         self.store_budget, self.store_host_budget = store_budget, store_host_budget
         self.store_dtype = store_dtype
         self.store_directory = store_directory
+        if type(n_samples) is int and n_samples < 4:
+            raise ValueError(f"the calibration set would be empty: data.n_samples must be at least 4, got {n_samples}")
+        check_values(self, "data")
+        if not 0 < held_out_fraction < 1:
+            raise ValueError(f"data.held_out_fraction must be between 0 and 1, got {held_out_fraction}")
+        if round(n_samples * held_out_fraction) >= n_samples:
+            raise ValueError(
+                f"data.held_out_fraction {held_out_fraction} leaves none of {n_samples} samples to learn from"
+            )
+        parse_bytes(store_budget), parse_bytes(store_host_budget)
         self.sampler = SamplerConfig()
         self.placement: Placement
         self.plan = Plan()
@@ -189,6 +191,21 @@ class CalibrationDataModule(pl.LightningDataModule):
         )
         return {name: getattr(self, name) for name in (*names, "store_dtype")}
 
+    def check(self) -> None:
+        """Looks at the dataset and the directories, so that a mistake is found before minutes are spent.
+
+        Raises:
+            FileNotFoundError: if there is no such dataset.
+            ValueError: if it holds no images, a directory cannot be written, or something else is in the set's place.
+        """
+        if self.source != "trajectories":
+            load_images(self.source, self.image_column)
+        if self.directory is not None:
+            check_ours(Path(self.directory), is_calibration_set, option="data.directory")
+        for option in ("directory", "store_directory"):
+            if (place := getattr(self, option)) is not None:
+                check_writable(place, f"data.{option}")
+
     def attach(self, placement: Placement, batch_size: int, plan: Plan, required: bool) -> None:
         """Takes what the set is sampled with, and what is to be served.
 
@@ -206,7 +223,7 @@ class CalibrationDataModule(pl.LightningDataModule):
         """Makes the calibration sets, each process its part, unless they are there."""
         if self._sets:
             return
-        if self.directory is not None and distributed.broadcast_from_rank0(Path(self.directory).is_dir()):
+        if self.directory is not None and distributed.broadcast_from_rank0(is_calibration_set(Path(self.directory))):
             self._check_origin(Path(self.directory) / MADE_FROM)
             self._sets = self._load(self.directory)
             return

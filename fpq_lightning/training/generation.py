@@ -26,6 +26,7 @@ from fpq_lightning.nn.hashing import hash_quantization, hash_weights
 from fpq_lightning.storage.pipeline import is_quantized, load_quantized, pipeline_arguments_of, read_description
 from fpq_lightning.utils import distributed
 from fpq_lightning.utils.provenance import fingerprint
+from fpq_lightning.utils.temporary import remove_leftovers
 from fpq_lightning.utils.tf32 import using_tf32
 
 logger = logging.getLogger(__name__)
@@ -188,6 +189,7 @@ class WriteImages(pl.Callback):
     def __init__(self, output: str) -> None:
         self.output = Path(output)
         self.output.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.output)
         self._medium = IMAGE
 
     def on_predict_batch_end(

@@ -33,6 +33,7 @@ from fpq_lightning.training.datamodule import CalibrationDataModule
 from fpq_lightning.training.denoisers import Denoiser, make_denoisers
 from fpq_lightning.training.placement import Placement
 from fpq_lightning.training.plan import Plan
+from fpq_lightning.training.strategy import check_trainer
 from fpq_lightning.training.units import Found, find_units
 from fpq_lightning.utils import distributed
 
@@ -145,7 +146,7 @@ class BlockReconstruction(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Traces the units and makes their layers quantized classes."""
-        self._check_trainer()
+        check_trainer(self.trainer)
         device = self.trainer.strategy.root_device
         self.placement.to(device)
         if self.units:
@@ -256,22 +257,6 @@ class BlockReconstruction(pl.LightningModule):
                     module.set_mode("quantized")
 
     # --- checks ------------------------------------------------------------------------------------------------
-
-    def _check_trainer(self) -> None:
-        """Refuses options of the trainer with which a unit would not be an epoch."""
-        trainer = self.trainer
-        if str(trainer.precision) not in ("32-true", "bf16-mixed"):
-            raise ValueError(f"trainer.precision {trainer.precision} is not supported: use 32-true or bf16-mixed")
-        wanted = {
-            "limit_train_batches": 1.0,
-            "limit_val_batches": 1.0,
-            "val_check_interval": 1.0,
-            "check_val_every_n_epoch": 1,
-            "reload_dataloaders_every_n_epochs": 1,
-        }
-        for option, value in wanted.items():
-            if getattr(trainer, option) != value:
-                raise ValueError(f"trainer.{option} {getattr(trainer, option)} is not supported: leave it out")
 
     def _check_same_start(self) -> None:
         """Finds processes that start from different files.

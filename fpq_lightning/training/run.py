@@ -36,7 +36,7 @@ from fpq_lightning.training.estimate import estimate_run
 from fpq_lightning.training.module import BlockReconstruction
 from fpq_lightning.training.rehearsal import rehearse
 from fpq_lightning.training.run_directory import RunDirectory, RunState
-from fpq_lightning.training.strategy import calibration_trainer, together
+from fpq_lightning.training.strategy import PRECISIONS, calibration_trainer, check_trainer, together
 from fpq_lightning.utils.provenance import versions
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class Run:
         sampler: how images are sampled.
         evaluation: what image quality is measured on.
         callbacks: what the run does besides optimising.
+        precision: of the trainer.
         estimated_seconds: that the run takes, once `log_estimate` has found out.
     """
 
@@ -66,6 +67,7 @@ class Run:
     sampler: SamplerConfig
     evaluation: EvaluationConfig
     callbacks: list[pl.Callback]
+    precision: str
     estimated_seconds: float = 0.0
 
     def trainer(self, trainer_class: type[pl.Trainer] = pl.Trainer, **options: Any) -> pl.Trainer:
@@ -76,7 +78,8 @@ class Run:
             options: of the trainer; its callbacks come first.
 
         Raises:
-            ValueError: if its strategy is not supported, or there are more processes than samples in a batch or images.
+            ValueError: if an option of it is not supported, or there are more processes than samples in a batch or
+                images.
         """
         if options.get("logger") is None:
             options["logger"] = TensorBoardLogger(self.directory.path, name="", version="logs")
@@ -84,6 +87,9 @@ class Run:
         progress = [CalibrationProgress()] if options.get("enable_progress_bar") in (None, True) else []
         options["callbacks"] = [*(options.get("callbacks") or []), *progress, *self.callbacks]
         trainer = calibration_trainer(trainer_class, **options)
+        check_trainer(trainer)
+        if trainer.precision != self.precision:  # a plugin, or a variable of the environment
+            raise ValueError(f"the trainer's precision is {trainer.precision}: give it as trainer.precision")
         batch_size = self.module.recipe.rounding.batch_size
         Shard(min(batch_size, self.data.n_train_of(self.data.n_samples)), 0, trainer.world_size)
         check_images(self.evaluation.n_images, trainer.world_size, "--evaluation.n_images")
@@ -174,6 +180,7 @@ def prepare_run(
     offload: bool = False,
     checkpoint_steps: int = 2500,
     pipeline_arguments: Mapping[str, Any] | None = None,
+    precision: str = PRECISIONS[0],
 ) -> Run:
     """Opens a run directory and makes everything that a calibration in it needs.
 
@@ -189,6 +196,7 @@ def prepare_run(
         offload: keep the blocks of the denoisers in host memory.
         checkpoint_steps: optimisation steps between checkpoints within a unit.
         pipeline_arguments: that the pipeline was loaded with, besides its place and type.
+        precision: of the trainer, the only option of it that changes the result and may be given.
 
     Raises:
         RunFinishedError: if `run_dir` holds this run, finished.
@@ -196,6 +204,7 @@ def prepare_run(
             quantized.
     """
     Evaluator(evaluation, sampler).check()
+    data.check()
     denoisers = find_denoisers(pipeline, recipe.denoisers)
     if any(quantized_layers(denoiser) or packed_layers(denoiser) for denoiser in denoisers.values()):
         raise ValueError("the pipeline's denoiser is quantized already: load the full-precision model again")
@@ -212,20 +221,26 @@ def prepare_run(
         },
         "recipe": recipe.to_dict(),
         "calibration": {**data.identity(), "sampler": key.sampler},
+        "trainer": {"precision": precision},
         "version": versions()["fpq-lightning"],
     }
     if loaded_with := {**arguments_to_open(pipeline), **(pipeline_arguments or {})}:
         parts["model"]["pipeline_arguments"] = loaded_with
     directory = RunDirectory(run_dir, parts)
-    if (state := directory.state()) is RunState.FINISHED:
+    state = directory.state()
+    damage = directory.damage() if state is RunState.FINISHED else None
+    if state is RunState.FINISHED and damage is None:
         raise RunFinishedError(
             f"{directory.path} holds this run, finished: use load_quantized({str(directory.quantized)!r}), or delete "
             "it to run again"
         )
-    if state is RunState.UNFINISHED and not resume:
+    if state is not RunState.NEW and not resume:
         raise ValueError(
-            f"{directory.path} holds this run, unfinished: add --ckpt_path last (ckpt_path='last') to go on with it"
+            f"{directory.path} holds this run, {'unfinished' if damage is None else f'damaged ({damage})'}: add "
+            "--ckpt_path last (ckpt_path='last') to go on with it"
         )
+    if damage is not None:
+        logger.warning("%s: what is damaged is written again (%s)", directory.path, damage)
     data = copy.copy(data)
     data.key, data.sampler = key, sampler
     data.directory = data.directory or str(directory.path / "calibration")
@@ -235,13 +250,14 @@ def prepare_run(
         check_as_configured(denoiser)  # after what it says of adapters
     module.made_from = directory.parts
     quality = ImageQuality(evaluation, sampler, directory)
+    quality.check()
     callbacks = [
         FinalizeQuantization(directory, name),
         quality,
         RunReport(directory, quality),
         RunCheckpoint(directory.checkpoints, checkpoint_steps),
     ]
-    return Run(directory, module, data, sampler, evaluation, callbacks)
+    return Run(directory, module, data, sampler, evaluation, callbacks, precision)
 
 
 def check_images(n: int, world_size: int, option: str) -> None:

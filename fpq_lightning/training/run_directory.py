@@ -17,11 +17,17 @@ from typing import Any
 
 import torch
 
+from fpq_lightning.calibration.disk import is_calibration_set
+from fpq_lightning.calibration.store import STORE
+from fpq_lightning.storage.complete import check_complete
+from fpq_lightning.storage.pipeline import is_written
 from fpq_lightning.training.unit_files import UnitFiles
 from fpq_lightning.utils.files import differences, shorten, write_json
+from fpq_lightning.utils.places import check_ours, check_writable
 from fpq_lightning.utils.provenance import fingerprint
+from fpq_lightning.utils.temporary import in_use, remove_leftovers
 
-_REHEARSAL = "rehearsal"  # directories of it
+_REHEARSAL = ".rehearsal-"  # begins the names of directories of it
 
 
 class _UnreadableError(ValueError):
@@ -128,20 +134,28 @@ class RunDirectory:
     @property
     def is_begun(self) -> bool:
         """Whether the directory is there and that of a run."""
-        return self._fingerprint_file.is_file()
+        return self._parts_there() is not None
+
+    def _parts_there(self) -> dict[str, Any] | None:
+        """What the run was made from that is there."""
+        try:
+            return json.loads(self._fingerprint_file.read_text())["parts"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def state(self) -> RunState:
         """What is there already.
 
         Raises:
-            ValueError: if it belongs to another run.
+            ValueError: if it belongs to another run, or is not ours.
         """
-        if not self.is_begun:
+        found = self._parts_there()
+        if found is None:
             # What is hidden may be another process's temporary file.
             if self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
                 raise ValueError(f"{self.path} is not empty and no run of ours: choose another --run_dir")
+            check_writable(self.path, "--run_dir")
             return RunState.NEW
-        found = json.loads(self._fingerprint_file.read_text())["parts"]
         leftovers = [*self.checkpoint_files, self.path / "calibration", self.quantized, self.report]
         if changed := differences(found, self.parts):
             if not any(entry.exists() for entry in leftovers):
@@ -149,9 +163,23 @@ class RunDirectory:
             raise ValueError(
                 f"{self.path} holds another run ({shorten(changed)}): choose another --run_dir or delete it"
             )
+        check_ours(self.quantized, is_written, option="--run_dir")
+        check_ours(self.path / "calibration", is_calibration_set, option="--run_dir")
         if self.report.is_file() and self.quantized.is_dir():
             return RunState.FINISHED
         return RunState.UNFINISHED if any(file.is_file() for file in self.checkpoint_files) else RunState.NEW
+
+    def damage(self) -> str | None:
+        """What of the result of a finished run is missing or was cut off; None if nothing is."""
+        try:
+            check_complete(self.quantized)
+        except ValueError as error:
+            return str(error)
+        try:
+            json.loads(self.report.read_text())["schema_version"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return f"{self.report} cannot be read"
+        return None
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -178,9 +206,11 @@ class RunDirectory:
             ValueError: if it cannot be written to, or another process works in it.
         """
         with self._locked():
-            made = Path(tempfile.mkdtemp(prefix=f".{_REHEARSAL}-", dir=self.path))
+            self._clean()
+            made = Path(tempfile.mkdtemp(prefix=_REHEARSAL, dir=self.path))
             try:
-                yield RunDirectory(made, self.parts)
+                with in_use(made):
+                    yield RunDirectory(made, self.parts)
             finally:
                 shutil.rmtree(made, ignore_errors=True)
                 with suppress(OSError):  # it holds something else
@@ -205,13 +235,12 @@ class RunDirectory:
 
     def _clean(self) -> None:
         """Removes what processes that were killed have left half-written."""
-        written = (self.quantized, self.path / "calibration", self.report, self._fingerprint_file)
-        for name in (*(target.stem for target in written), _REHEARSAL):
-            for left in self.path.glob(f".{name}-*"):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        for left in (self.checkpoints / "units").glob(".*"):
-            left.unlink()
-        shutil.rmtree(self.activations, ignore_errors=True)
+        for place in (self.path, self.checkpoints / "units", *self.images.glob("*")):
+            remove_leftovers(place)
+        remove_leftovers(self.path, _REHEARSAL)
+        remove_leftovers(self.activations, STORE)
+        with suppress(OSError):  # there is none, or it holds something else
+            self.activations.rmdir()
 
     def _take(self, lock: int) -> None:
         try:

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
@@ -29,6 +30,23 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,
 }
+
+_FIXED: dict[str, Any] = {
+    "fast_dev_run": False,  # this and the next one change others
+    "overfit_batches": 0.0,
+    "limit_train_batches": 1.0,
+    "limit_val_batches": 1.0,
+    "val_check_interval": 1.0,
+    "check_val_every_n_epoch": 1,
+    "reload_dataloaders_every_n_epochs": 1,
+    "accumulate_grad_batches": 1,
+    "gradient_clip_val": None,
+    "gradient_clip_algorithm": None,
+    "max_steps": -1,
+}
+"""Options with which a unit would not be an epoch, or a step not a step of the recipe."""
+
+PRECISIONS = ("32-true", "bf16-mixed")
 
 _STOPPED = (130, 143)  # by a signal, on which all processes stop together
 
@@ -113,6 +131,34 @@ def calibration_trainer(trainer_class: type[pl.Trainer], **options: Any) -> pl.T
     if several and not isinstance(strategy, CalibrationStrategy):
         raise ValueError(f"trainer.strategy {type(strategy).__name__} is not supported: use ddp for several devices")
     return trainer
+
+
+def precision_of(options: Mapping[str, Any]) -> str:
+    """The precision that options of a trainer ask for, one of `PRECISIONS`.
+
+    Raises:
+        ValueError: if it is none of them.
+    """
+    given = str(options.get("precision") or PRECISIONS[0])
+    found = {"32": "32-true", "bf16": "bf16-mixed"}.get(given, given)
+    if found not in PRECISIONS:
+        raise ValueError(f"trainer.precision {given} is not supported: use {' or '.join(PRECISIONS)}")
+    return found
+
+
+def check_trainer(trainer: pl.Trainer) -> None:
+    """Finds options that would change what is learned, and are not in the recipe.
+
+    Raises:
+        ValueError: if there are any.
+    """
+    precision_of({"precision": trainer.precision})
+    if any(isinstance(callback, Timer) for callback in cast(Any, trainer).callbacks):
+        raise ValueError("trainer.max_time would cut a unit short: leave it out")
+    for option, value in _FIXED.items():
+        found = getattr(trainer, option)
+        if found != value or type(found) is not type(value):  # 1.0 are all batches, and 1 is one
+            raise ValueError(f"trainer.{option} {found} is not supported: leave it out")
 
 
 @contextmanager

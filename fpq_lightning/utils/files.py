@@ -6,31 +6,47 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from fpq_lightning.utils.places import check_ours
+from fpq_lightning.utils.temporary import PREFIX, in_use, remove_leftovers
+
 
 @contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its place once the block ends without an error."""
+def atomic_directory(target: Path, is_ours: Callable[[Path], bool] = Path.is_dir) -> Iterator[Path]:
+    """A temporary directory beside `target` that takes its place once the block ends without an error.
+
+    Args:
+        target: the directory; what a link points to, if it is one.
+        is_ours: recognises one that may be replaced; an empty one may always be.
+
+    Raises:
+        ValueError: if there is something else.
+    """
+    target = Path(os.path.realpath(target))
+    check_ours(target, is_ours)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    remove_leftovers(target.parent)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{target.name}-", dir=target.parent))
     try:
-        yield temporary
-        for entry in [temporary, *temporary.rglob("*")]:  # temporary names come with private modes
-            entry.chmod(0o755 if entry.is_dir() else 0o644)
-        old = temporary.with_name(f"{temporary.name}-old")
-        if target.exists():
-            os.replace(target, old)
-        try:
-            os.replace(temporary, target)
-        except OSError:
-            if old.exists():
-                os.replace(old, target)
-            raise
+        with in_use(temporary):
+            yield temporary
+            for entry in [temporary, *temporary.rglob("*")]:  # temporary names come with private modes
+                entry.chmod(0o755 if entry.is_dir() else 0o644)
+            old = temporary.with_name(f"{temporary.name}-old")
+            if target.exists():
+                os.replace(target, old)
+            try:
+                os.replace(temporary, target)
+            except OSError:
+                if old.exists():
+                    os.replace(old, target)
+                raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -53,11 +69,13 @@ def sync_file(file: Path) -> None:
 def atomic_write(target: Path) -> Iterator[Path]:
     """A temporary file beside `target`, with its suffix, that takes its place once the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
+    temporary = target.with_name(f"{PREFIX}{target.stem}-{os.getpid()}-{threading.get_ident()}{target.suffix}")
     try:
-        yield temporary
-        sync_file(temporary)
-        os.replace(temporary, target)
+        temporary.touch()
+        with in_use(temporary):
+            yield temporary
+            sync_file(temporary)
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 

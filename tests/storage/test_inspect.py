@@ -9,15 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from models import run_fpq, save_tiny, tiny_text_to_image
+from models import run_fpq, save_tiny, tiny_pipeline, tiny_text_to_image
 from safetensors import safe_open
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fpq_lightning import ActivationRecipe, CalibrationDataModule, Recipe, RoundingRecipe, SamplerConfig, WeightRecipe
+from fpq_lightning import (
+    ActivationRecipe,
+    AttentionRecipe,
+    CalibrationDataModule,
+    Recipe,
+    RoundingRecipe,
+    SamplerConfig,
+    WeightRecipe,
+)
 from fpq_lightning import quantize as run_quantize
 from fpq_lightning.nn.backends.hardware import Hardware
 from fpq_lightning.storage.inspect import LayerSummary, inspect_pipeline, low_bit_share, render
+from fpq_lightning.storage.pipeline import read_description
 
 HOPPER = Hardware((9, 0), kernels=True)
 
@@ -112,6 +121,29 @@ def test_the_command_prints_it(packed: Path, capsys: pytest.CaptureFixture[str])
     assert "on low-bit paths" in outcome.out
     assert re.search(r"; quantized: 9\d\.\d\d% of the denoiser's parameters; in full precision: .*norms", outcome.out)
     assert run_fpq(capsys, ["inspect", str(packed)]).out.count(" decode ") == len(outcome.out.splitlines()) - 2
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_model_with_quantized_attention_is_inspected_with_it(
+    alone: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = Recipe(
+        weights=WeightRecipe(None if alone else "fp4"),
+        activations=ActivationRecipe(None),
+        attention=AttentionRecipe("fp8"),
+        rounding=RoundingRecipe(start="nearest"),
+        include=["mid_block.attentions.*"],
+    )
+    data = CalibrationDataModule(n_samples=4, n_search=2, held_out_fraction=0.5)
+    run_quantize(tiny_pipeline(), recipe, tmp_path / "run", data, SamplerConfig(steps=2), accelerator="cpu")
+    outcome = run_fpq(capsys, ["inspect", str(tmp_path / "run" / "quantized")])
+    assert outcome.code == 0, outcome.err
+    assert "mid_block.attentions.0.to_q" in outcome.out
+    description = read_description(tmp_path / "run" / "quantized")["attention"]
+    ((_, operands),) = description.items()
+    said = re.search(r"attention of 1 module is quantized \((.*)\)", outcome.out)
+    assert said is not None
+    assert all(quantizer["format"] in said[1] for quantizer in operands)
 
 
 @pytest.mark.parametrize(

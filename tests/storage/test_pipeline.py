@@ -30,7 +30,7 @@ from fpq_lightning import (
 from fpq_lightning.diffusion.pipelines import complete_index
 from fpq_lightning.nn.calibrated import quantized_layers
 from fpq_lightning.nn.hashing import hash_weights
-from fpq_lightning.storage.pipeline import is_quantized, save_quantized
+from fpq_lightning.storage.pipeline import is_quantized, read_description, save_quantized
 from fpq_lightning.training.run_directory import RunDirectory, RunState
 from fpq_lightning.utils.files import atomic_directory, atomic_write, write_json
 from fpq_lightning.utils.provenance import fingerprint
@@ -114,6 +114,21 @@ def test_weights_are_stored_as_float32_and_activation_formats_beside_them(
             assert found["format"] == q.format.name
             assert torch.tensor(found["scale"]) == q.scale
     assert "fpq test" in (saved / "README.md").read_text()
+
+
+def test_an_opened_pipeline_that_is_saved_again_stays_quantized(saved: Path, tmp_path: Path) -> None:
+    opened = load_quantized(saved)
+    before = _output(opened.unet)
+    opened.save_pretrained(tmp_path / "again")
+    assert torch.equal(_output(opened.unet), before)
+    assert is_quantized(tmp_path / "again")
+    assert read_description(tmp_path / "again") == read_description(saved)
+    weights = Path("unet") / "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (saved / weights).read_bytes()
+    again = load_quantized(tmp_path / "again")
+    assert torch.equal(_output(again.unet), before)
+    again.save_pretrained(tmp_path / "third")
+    assert torch.equal(_output(load_quantized(tmp_path / "third").unet), before)
 
 
 def test_saving_leaves_the_pipeline_as_it_was(pipeline: DiffusionPipeline, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,31 @@ from fpq_lightning.evaluation.report.html import render_html
 from fpq_lightning.evaluation.report.markdown import render_markdown
 from fpq_lightning.evaluation.report.pictures import draw_samples
 from fpq_lightning.utils.files import atomic_write, write_json
+from fpq_lightning.utils.places import check_ours, check_writable
 from fpq_lightning.utils.side_work import side_work
+from fpq_lightning.utils.temporary import remove_leftovers
 
 SCHEMA_VERSION = 2  # of report.json
+
+_FILES = ("samples.png", "report.md", "report.html", "report.json")
+
+
+def check_reports(directory: Path) -> None:
+    """Finds out that reports in a directory would replace files that are none of ours.
+
+    Raises:
+        ValueError: if so, or if nothing can be written there.
+    """
+    check_ours(directory, _is_reported, _FILES, "--output")
+    check_writable(directory, "--output")
+    remove_leftovers(directory)
+
+
+def _is_reported(directory: Path) -> bool:
+    try:
+        return "schema_version" in json.loads((directory / _FILES[-1]).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def write_reports(

@@ -45,6 +45,7 @@ class RunCheckpoint(Checkpoint):
         self._is_good = False
         self._requeue_signal = 0
         self._requests = [0, 0]  # to stop, and to be requeued
+        self._interrupt: Any = signal.default_int_handler  # of Ctrl-C, before and after units are learned
         self._exit_code = 128 + signal.SIGTERM
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -61,6 +62,7 @@ class RunCheckpoint(Checkpoint):
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue_signal = int(environment.requeue_signal or signal.SIGUSR1)
         if threading.current_thread() is threading.main_thread():
+            self._interrupt = signal.getsignal(signal.SIGINT)
             for number in filter(None, (signal.SIGTERM, signal.SIGINT, self._requeue_signal)):
                 signal.signal(number, self._receive)
 
@@ -69,7 +71,7 @@ class RunCheckpoint(Checkpoint):
         if number == signal.SIGINT:
             self._exit_code = 128 + number
             print("\nstopping at the next step; once more to stop now", flush=True)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, self._interrupt)
 
     def _received(self, device: torch.device) -> list[int]:
         """Requests to stop and to be requeued that the processes of the run have received."""
@@ -108,7 +110,7 @@ class RunCheckpoint(Checkpoint):
         if pl_module.plan.finished and threading.current_thread() is threading.main_thread():
             # From here on they end the evaluation, which starts again on resume.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, self._interrupt)
             if self._requeue_signal:
                 signal.signal(self._requeue_signal, lambda number, frame: self._stop(trainer, requeue=True))
 

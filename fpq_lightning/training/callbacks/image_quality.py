@@ -46,8 +46,12 @@ class ImageQuality(pl.Callback):
         self.variants: dict[str, dict[str, Any]] = {}
         self.samples: dict[str, Tensor] = {}
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Finds images of another model or sampler before hours are spent."""
+    def check(self) -> None:
+        """Finds images of another model or sampler before hours are spent.
+
+        Raises:
+            ValueError: if there are any.
+        """
         if self.config.n_images:
             self._directory("full_precision")
 
