@@ -67,6 +67,14 @@ class CalibrationSet:
         groups = cast(Tensor, self.group_of)
         return (groups == groups.bincount().argmax()).nonzero().flatten()
 
+    def extremes(self) -> list[int]:
+        """Samples with the smallest and the largest of each number and of each size, for these may decide what runs."""
+        found = set()
+        for value in self.inputs.values():
+            sizes = [_size(value[i]) for i in range(len(self))]
+            found |= {sizes.index(min(sizes)), sizes.index(max(sizes))}
+        return sorted(found)
+
     @cached_property
     def n_groups(self) -> int:
         """How many groups there are."""
@@ -127,6 +135,13 @@ def _rows(value: Any, rows: slice | Tensor) -> Any:
         return value[rows]
     found = value[rows] if isinstance(rows, slice) else _chosen(value, rows)
     return torch.stack(found) if all(isinstance(x, Tensor) for x in found) else found
+
+
+def _size(value: Any) -> float:
+    """A number, or the number of values."""
+    if isinstance(value, Tensor):
+        return float(value) if value.numel() == 1 and not value.is_complex() else value.numel()
+    return float(value) if isinstance(value, (bool, int, float)) else len(str(value))
 
 
 def _signature(value: Any, axis: Axis) -> Any:

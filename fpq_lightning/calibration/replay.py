@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
 
 from fpq_lightning.calibration.axes import LEADING
 from fpq_lightning.calibration.calibration_set import CalibrationSet
@@ -29,6 +30,8 @@ from fpq_lightning.utils.distributed import gather_rows
 
 Path = str  # "full_precision" or "quantized"
 PATHS: tuple[Path, Path] = ("full_precision", "quantized")
+_NOT_CALIBRATED = "such networks cannot be calibrated (FPQConfig quantizes them without)"
+_GLIMPSED = 4096  # values at most
 _MODES: dict[Path, Mode] = {"full_precision": "full_precision", "quantized": "quantized"}
 
 
@@ -60,6 +63,15 @@ class _Chunk:
 
     def __len__(self) -> int:
         return self.places.stop - self.places.start
+
+
+@dataclass
+class _Called:
+    """A call of a module: its arguments, a glimpse of them as they came in, and its output."""
+
+    inputs: Any
+    glimpse: Any
+    output: Any = None
 
 
 class NetworkReplay:
@@ -99,6 +111,7 @@ class NetworkReplay:
         self._placeholders_in_memory = False
         self._weights = calibration.weights.to(store.device)
         self.n = len(calibration)
+        self._glimpses: list[Any] = []  # of the inputs of each unit for two samples of a group
         self._last_use = [max((k for k, u in enumerate(units) if i in u.sources), default=i) for i in range(len(units))]
         self._group_of = cast(Tensor, calibration.group_of).clone()
         self._groups = [(self._group_of == g).nonzero().flatten() for g in self._group_of.unique().tolist()]
@@ -120,15 +133,19 @@ class NetworkReplay:
         seen: dict[int, list[tuple[Any, Any]]] = {2: [], 3: []}
         batches: list[dict[str, Any]] = []
         for size, found in seen.items():
-            calls: dict[nn.Module, tuple[Any, Any]] = {}
+            calls: dict[nn.Module, _Called] = {}
+
+            def enter(module: nn.Module, args: Any, kwargs: Any, calls: dict = calls) -> None:
+                # A unit may put more into a list, or change a tensor.
+                inputs = tree_map(lambda leaf: leaf, (args, kwargs))
+                calls[module] = _Called(inputs, tree_map(_glimpse, inputs))
+
+            def leave(module: nn.Module, args: Any, output: Any, calls: dict = calls) -> None:
+                calls[module].output = output
+
             parts = [part for unit in self.units for part in parts_of(unit.module)]
-            hooks = [
-                part.register_forward_hook(
-                    lambda module, args, kwargs, output, calls=calls: calls.update({module: ((args, kwargs), output)}),
-                    with_kwargs=True,
-                )
-                for part in parts
-            ]
+            hooks = [part.register_forward_pre_hook(enter, with_kwargs=True) for part in parts]
+            hooks += [part.register_forward_hook(leave) for part in parts]
             batches.append(self._calibration.batch(rows[torch.arange(size) % len(rows)], self.store.device))
             try:
                 self.model(**batches[-1])
@@ -136,8 +153,13 @@ class NetworkReplay:
                 for hook in hooks:
                     hook.remove()
             for unit in self.units:
-                inputs, outputs = zip(*(calls[part] for part in parts_of(unit.module)), strict=True)
-                found.append((inputs[0], outputs if len(outputs) > 1 else outputs[0]))
+                if any(part not in calls for part in parts_of(unit.module)):
+                    raise _not_called(unit)
+                first, *others = (calls[part] for part in parts_of(unit.module))
+                outputs = (first.output, *(other.output for other in others))
+                found.append((first.inputs, outputs if others else first.output))
+            if size == len(rows[:2]) and not self._glimpses:
+                self._glimpses = [calls[parts_of(unit.module)[0]].glimpse for unit in self.units]
         # An input that the network changes in place is no longer what it was.
         given = {id(x): path for path, x in named_leaves(batches[0]) if self._is_leading(path) and not x._version}
         pairs = list(zip(seen[2], seen[3], strict=True))
@@ -148,6 +170,9 @@ class NetworkReplay:
         output_trees = [
             StoredTree("outputs", name, a[1], b[1], group=group) for name, (a, b) in zip(names, pairs, strict=True)
         ]
+        for unit, tree in zip(self.units, output_trees, strict=True):
+            if unit.layers and not tree.holds_targets():
+                raise ValueError(f"{unit.name} gives no tensor, but changes what it is given: {_NOT_CALIBRATED}")
         return input_trees, output_trees
 
     def _is_leading(self, path: str) -> bool:
@@ -224,12 +249,36 @@ class NetworkReplay:
                 raise
             self._placeholders_in_memory = True  # the network changes outputs of units in place
             return self._unit_inputs(path, chunk)
+        if captured is None:
+            raise _not_called(self.unit)
         return captured
+
+    def _check_stubs(self) -> None:
+        """Finds out that the unit is given something else where outputs stand for the earlier units.
+
+        Raises:
+            ValueError: if it is.
+        """
+        group = next((g for g, rows in enumerate(self._groups) if len(rows) > 1), None)
+        if group is None:
+            return
+        two = _Chunk(group, self._groups[group][:2], slice(0, 2))
+        try:
+            given = tree_map(_glimpse, self._unit_inputs("full_precision", two))
+        except Exception as error:  # whatever a network may raise that misses something
+            if "out of memory" in str(error):
+                raise
+            raise _bypassed(self.unit) from error
+        (some, spec), (others, other_spec) = tree_flatten(given), tree_flatten(self._glimpses[self.position])
+        if spec != other_spec or not all(map(_alike, some, others)):
+            raise _bypassed(self.unit)
 
     @torch.no_grad()
     def capture(self) -> None:
         """Stores the current unit's inputs on the quantized path and its full-precision outputs."""
         index, unit = self.position, self.unit
+        with running(self.model, "full_precision"):
+            self._check_stubs()
         for path in self._missing_conditions():
             self._allocate_condition(path)
             for chunk in self._batches():
@@ -318,7 +367,7 @@ class NetworkReplay:
         every = torch.arange(sum(len(part) for part in placement))
         for positions in every.split(self.micro_batch):
             some = slice(int(positions[0]), int(positions[-1]) + 1)
-            yield positions, tree.fill([leaf[some].flatten(0, 1) for leaf in leaves])
+            yield positions, tree.fill([leaf[some] for leaf in leaves])
 
     @torch.no_grad()
     def target_energies(self) -> Tensor:
@@ -423,6 +472,32 @@ class NetworkReplay:
                     self.store.free(key)
                 else:
                     self.store.schedule(key, self._next_use(source))
+
+
+def _not_called(unit: Unit) -> ValueError:
+    return ValueError(f"{unit.name} is not called for some of the samples: exclude its layers with recipe.exclude")
+
+
+def _bypassed(unit: Unit) -> ValueError:
+    return ValueError(
+        f"{unit.name} reads something else than outputs of earlier units: they pass it on in a state of their own, or by "
+        f"changing what they are given: {_NOT_CALIBRATED}"
+    )
+
+
+def _glimpse(leaf: Any) -> Any:
+    """Some of the values of a tensor; anything else as it is."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    values = leaf.detach().flatten()
+    return values[:: len(values) // _GLIMPSED + 1].to(torch.promote_types(leaf.dtype, torch.float32), copy=True)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two glimpses are of the same value, but for last bits that add up in deep networks."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return type(a) is type(b)
+    return a.shape == b.shape and not bool((a - b).norm() > 0.1 * b.norm())
 
 
 def sample_energies(leaves: Sequence[Tensor], weights: Tensor) -> Tensor:

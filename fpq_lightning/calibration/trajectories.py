@@ -84,8 +84,7 @@ def sample_calibration_sets(
 
         def take(calls: dict[str, list[Call]], scheduler: Any) -> None:
             for name, some in calls.items():
-                for call in some:
-                    collectors[name].take(call)
+                collectors[name].take(some)
 
         with Recorder(pipeline, denoisers, take, measures=weighting == "sensitivity") as recorder:
             for batch in batches:
