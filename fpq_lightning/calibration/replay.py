@@ -480,8 +480,8 @@ def _not_called(unit: Unit) -> ValueError:
 
 def _bypassed(unit: Unit) -> ValueError:
     return ValueError(
-        f"{unit.name} reads something else than outputs of earlier units: they pass it on in a state of their own, or by "
-        f"changing what they are given: {_NOT_CALIBRATED}"
+        f"{unit.name} reads something else than outputs of earlier units: they pass it on in a state of their own, or "
+        f"by changing what they are given: {_NOT_CALIBRATED}"
     )
 
 

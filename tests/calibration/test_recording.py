@@ -187,7 +187,7 @@ def test_what_cannot_be_kept_is_named() -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("value", [namedtuple("Pair", "a b")(1, 2), bytearray(3)])  # noqa: PYI024
+@pytest.mark.parametrize("value", [namedtuple("Pair", "a b")(1, 2), bytearray(3)])
 def test_containers_that_cannot_be_kept_are_named(value: Any) -> None:
     class Odd(Pipeline):
         def predict(self, x: Tensor, t: Tensor) -> Tensor:
@@ -432,7 +432,7 @@ def test_a_network_that_keeps_a_state_is_refused() -> None:
             self.count = getattr(self, "count", 0) + 1
             return (super().forward(x, timestep)[0] + 0.1 * self.count,)
 
-    with pytest.raises(ValueError, match="different outputs for the same arguments.*a state") as error:
+    with pytest.raises(ValueError, match=r"different outputs for the same arguments.*a state") as error:
         sample_trajectories(make(Pipeline, Counting()), SAMPLER, 8)
     assert "\n" not in str(error.value)
 

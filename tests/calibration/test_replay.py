@@ -586,7 +586,7 @@ def test_units_that_hand_on_more_than_their_outputs_are_refused(way: str) -> Non
     torch.manual_seed(0)
     model, inputs = Bypassing(way), {"x": torch.randn(5, 4)}
     replay = make_replay(model, prepare(model, inputs, 5), inputs, 5, micro_batch=5)
-    with pytest.raises(ValueError, match="blocks.1 reads something else than outputs of earlier units") as error:
+    with pytest.raises(ValueError, match=r"blocks.1 reads something else than outputs of earlier units") as error:
         list(walk(replay))
     assert "\n" not in str(error.value)
 
@@ -599,7 +599,7 @@ def test_what_depends_on_who_else_is_in_the_batch_is_refused() -> None:
 
     torch.manual_seed(0)
     model, inputs = Centred(), {"x": torch.randn(5, 3, 4)}
-    with pytest.raises(ValueError, match="u1 takes or gives a tensor whose values.*who else is in the batch"):
+    with pytest.raises(ValueError, match=r"u1 takes or gives a tensor whose values.*who else is in the batch"):
         make_replay(model, prepare(model, inputs, 5), inputs, 5)
 
 
@@ -624,7 +624,7 @@ def test_tokens_whose_number_follows_from_values_are_refused() -> None:
 
     torch.manual_seed(0)
     model, inputs = Cut(), {"x": torch.randn(6, 3, 4), "length": torch.tensor([3, 3, 3, 2, 2, 1])}
-    with pytest.raises(ValueError, match="u0 takes or gives tensors of shapes .* same shapes and masks"):
+    with pytest.raises(ValueError, match=r"u0 takes or gives tensors of shapes .* same shapes and masks"):
         list(walk(make_replay(model, prepare(model, inputs, 6), inputs, 6, micro_batch=2)))
 
 
