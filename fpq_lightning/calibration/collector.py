@@ -131,6 +131,7 @@ class Collector:
         if structure != self.plan.structure:
             self._leave_out(leaves)
             return False
+        _check_finite({"output": call.output})
         shared = {path: leaf for path, leaf in leaves.items() if path not in self.plan.axes}
         self._of_first = self._of_first or shared
         if lost := next((path for path, leaf in leaves.items() if not self._is_placed(path, leaf)), None):
@@ -322,7 +323,7 @@ def _alike(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     if [x.shape for x in some] != [x.shape for x in others]:
         return False
     pairs = ((a.float().nan_to_num(), b.float().nan_to_num()) for a, b in zip(some, others, strict=True))
-    return all((a - b).norm() <= 1e-2 * b.norm() for a, b in pairs)
+    return all((a - b).norm() <= 1e-3 * b.norm() for a, b in pairs)
 
 
 def _are_halves(both: Tensor, first: Tensor, second: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -68,6 +69,7 @@ class SamplerConfig:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
+        self.inputs = None if self.inputs is None else os.fspath(self.inputs)
         if (self.steps is not None and self.steps < 1) or self.batch_size < 1:
             raise ValueError(
                 f"sampling needs steps and batch_size of at least 1, got {self.steps} and {self.batch_size}"

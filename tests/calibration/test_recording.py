@@ -426,11 +426,26 @@ def test_a_set_that_would_end_before_its_trajectory_is_refused() -> None:
         recorded(Remembering)
 
 
+def test_nan_in_the_last_guided_call_is_refused() -> None:
+    class Failing(Network):
+        def forward(self, x: Tensor, timestep: Any) -> tuple[Tensor]:
+            return (super().forward(x, timestep)[0] * (torch.nan if timestep == 0 else 1),)
+
+    class Guided(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            with_, without = self.transformer(torch.cat([x, x / 2]), timestep=t)[0].chunk(2)
+            return without + 3 * (with_ - without)
+
+    with pytest.raises(ValueError, match="NaN or Inf along its trajectories") as error:
+        sample_trajectories(make(Guided, Failing()), SAMPLER, 8, weighting="sensitivity")
+    assert "\n" not in str(error.value)
+
+
 def test_a_network_that_keeps_a_state_is_refused() -> None:
     class Counting(Network):
         def forward(self, x: Tensor, timestep: Any) -> tuple[Tensor]:
             self.count = getattr(self, "count", 0) + 1
-            return (super().forward(x, timestep)[0] + 0.1 * self.count,)
+            return (super().forward(x, timestep)[0] * (1 + self.count),)
 
     with pytest.raises(ValueError, match=r"different outputs for the same arguments.*a state") as error:
         sample_trajectories(make(Pipeline, Counting()), SAMPLER, 8)
