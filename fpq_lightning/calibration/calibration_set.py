@@ -68,11 +68,16 @@ class CalibrationSet:
         return (groups == groups.bincount().argmax()).nonzero().flatten()
 
     def extremes(self) -> list[int]:
-        """Samples with the smallest and the largest of each number and of each size, for these may decide what runs."""
-        found = set()
+        """Samples that differ most, for that may decide what runs.
+
+        Those with the smallest and the largest of each number and of each size, and one with each text.
+        """
+        found: set[int] = set()
         for value in self.inputs.values():
             sizes = [_size(value[i]) for i in range(len(self))]
-            found |= {sizes.index(min(sizes)), sizes.index(max(sizes))}
+            numbers = [size for size in sizes if not isinstance(size, str)]
+            others = {size for size in sizes if isinstance(size, str)}
+            found |= {sizes.index(size) for size in [*others, *([min(numbers), max(numbers)] if numbers else [])]}
         return sorted(found)
 
     @cached_property
@@ -137,11 +142,17 @@ def _rows(value: Any, rows: slice | Tensor) -> Any:
     return torch.stack(found) if all(isinstance(x, Tensor) for x in found) else found
 
 
-def _size(value: Any) -> float:
-    """A number, or the number of values."""
-    if isinstance(value, Tensor):
-        return float(value) if value.numel() == 1 and not value.is_complex() else value.numel()
-    return float(value) if isinstance(value, (bool, int, float)) else len(str(value))
+def _size(value: Any) -> float | str:
+    """A number, the number of values, or a text itself."""
+    if isinstance(value, (str, type(None))):
+        return str(value)
+    if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
+        return value.numel()
+    return float(value) if isinstance(value, (Tensor, bool, int, float)) else sum(map(_extent, tree_flatten(value)[0]))
+
+
+def _extent(leaf: Any) -> int:
+    return leaf.numel() if isinstance(leaf, Tensor) else 1
 
 
 def _signature(value: Any, axis: Axis) -> Any:
