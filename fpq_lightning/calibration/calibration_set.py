@@ -75,9 +75,10 @@ class CalibrationSet:
         found: set[int] = set()
         for value in self.inputs.values():
             sizes = [_size(value[i]) for i in range(len(self))]
-            numbers = [size for size in sizes if not isinstance(size, str)]
-            others = {size for size in sizes if isinstance(size, str)}
-            found |= {sizes.index(size) for size in [*others, *([min(numbers), max(numbers)] if numbers else [])]}
+            chosen: set[float | str] = {size for size in sizes if isinstance(size, str)}
+            if numbers := [size for size in sizes if not isinstance(size, str)]:
+                chosen |= {min(numbers), max(numbers)}
+            found |= {sizes.index(size) for size in chosen}
         return sorted(found)
 
     @cached_property
