@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -177,6 +178,16 @@ def test_unusable_prompts_are_one_clear_line(
     with pytest.raises(error, match=message) as found:
         sampler.check()
     assert "\n" not in str(found.value)
+
+
+def test_a_second_mark_at_the_beginning_of_a_file_is_no_part_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.csv"
+    file.write_bytes("\ufeffprompt\r\na cat\r\n".encode("utf-16"))  # which writes one of its own
+    assert load_prompts(file) == ["a cat"]
+
+
+def test_prompts_may_be_an_array() -> None:
+    assert load_prompts(np.array(["a cat", "a dog"])) == ["a cat", "a dog"]  # type: ignore[arg-type]
 
 
 def test_a_seed_always_has_the_same_prompt(model: str) -> None:

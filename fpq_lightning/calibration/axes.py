@@ -20,15 +20,19 @@ class Axis:
     """Where the images lie in an argument.
 
     Attributes:
-        kind: ``dim``: along a dimension of a tensor; ``list``: an item of a list each; ``shared``: all images of a call
-            have one value, which changes from call to call.
+        kind: ``dim``: along a dimension of a tensor; ``list`` or ``tuple``: an item of one each; ``shared``: all images
+            of a call have one value, which changes from call to call.
         dim: that dimension.
         folded: rows of an image that lie next to each other, such as its frames.
     """
 
-    kind: Literal["dim", "list", "shared"] = "dim"
+    kind: Literal["dim", "list", "tuple", "shared"] = "dim"
     dim: int = 0
     folded: int = 1
+
+    def holds_items(self) -> bool:
+        """Whether images are items of a list or tuple."""
+        return self.kind in ("list", "tuple")
 
 
 LEADING = Axis()
@@ -90,7 +94,7 @@ def _compare(path: str, a: Any, b: Any, images: int) -> Iterator[tuple[str, _Fou
             for i, (x, y) in enumerate(zip(a, b, strict=True)):
                 yield from _compare(f"{path}/{i}", x, y, images)
         else:
-            yield path, _along_rows(a, b, images, Axis("list"))
+            yield path, _along_rows(a, b, images, Axis("tuple" if isinstance(a, tuple) else "list"))
     elif isinstance(a, Tensor) or isinstance(b, Tensor) or a != b:
         yield path, None
 
@@ -142,12 +146,15 @@ def _same(a: Any, b: Any) -> bool:
 def images_of(value: Any, axis: Axis, n: int) -> list[list[Any]]:
     """The values of each image of a batch of n, for each guidance pass: tensors without the axis, or items.
 
-    Folded rows become a leading dimension, folded items a list.
+    Folded rows become a leading dimension, folded items a list. What is no tensor in this call, such as None, all
+    images share.
     """
     size = axis.folded
-    if axis.kind == "list":
+    if axis.holds_items():
         items = list(value) if size == 1 else [list(value[i : i + size]) for i in range(0, len(value), size)]
         return [items[start : start + n] for start in range(0, len(items), n)]
+    if not isinstance(value, Tensor):
+        return [[value] * n]
     rows = value.movedim(axis.dim, 0).unflatten(0, (-1, n, size))
     return [[image[0] if size == 1 else image for image in one] for one in rows]
 
@@ -159,9 +166,10 @@ def joined(values: Any, axis: Axis) -> Any:
         values: of each image; `[n, ...]` where they are tensors of one shape.
         axis: of the argument.
     """
-    if axis.kind == "shared":
+    if axis.holds_items():
+        items = values if axis.folded == 1 else [item for some in values for item in some]
+        return tuple(items) if axis.kind == "tuple" else list(items)
+    if axis.kind == "shared" or not isinstance(values, Tensor):
         return values[0]
-    if axis.kind == "list":
-        return list(values) if axis.folded == 1 else [item for items in values for item in items]
     rows = values.flatten(0, 1) if axis.folded > 1 else values
     return rows.movedim(0, axis.dim)

@@ -67,6 +67,20 @@ class CalibrationSet:
         groups = cast(Tensor, self.group_of)
         return (groups == groups.bincount().argmax()).nonzero().flatten()
 
+    def extremes(self) -> list[int]:
+        """Samples that differ most, for that may decide what runs.
+
+        Those with the smallest and the largest of each number and of each size, and one with each text.
+        """
+        found: set[int] = set()
+        for value in self.inputs.values():
+            sizes = [_size(value[i]) for i in range(len(self))]
+            chosen: set[float | str] = {size for size in sizes if isinstance(size, str)}
+            if numbers := [size for size in sizes if not isinstance(size, str)]:
+                chosen |= {min(numbers), max(numbers)}
+            found |= {sizes.index(size) for size in chosen}
+        return sorted(found)
+
     @cached_property
     def n_groups(self) -> int:
         """How many groups there are."""
@@ -127,6 +141,19 @@ def _rows(value: Any, rows: slice | Tensor) -> Any:
         return value[rows]
     found = value[rows] if isinstance(rows, slice) else _chosen(value, rows)
     return torch.stack(found) if all(isinstance(x, Tensor) for x in found) else found
+
+
+def _size(value: Any) -> float | str:
+    """A number, the number of values, or a text itself."""
+    if isinstance(value, (str, type(None))):
+        return str(value)
+    if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
+        return value.numel()
+    return float(value) if isinstance(value, (Tensor, bool, int, float)) else sum(map(_extent, tree_flatten(value)[0]))
+
+
+def _extent(leaf: Any) -> int:
+    return leaf.numel() if isinstance(leaf, Tensor) else 1
 
 
 def _signature(value: Any, axis: Axis) -> Any:

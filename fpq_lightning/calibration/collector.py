@@ -105,9 +105,9 @@ class Collector:
         self._first: list[tuple[dict[str, Any], Tensor | None]] = []  # leaves and sensitivity of its calls
         self._seen = 0  # calls of this batch
         self._other: set[str] = set()
+        self._ends_early = False  # whether all calls of the last step were left out
         self._of_first: dict[str, Any] = {}  # what all images of the first call have in common
         self._varied: set[str] = set()  # what differs between calls
-        self._finite = True  # all that the network gave
 
     @property
     def trajectories(self) -> int:
@@ -123,15 +123,25 @@ class Collector:
         self._first = []
         return self._calls
 
-    def take(self, call: Call) -> None:
-        """A call of the batch that is sampled."""
-        self._finite &= call.finite
+    def take(self, calls: Sequence[Call]) -> None:
+        """The calls of the batch that is sampled since the last step of a scheduler."""
+        self._ends_early = not sum(map(self._take, calls))
+
+    def _take(self, call: Call) -> bool:
+        """Whether a call is one that the set may hold."""
         structure, leaves = collapsed(call.arguments, self.plan.axes)
         if structure != self.plan.structure:
             self._leave_out(leaves)
-            return
+            return False
+        if not call.finite:
+            raise ValueError(_NOT_FINITE.format("its output"))
         shared = {path: leaf for path, leaf in leaves.items() if path not in self.plan.axes}
         self._of_first = self._of_first or shared
+        if lost := next((path for path, leaf in leaves.items() if not self._is_placed(path, leaf)), None):
+            raise ValueError(
+                f"{self.plan.network} is called with another {lost} later along a trajectory than at first, and how it "
+                "belongs to the images of a batch cannot be told: such pipelines cannot be calibrated"
+            )
         self._varied |= {path for path, leaf in shared.items() if not _equal(leaf, self._of_first[path])}
         if self._calls is None:
             self._first.append((_on_host(leaves), call.sensitivity))
@@ -139,6 +149,18 @@ class Collector:
         else:
             self._collect(leaves, call.sensitivity, self._seen)
         self._seen += 1
+        return True
+
+    def _is_placed(self, path: str, leaf: Any) -> bool:
+        """Whether it is known how an argument belongs to the images of the batch, from what the first call said."""
+        axis = self.plan.axes.get(path)
+        if axis is None:
+            is_new = isinstance(leaf, Tensor) and not isinstance(self._of_first[path], Tensor)
+            return not (is_new and leaf.numel() > 1)
+        rows = len(self.batch) * axis.folded
+        if axis.holds_items():
+            return isinstance(leaf, (list, tuple)) and len(leaf) % rows == 0
+        return not isinstance(leaf, Tensor) or (leaf.ndim > axis.dim and leaf.shape[axis.dim] % rows == 0)
 
     def _leave_out(self, leaves: Mapping[str, Any]) -> None:
         known = set(tree_flatten(self.plan.structure)[0])
@@ -159,6 +181,11 @@ class Collector:
             raise ValueError(
                 f"{self.plan.network} is called {self._calls} times along one trajectory and {self._seen} times along "
                 "another: such pipelines cannot be calibrated"
+            )
+        if self._ends_early:
+            raise ValueError(
+                f"{self.plan.network} is called with other arguments at the end of a trajectory than at its beginning "
+                f"({'; '.join(sorted(self._other))}): such pipelines cannot be calibrated"
             )
         self._seen = 0
 
@@ -183,10 +210,13 @@ class Collector:
                 weight = sensitivity[chosen % len(sensitivity), image].item() ** 2
             self._taken.append((trajectory, own | shared, weight))
 
-    def calibration_set(self, denoiser: Any) -> CalibrationSet:
-        """All samples, in the order of `_shuffled`."""
-        if not all(distributed.all_gather_objects(self._finite)):
-            raise ValueError(_NOT_FINITE.format("what it gives"))
+    def calibration_set(self, denoiser: Any, as_called: bool = True) -> CalibrationSet:
+        """All samples, in the order of `_shuffled`.
+
+        Args:
+            denoiser: the network.
+            as_called: whether it is taken to be what it was within the pipeline.
+        """
         everything = [sample for part in distributed.all_gather_objects(self._taken) for sample in part]
         everything.sort(key=lambda sample: sample[0])
         if len(everything) != self.n:
@@ -207,13 +237,37 @@ class Collector:
             if path not in axes:
                 axes[path] = distributed.broadcast_from_rank0(self._varying_axis(denoiser, path))
                 if axes[path].kind == "dim":
-                    values = [torch.as_tensor(value).reshape(()) for value in values]
+                    shape = () if axes[path].folded == 1 else (axes[path].folded,)
+                    values = [torch.as_tensor(value).reshape(()).expand(shape) for value in values]
             inputs[path] = _stacked(values)
         _check_finite(inputs)
+        self._check_repeatable(denoiser, as_called)
         nested = {path: axis for path, axis in axes.items() if axis != LEADING}
         if not (weight.any() and weight.isfinite().all()):  # a network that gives zeros; what cannot be measured
             weight = torch.ones(self.n)
         return CalibrationSet(inputs, (weight / weight.mean())[order], constants, nested, self.plan.structure)
+
+    def _check_repeatable(self, denoiser: Any, as_called: bool) -> None:
+        """Finds out that a network does not give for its arguments what it gave within the pipeline.
+
+        Raises:
+            ValueError: if it gives something else each time.
+        """
+        if not self.ends:
+            return
+        last = self.ends[-1]
+        again, once_more = (output_leaves(denoiser(**tree_map(_own, last.arguments))) for _ in range(2))
+        if not _alike(again, once_more):
+            raise ValueError(
+                f"{self.plan.network} gives different outputs for the same arguments: it keeps a state from call to "
+                "call, such as a cache, or draws random numbers; turn that off before quantization"
+            )
+        if as_called and not _alike(again, last.output) and distributed.rank() == 0:
+            warnings.warn(
+                f"{self.plan.network} gives something else for the arguments of its last call than it gave within the "
+                "pipeline, which may change it while it samples: it is calibrated as it is outside of the pipeline",
+                stacklevel=2,
+            )
 
     def _varying_axis(self, denoiser: Any, path: str) -> Axis:
         """Whether an argument that changes from call to call can be given for each image.
@@ -272,6 +326,14 @@ def _own(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
+def _alike(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether outputs are the same but for the order of sums, and NaN where the others have it."""
+    if [x.shape for x in some] != [x.shape for x in others]:
+        return False
+    pairs = ((a.float().nan_to_num(), b.float().nan_to_num()) for a, b in zip(some, others, strict=True))
+    return all((a - b).norm() <= 1e-3 * b.norm() for a, b in pairs)
+
+
 def _are_halves(both: Tensor, first: Tensor, second: Tensor) -> bool:
     """Whether a batch of two gives the first image of one and the second of the other."""
     half = len(first) // 2
@@ -306,7 +368,9 @@ def _stacked(values: list[Any]) -> Any:
 def _check_finite(inputs: Mapping[str, Any]) -> None:
     for path, value in inputs.items():
         for leaf in tree_flatten(value)[0]:
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not (leaf.isfinite().all() or _is_bias(leaf)):
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                continue
+            if not (leaf.float().isfinite().all() or _is_bias(leaf)):
                 raise ValueError(_NOT_FINITE.format(path))
 
 

@@ -21,7 +21,8 @@ from fpq_lightning.utils.files import atomic_directory, write_json
 _WEIGHT = "sample_weight"  # the column of the weights
 _TENSORS = "tensors.safetensors"
 _DATASET = "dataset_info.json"  # of `datasets`
-_TENSOR = "tensor:"  # begins what stands for a tensor in JSON
+_TENSOR = "tensor"  # the key of what stands for a tensor in JSON
+_MOST_DIMENSIONS = 6  # of a column
 MADE_FROM = "made_from.json"  # what decides a set, beside it
 
 
@@ -60,7 +61,7 @@ def _save(calibration: CalibrationSet, directory: Path) -> None:
     """
     import datasets  # takes a second, and opening a packed model does not need it
 
-    columns = {k: v for k, v in calibration.inputs.items() if isinstance(v, Tensor)} | {_WEIGHT: calibration.weights}
+    columns = {k: v for k, v in calibration.inputs.items() if _fits_column(k, v)} | {_WEIGHT: calibration.weights}
     halves = [name for name, value in columns.items() if value.dtype == torch.bfloat16]
     columns |= {name: columns[name].view(torch.int16) for name in halves}  # bfloat16 is not known to numpy
     paths, spec = tree_flatten(calibration.structure)
@@ -68,7 +69,7 @@ def _save(calibration: CalibrationSet, directory: Path) -> None:
     description = {
         "bfloat16": halves,
         "constants": _without_tensors(calibration.constants, tensors),
-        "lists": _without_tensors({k: v for k, v in calibration.inputs.items() if k not in columns}, tensors),
+        "others": _without_tensors({k: v for k, v in calibration.inputs.items() if not _fits_column(k, v)}, tensors),
         "axes": {path: asdict(axis) for path, axis in calibration.axes.items()},
         "structure": [paths, treespec_dumps(spec)],
     }
@@ -79,6 +80,14 @@ def _save(calibration: CalibrationSet, directory: Path) -> None:
     save_file(tensors, directory / _TENSORS)
 
 
+def _fits_column(path: str, value: Any) -> bool:
+    """Whether an input is kept in a column of its own: Arrow knows neither complex nor eight-bit floating types."""
+    if not isinstance(value, Tensor) or path == _WEIGHT:
+        return False
+    known = not value.is_complex() and not (value.is_floating_point() and value.itemsize == 1)
+    return known and value.ndim <= _MOST_DIMENSIONS
+
+
 def _without_tensors(values: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Values with a name for each tensor, which goes into `tensors`; containers by their structure."""
     found = {}
@@ -87,8 +96,9 @@ def _without_tensors(values: Mapping[str, Any], tensors: dict[str, Tensor]) -> d
         named = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
-                tensors[f"{len(tensors)}"] = leaf.contiguous()
-                leaf = f"{_TENSOR}{len(tensors) - 1}"
+                name = str(len(tensors))
+                tensors[name] = leaf.clone(memory_format=torch.contiguous_format)  # samples may share one
+                leaf = {_TENSOR: name}
             named.append(leaf)
         found[path] = [named, treespec_dumps(spec)]
     return found
@@ -98,10 +108,7 @@ def _with_tensors(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> d
     """The inverse of `_without_tensors`."""
     found = {}
     for path, (named, spec) in values.items():
-        leaves = [
-            tensors[leaf.removeprefix(_TENSOR)] if isinstance(leaf, str) and leaf.startswith(_TENSOR) else leaf
-            for leaf in named
-        ]
+        leaves = [tensors[leaf[_TENSOR]] if isinstance(leaf, dict) else leaf for leaf in named]
         found[path] = tree_unflatten(leaves, treespec_loads(spec))
     return found
 
@@ -153,7 +160,7 @@ def load_calibration_set(directory: str | Path) -> CalibrationSet:
         description = json.loads(dataset.info.description)
         columns |= {name: columns[name].short().view(torch.bfloat16) for name in description["bfloat16"]}
         tensors = load_file(Path(directory) / _TENSORS)
-        lists, constants = (_with_tensors(description[name], tensors) for name in ("lists", "constants"))
+        others, constants = (_with_tensors(description[name], tensors) for name in ("others", "constants"))
         axes = {path: Axis(**axis) for path, axis in description["axes"].items()}
         paths, spec = description["structure"]
         structure = tree_unflatten(paths, treespec_loads(spec))
@@ -161,4 +168,4 @@ def load_calibration_set(directory: str | Path) -> CalibrationSet:
         raise ValueError(f"the calibration set at {directory} cannot be read ({error}): delete it") from error
     if not len(weights):
         raise ValueError(f"the calibration set at {directory} is empty: delete it to sample a new one")
-    return CalibrationSet({**columns, **lists}, weights, constants, axes, structure)
+    return CalibrationSet({**columns, **others}, weights, constants, axes, structure)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -140,7 +140,8 @@ def _axes(
         axes = find_axes(network, a.arguments, b.arguments, images) | axes
     if not axes:
         raise ValueError(
-            f"{network} is called with nothing that grows with the images: such pipelines cannot be calibrated"
+            f"{network} is called with nothing that grows with the images: a pipeline or function that is asked for "
+            "several images must make them in one batch"
         )
     return axes
 
@@ -195,9 +196,10 @@ def collapsed(arguments: Any, axes: Mapping[str, Axis]) -> tuple[Any, dict[str, 
     leaves: dict[str, Any] = {}
 
     def walk(path: str, node: Any) -> Any:
-        if not (path in axes and axes[path].kind == "list"):
+        if not (path in axes and axes[path].holds_items()):
             if isinstance(node, Mapping):
-                return {key: walk(f"{path}/{key}" if path else str(key), child) for key, child in node.items()}
+                entries = ((key, walk(f"{path}/{key}" if path else str(key), child)) for key, child in node.items())
+                return OrderedDict(entries) if isinstance(node, OrderedDict) else dict(entries)
             if isinstance(node, (list, tuple)):
                 children = [walk(f"{path}/{i}", child) for i, child in enumerate(node)]
                 return tuple(children) if isinstance(node, tuple) else children

@@ -5,20 +5,23 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fpq_lightning.diffusion.processors import attention_processors
-from fpq_lightning.graph.tree import named_leaves, output_leaves
+from fpq_lightning.graph.tree import output_leaves
 
 PLAIN = (bool, int, float, str, type(None))
+_CONTAINERS = (dict, OrderedDict, list, tuple, torch.Size)
 
 
 @dataclass
@@ -103,19 +106,23 @@ class Recorder:
     def _before(self, name: str, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         self._processors[name] |= {id(own): own for own in attention_processors(module).values()}
         arguments = bound_arguments(inspect.signature(type(module).forward), module, args, kwargs)
-        for path, leaf in named_leaves(arguments):
-            if not isinstance(leaf, (Tensor, *PLAIN)):
+        paths = set()
+        for path, leaf in _leaves("", arguments):
+            if not isinstance(leaf, (Tensor, np.generic, *PLAIN)):
                 raise ValueError(
                     f"{type(module).__name__} is called with {path}, of type {type(leaf).__name__}, which a "
-                    "calibration set cannot keep: it takes tensors, numbers and strings; call the pipeline without it"
+                    "calibration set cannot keep: it takes tensors, numbers and strings, and dictionaries, lists and "
+                    "tuples of them; call the pipeline without it"
                 )
-        # What the network changes in place is kept as it came in.
-        copied = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, arguments)
-        self._pending.setdefault(name, []).append(Call(copied))
+            if path in paths:
+                raise ValueError(f"{type(module).__name__} is called with two inputs that are both {path}: rename one")
+            paths.add(path)
+        self._pending.setdefault(name, []).append(Call(tree_map(_copied, arguments)))
 
     def _after(self, name: str, module: Any, args: tuple, output: Any) -> None:
         call = self._pending[name][-1]
-        call.output = [x.detach() for x in output_leaves(output)]
+        # A pipeline may change it in place before the scheduler sees it.
+        call.output = [x.detach().clone() for x in output_leaves(output)]
         call.finite = all(bool(x.isfinite().all()) for x in call.output)
 
     def _measured_step(self, scheduler: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -154,6 +161,22 @@ class Recorder:
             call.sensitivity = sensitivity[None]
         for call, share in zip(predicted, shares, strict=True):
             call.sensitivity = share[:, None] * sensitivity[None]
+
+
+def _leaves(path: str, node: Any) -> Iterator[tuple[str, Any]]:
+    """What a tree of arguments holds, with paths such as ``added_cond_kwargs/time_ids`` or ``images/0``."""
+    if type(node) in _CONTAINERS:
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _leaves(f"{path}/{key}" if path else str(key), child)
+    else:
+        yield path, node
+
+
+def _copied(leaf: Any) -> Any:
+    """A leaf as it came in, whatever the network does to it."""
+    if isinstance(leaf, Tensor):
+        return leaf.detach().clone()
+    return leaf.item() if isinstance(leaf, np.generic) else leaf
 
 
 def _predicts(call: Call, combined: Tensor) -> bool:

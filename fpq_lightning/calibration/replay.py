@@ -16,12 +16,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
 
 from fpq_lightning.calibration.axes import LEADING
 from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.store import ActivationStore
 from fpq_lightning.calibration.stored_tree import StoredTree, condition_key
-from fpq_lightning.calibration.unit_calls import UnitCalls
+from fpq_lightning.calibration.unit_calls import UnitCalls, glimpse, not_called
 from fpq_lightning.graph.chain import Chain, parts_of
 from fpq_lightning.graph.tree import named_leaves
 from fpq_lightning.graph.units import Unit
@@ -30,6 +31,7 @@ from fpq_lightning.utils.distributed import gather_rows
 
 Path = str  # "full_precision" or "quantized"
 PATHS: tuple[Path, Path] = ("full_precision", "quantized")
+_NOT_CALIBRATED = "such networks cannot be calibrated (FPQConfig quantizes them without)"
 _MODES: dict[Path, Mode] = {"full_precision": "full_precision", "quantized": "quantized"}
 
 
@@ -101,6 +103,7 @@ class NetworkReplay:
         self._weights = calibration.weights.to(store.device)
         self.n = len(calibration)
         self._bytes_a_sample = [0] * len(units)  # that a pass of each unit takes beyond its inputs, as far as known
+        self._glimpses: list[Any] = []  # of the inputs of each unit for two samples of a group
         self._last_use = [max((k for k, u in enumerate(units) if i in u.sources), default=i) for i in range(len(units))]
         self._group_of = cast(Tensor, calibration.group_of).clone()
         self._groups = [(self._group_of == g).nonzero().flatten() for g in self._group_of.unique().tolist()]
@@ -127,25 +130,32 @@ class NetworkReplay:
     def _templates(self, group: int, rows: Tensor) -> tuple[list[StoredTree], list[StoredTree]]:
         """Structures of the inputs and outputs of every unit for samples of a group."""
         batches = {n: self._calibration.batch(rows[torch.arange(n) % len(rows)], self.store.device) for n in (2, 3)}
-        shapes = UnitCalls(self.units, self.store.device)
-        shapes.run(self.model, batches[3])
-        # Of what grows with the batch shape and type are enough, and of large networks there is no room for more.
-        calls = {n: UnitCalls(self.units, self.store.device, shapes) for n in (3, 2)}
-        for n, found in calls.items():
+        # Of what grows with the batch shape and type are enough, and of large networks there is no room for more. So a
+        # pass finds out what grows, before two see the values of what does not.
+        found: UnitCalls | None = None
+        passes = []
+        for n in (3, 2, 3):
+            found = UnitCalls(self.units, self.store.device, found)
             leading = {id(x): path for path, x in named_leaves(batches[n]) if self._is_leading(path)}
             found.run(self.model, batches[n], leading)
-        for i, size in enumerate(calls[3].bytes):
+            passes.append(found)
+        _, small, large = passes
+        for i, size in enumerate(large.bytes):
             self._bytes_a_sample[i] = max(self._bytes_a_sample[i], size // 3)
-        given = calls[2].given
-        names = [unit.name for unit in self.units]
+        if len(rows) > 1 and not self._glimpses:
+            self._glimpses = small.glimpses
+        values, names = small.rows | large.rows, [unit.name for unit in self.units]
         input_trees = [
-            StoredTree("inputs", name, calls[2].inputs[i], calls[3].inputs[i], given, group)
-            for i, name in enumerate(names)
+            StoredTree("inputs", name, a, b, small.given, group, values)
+            for name, a, b in zip(names, small.inputs, large.inputs, strict=True)
         ]
         output_trees = [
-            StoredTree("outputs", name, calls[2].outputs[i], calls[3].outputs[i], group=group)
-            for i, name in enumerate(names)
+            StoredTree("outputs", name, a, b, group=group, values=values)
+            for name, a, b in zip(names, small.outputs, large.outputs, strict=True)
         ]
+        for unit, tree in zip(self.units, output_trees, strict=True):
+            if unit.layers and not tree.holds_targets():
+                raise ValueError(f"{unit.name} gives no tensor, but changes what it is given: {_NOT_CALIBRATED}")
         return input_trees, output_trees
 
     def _is_leading(self, path: str) -> bool:
@@ -222,12 +232,36 @@ class NetworkReplay:
                 raise
             self._placeholders_in_memory = True  # the network changes outputs of units in place
             return self._unit_inputs(path, chunk)
+        if captured is None:
+            raise not_called(self.unit)
         return captured
+
+    def _check_stubs(self) -> None:
+        """Finds out that the unit is given something else where outputs stand for the earlier units.
+
+        Raises:
+            ValueError: if it is.
+        """
+        group = next((g for g, rows in enumerate(self._groups) if len(rows) > 1), None)
+        if group is None:
+            return
+        two = _Chunk(group, self._groups[group][:2], slice(0, 2))
+        try:
+            given = tree_map(glimpse, self._unit_inputs("full_precision", two))
+        except Exception as error:  # whatever a network may raise that misses something
+            if "out of memory" in str(error):
+                raise
+            raise _bypassed(self.unit) from error
+        (some, spec), (others, other_spec) = tree_flatten(given), tree_flatten(self._glimpses[self.position])
+        if spec != other_spec or not all(map(_alike, some, others)):
+            raise _bypassed(self.unit)
 
     @torch.no_grad()
     def capture(self) -> None:
         """Stores the current unit's inputs on the quantized path and its full-precision outputs."""
         index, unit = self.position, self.unit
+        with running(self.model, "full_precision"):
+            self._check_stubs()
         for path in self._missing_conditions():
             self._allocate_condition(path)
             for chunk in self._batches():
@@ -316,7 +350,7 @@ class NetworkReplay:
         every = torch.arange(sum(len(part) for part in placement))
         for positions in every.split(self.samples_a_pass):
             some = slice(int(positions[0]), int(positions[-1]) + 1)
-            yield positions, tree.fill([leaf[some].flatten(0, 1) for leaf in leaves])
+            yield positions, tree.fill([leaf[some] for leaf in leaves])
 
     @torch.no_grad()
     def target_energies(self) -> Tensor:
@@ -421,6 +455,20 @@ class NetworkReplay:
                     self.store.free(key)
                 else:
                     self.store.schedule(key, self._next_use(source))
+
+
+def _bypassed(unit: Unit) -> ValueError:
+    return ValueError(
+        f"{unit.name} reads something else than outputs of earlier units: they pass it on in a state of their own, or "
+        f"by changing what they are given: {_NOT_CALIBRATED}"
+    )
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two glimpses are of the same value, but for last bits that add up in deep networks."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return type(a) is type(b)
+    return a.shape == b.shape and not bool((a - b).norm() > 0.1 * b.norm())
 
 
 def sample_energies(leaves: Sequence[Tensor], weights: Tensor) -> Tensor:

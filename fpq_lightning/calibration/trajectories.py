@@ -86,8 +86,7 @@ def sample_calibration_sets(
 
         def take(calls: dict[str, list[Call]], scheduler: Any) -> None:
             for name, some in calls.items():
-                for call in some:
-                    collectors[name].take(call)
+                collectors[name].take(some)
 
         with Recorder(pipeline, denoisers, take, measures=weighting == "sensitivity") as recorder:
             for batch in batches:
@@ -97,11 +96,15 @@ def sample_calibration_sets(
                 for collector in collectors.values():
                     collector.end_batch()
                 on_batch(min(batch.stop, batches.trajectories), batches.trajectories)
-        for name, plan in plans.items():
-            if (guests := recorder.guest_processors(name)) and distributed.rank() == 0:
+        changed = {name: recorder.guest_processors(name) for name in plans}
+        for name, guests in changed.items():
+            if guests and distributed.rank() == 0:
                 warnings.warn(
-                    f"{type(pipeline).__name__} gives {plan.network} other attention processors while it samples "
-                    f"({', '.join(guests)}): all of its guidance passes are calibrated with its own attention",
+                    f"{type(pipeline).__name__} gives {plans[name].network} other attention processors while it "
+                    f"samples ({', '.join(guests)}): all of its guidance passes are calibrated with its own attention",
                     stacklevel=3,
                 )
-        return {name: collector.calibration_set(denoisers[name]) for name, collector in collectors.items()}
+        return {
+            name: collector.calibration_set(denoisers[name], as_called=not changed[name])
+            for name, collector in collectors.items()
+        }

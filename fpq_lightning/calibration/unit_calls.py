@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fpq_lightning.graph.chain import parts_of
 from fpq_lightning.graph.units import Unit
 from fpq_lightning.utils.peak_memory import forget_peak, peak_since
 
+_GLIMPSED = 4096  # values of a tensor, at most
+_COMPARED = 2**16  # values of a tensor, about
+
 
 class UnitCalls:
-    """Calls of units, without the values of what changes its shape from pass to pass.
+    """Calls of units; of what changes its shape from pass to pass only some values are kept.
 
     Args:
         units: of a network.
@@ -25,19 +28,20 @@ class UnitCalls:
             it no tensor does.
 
     Attributes:
-        inputs: positional and keyword arguments of each unit.
-        outputs: of each unit; a tuple if it has several parts.
         given: paths of the network's inputs by the ids of leaves of `inputs` that are one.
-        bytes: that the pass of each unit took beyond its inputs; 0 where that is not known.
+        rows: of leaves without their values some columns, `[rows, columns]`, the dimension that grows first, by id.
     """
 
     def __init__(self, units: Sequence[Unit], device: torch.device, other: UnitCalls | None = None) -> None:
         self.given: dict[int, str] = {}
-        self._parts = [list(parts_of(unit.module)) for unit in units]
+        self.rows: dict[int, Tensor] = {}
+        self._units = units
         self._device = device
         self._other = other
-        self._shapes: dict[nn.Module, list[Any]] = {}
-        self._calls: dict[nn.Module, tuple[tuple[tuple, dict], Any]] = {}
+        self._shapes: dict[tuple[nn.Module, str], list[Any]] = {}
+        self._inputs: dict[nn.Module, tuple[tuple, dict]] = {}
+        self._glimpses: dict[nn.Module, Any] = {}
+        self._outputs: dict[nn.Module, Any] = {}
         self._bytes: dict[nn.Module, int] = {}
 
     @torch.no_grad()
@@ -48,49 +52,88 @@ class UnitCalls:
             model: the network.
             inputs: its keyword arguments.
             named: paths of inputs by their ids, for `given`.
+
+        Raises:
+            ValueError: if a unit is not called.
         """
         start = 0
 
-        def before(part: nn.Module, args: Any) -> None:
+        def enter(part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             nonlocal start
-            start = forget_peak(self._device)
+            # As they come in: a unit may put more into a list, or change a tensor.
+            self._inputs[part] = self._kept(part, "inputs", (args, kwargs), named or {})
+            self._glimpses[part] = tree_map(glimpse, (args, kwargs))
+            if self._device.type == "cuda":
+                start = forget_peak(self._device)
 
-        def after(part: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        def leave(part: nn.Module, args: Any, output: Any) -> None:
             if self._device.type == "cuda":
                 self._bytes[part] = peak_since(self._device) - start
-            self._keep(part, ((args, kwargs), output), named or {})
+            self._outputs[part] = self._kept(part, "outputs", output, {})
 
         with ExitStack() as stack:
-            for part in (part for parts in self._parts for part in parts):
-                if self._device.type == "cuda":
-                    stack.callback(part.register_forward_pre_hook(before).remove)
-                stack.callback(part.register_forward_hook(after, with_kwargs=True).remove)
+            for part in (part for unit in self._units for part in parts_of(unit.module)):
+                stack.callback(part.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                stack.callback(part.register_forward_hook(leave).remove)
             model(**inputs)
+        for unit in self._units:
+            if any(part not in self._outputs for part in parts_of(unit.module)):
+                raise not_called(unit)
 
-    def _keep(self, part: nn.Module, call: Any, named: Mapping[int, str]) -> None:
-        leaves, spec = tree_flatten(call)
-        shapes = self._shapes[part] = [x.shape if isinstance(x, Tensor) else None for x in leaves]
-        others = shapes if self._other is None else self._other._shapes[part]
+    def _kept(self, part: nn.Module, kind: str, tree: Any, named: Mapping[int, str]) -> Any:
+        leaves, spec = tree_flatten(tree)
+        self._shapes[part, kind] = [x.shape if isinstance(x, Tensor) else None for x in leaves]
+        others = None if self._other is None else self._other._shapes.get((part, kind))
         kept = []
         for i, leaf in enumerate(leaves):
-            path = named.get(id(leaf))
-            if isinstance(leaf, Tensor) and (self._other is None or shapes[i : i + 1] != others[i : i + 1]):
-                unchanged = not leaf._version  # what the network has changed in place is no longer its input
-                leaf = leaf.new_zeros(()).expand(leaf.shape)
-                if path is not None and unchanged:
+            other = others[i] if others is not None and i < len(others) else None
+            if isinstance(leaf, Tensor) and (others is None or leaf.shape != other):
+                path, unchanged = named.get(id(leaf)), not leaf._version
+                whole, leaf = leaf, leaf.new_zeros(()).expand(leaf.shape)
+                if other is not None and len(other) == leaf.ndim:
+                    self.rows[id(leaf)] = _some_columns(whole, other)
+                if path is not None and unchanged:  # what the network has changed in place is no longer its input
                     self.given[id(leaf)] = path
             kept.append(leaf)
-        self._calls[part] = tree_unflatten(kept, spec)
+        return tree_unflatten(kept, spec)
 
     @property
     def inputs(self) -> list[tuple[tuple, dict]]:
-        return [self._calls[parts[0]][0] for parts in self._parts]
+        """Positional and keyword arguments of each unit."""
+        return [self._inputs[parts_of(unit.module)[0]] for unit in self._units]
+
+    @property
+    def glimpses(self) -> list[Any]:
+        """A `glimpse` of each argument of each unit."""
+        return [self._glimpses[parts_of(unit.module)[0]] for unit in self._units]
 
     @property
     def outputs(self) -> list[Any]:
-        found = [tuple(self._calls[part][1] for part in parts) for parts in self._parts]
+        """What each unit gives; a tuple if it has several parts."""
+        found = [tuple(self._outputs[part] for part in parts_of(unit.module)) for unit in self._units]
         return [outputs if len(outputs) > 1 else outputs[0] for outputs in found]
 
     @property
     def bytes(self) -> list[int]:
-        return [max(self._bytes.get(part, 0) for part in parts) for parts in self._parts]
+        """That the pass of each unit took beyond its inputs; 0 where that is not known."""
+        return [max(self._bytes.get(part, 0) for part in parts_of(unit.module)) for unit in self._units]
+
+
+def _some_columns(leaf: Tensor, other: torch.Size) -> Tensor:
+    """Some columns of a tensor whose first dimension that has another size in another shape comes first."""
+    grown = next(d for d, size in enumerate(other) if size != leaf.shape[d])
+    rows = leaf.movedim(grown, 0).flatten(1) if leaf.ndim > 1 else leaf[:, None]
+    return rows[:, :: max(1, rows.numel() // _COMPARED)].clone()
+
+
+def glimpse(leaf: Any) -> Any:
+    """Some of the values of a tensor; anything else as it is."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    values = leaf.detach().flatten()
+    return values[:: len(values) // _GLIMPSED + 1].to(torch.promote_types(leaf.dtype, torch.float32), copy=True)
+
+
+def not_called(unit: Unit) -> ValueError:
+    """The error of a unit that does not run."""
+    return ValueError(f"{unit.name} is not called for some of the samples: exclude its layers with recipe.exclude")

@@ -20,12 +20,15 @@ def open_dataset(source: str, missing: str) -> datasets.Dataset:
 
     Raises:
         FileNotFoundError: if it is not there.
+        ValueError: if it is a file of another kind.
     """
     import datasets  # takes a second, and most runs read no dataset
 
     path = Path(source).expanduser()
     if source.startswith(("/", "./", "../", "~")) and not path.exists():  # no name on the hub
         raise FileNotFoundError(missing)
+    if path.is_file() and path.suffix.lower() not in _BUILDERS:
+        raise ValueError(f"{source} is no dataset: give {' or '.join(_BUILDERS)}, or a directory")
     try:
         if (builder := _BUILDERS.get(path.suffix.lower())) is not None:
             return datasets.load_dataset(builder, data_files=str(path), split="train")

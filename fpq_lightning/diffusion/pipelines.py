@@ -198,17 +198,35 @@ def move_pipeline(pipeline: DiffusionPipeline, device: torch.device) -> None:
                 align(component)
 
 
-def check_not_compiled(pipeline: DiffusionPipeline, names: Sequence[str]) -> None:
-    """Finds out that components are compiled, as a whole or in parts.
+def check_as_loaded(pipeline: DiffusionPipeline, names: Sequence[str]) -> None:
+    """Finds out what was done to components since they were loaded that does not go with quantization.
 
     Raises:
-        ValueError: if one is: compiled code is that of full-precision layers.
+        ValueError: if one is compiled, as a whole or in parts, for compiled code is that of full-precision layers; if
+            it skips work that a cache remembers; or if its weights are not here in a type to compute with.
     """
     for name in names:
         component = getattr(pipeline, name, None)
-        modules = component.modules() if isinstance(component, nn.Module) else ()
-        if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules):
+        modules = list(component.modules()) if isinstance(component, nn.Module) else []
+        if any(map(_is_compiled, modules)):
             raise ValueError(f"the pipeline's {name} is compiled: load the model again, quantize it, then compile it")
+        if getattr(component, "is_cache_enabled", False):
+            raise ValueError(f"the pipeline's {name} has a cache: call its disable_cache() for quantization")
+        tensors = [x for module in modules for x in module.parameters(recurse=False)]
+        if any(x.is_meta for x in tensors):
+            raise ValueError(f"the pipeline's {name} is offloaded: load it plainly, and quantize it with offload")
+        if small := next((x.dtype for x in tensors if x.is_floating_point() and x.itemsize == 1), None):
+            kind = str(small).removeprefix("torch.")
+            raise ValueError(f"the pipeline's {name} keeps weights in {kind}: load it without layerwise casting")
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    forward = vars(module).get("forward")  # of this module alone
+    return (
+        hasattr(module, "_orig_mod")
+        or module._compiled_call_impl is not None
+        or hasattr(forward, "_torchdynamo_orig_callable")
+    )
 
 
 def made_empty(denoiser: Any) -> nn.Module | None:

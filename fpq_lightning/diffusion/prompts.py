@@ -40,7 +40,7 @@ def load_prompts(source: str | os.PathLike[str] | Sequence[str], column: str | N
     """
     named = str(source) if isinstance(source, (str, os.PathLike)) else "sampler.prompts"
     prompts = _read(os.fspath(source), column) if isinstance(source, (str, os.PathLike)) else source
-    if not prompts:
+    if not len(prompts):
         raise ValueError(f"{named} holds no prompts")
     for number, prompt in enumerate(prompts, start=1):
         if prompt is not None and not isinstance(prompt, str):
@@ -96,7 +96,7 @@ def _decode(source: str, contents: bytes) -> str:
             continue
         if encoding == "cp1252":
             warnings.warn(f"{source} is not UTF-8: read as cp1252 (Western European)", stacklevel=2)
-        return text
+        return text.removeprefix("\ufeff")  # programs that write a mark before one
     raise ValueError(f"{source} is no text in UTF-8, UTF-16 or cp1252: save it as UTF-8")
 
 
@@ -165,5 +165,8 @@ def _choose(source: str, columns: Sequence[str], column: str | None) -> str:
         return column
     found = next((name for wanted in _COLUMNS for name in columns if name.lower() == wanted), None)
     if found is None:
-        raise ValueError(f"{source} has none of the columns {', '.join(_COLUMNS)}: name one with sampler.prompt_column")
+        raise ValueError(
+            f"{source} has none of the columns {', '.join(_COLUMNS)}, but {', '.join(columns)}: name one with "
+            "sampler.prompt_column"
+        )
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -70,6 +71,7 @@ class SamplerConfig:
     batch_size: Count = 16
 
     def __post_init__(self) -> None:
+        self.inputs = None if self.inputs is None else os.fspath(self.inputs)
         check_values(self, "sampler")
         if self.scheduler is not None and not hasattr(diffusers_schedulers, self.scheduler):
             raise ValueError(f"diffusers has no scheduler {self.scheduler!r}: use for example DDIMScheduler")

@@ -84,7 +84,7 @@ class _Tracer(TorchFunctionMode):
 
 
 def _watched(
-    model: nn.Module, inputs: Mapping[str, Any], others: Sequence[tuple[int, Mapping[str, Any]]]
+    model: nn.Module, inputs: Mapping[str, Any], others: Sequence[tuple[int | None, Mapping[str, Any]]]
 ) -> tuple[Passes, list[Pass]]:
     """Passes of a network that it can do, of shapes alone if possible, and what was seen in some."""
 
@@ -100,7 +100,7 @@ def trace_units(
     model: nn.Module,
     units: list[Unit],
     inputs: Mapping[str, Any],
-    others: Sequence[tuple[int, Mapping[str, Any]]] = (),
+    others: Sequence[tuple[int | None, Mapping[str, Any]]] = (),
 ) -> tuple[list[Unit], dict[str, tuple]]:
     """Runs the network, settles and orders its units, and joins lone layers to the blocks whose outputs they read.
 
@@ -109,7 +109,8 @@ def trace_units(
         units: of `discover_units`; those that are left to the network get the reason.
         inputs: keyword arguments of one forward pass; a batch of one is enough.
         others: keyword arguments of further passes and the number of samples in each, which is to differ: they show
-            which modules are given whole samples.
+            which modules are given whole samples. None where shapes may differ otherwise, too: they show which modules
+            always run.
 
     Returns:
         The units that ran, in execution order, with `sources` filled in and layers in execution order; and for

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from diffusers import DiffusionPipeline
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from fpq_lightning.calibration.key import CalibrationKey
 from fpq_lightning.calibration.shards import Shard
 from fpq_lightning.diffusion.denoisers import as_one, find_denoisers
-from fpq_lightning.diffusion.pipelines import arguments_to_open, check_as_configured, check_not_compiled
+from fpq_lightning.diffusion.pipelines import arguments_to_open, check_as_configured, check_as_loaded
 from fpq_lightning.diffusion.sampling import SamplerConfig
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.evaluation.evaluator import Evaluator
@@ -203,12 +204,14 @@ def prepare_run(
         ValueError: if `run_dir` holds another run, or (without `resume`) this one unfinished, or the model cannot be
             quantized.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("quantization learns, which torch.inference_mode() forbids: call it outside of that")
     Evaluator(evaluation, sampler).check()
     data.check()
     denoisers = find_denoisers(pipeline, recipe.denoisers)
     if any(quantized_layers(denoiser) or packed_layers(denoiser) for denoiser in denoisers.values()):
         raise ValueError("the pipeline's denoiser is quantized already: load the full-precision model again")
-    check_not_compiled(pipeline, [*denoisers, *recipe.components])
+    check_as_loaded(pipeline, [*denoisers, *recipe.components])
     key = CalibrationKey.of(data, sampler, hash_weights(as_one(denoisers)))
     kinds = {component: type(denoiser).__name__ for component, denoiser in denoisers.items()}
     kind = kinds if len(kinds) > 1 else next(iter(kinds.values()))

@@ -42,7 +42,9 @@ def find_units(
     n = len(alike)
     # Batches of different sizes, and others of one size, show which modules are given whole samples.
     rows = [alike[places % n] for places in (torch.arange(2), torch.arange(2, 5), torch.arange(n - 2, n))]
-    others = [(len(places), calibration.batch(places, device)) for places in rows]
+    others: list[tuple[int | None, dict]] = [(len(places), calibration.batch(places, device)) for places in rows]
+    # Others yet may not run the same modules, or have other shapes.
+    others += [(None, calibration.batch(slice(i, i + 1), device)) for i in calibration.extremes()]
     planned = {name: unit for unit in candidates for name in unit.layers}
     units, splits = trace_units(denoiser, list(candidates), calibration.batch(slice(0, 1), device), others)
     ran = {name for unit in units for name in unit.layers}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict, namedtuple
+from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import ConfigMixin, DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin
@@ -113,6 +116,22 @@ def test_lists_with_an_item_for_each_image_are_taken_apart() -> None:
     assert images_of(call(2)["shapes"], axes["shapes"], 2) == [[(1, 0), (1, 1)]] * 2
 
 
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_images_that_are_items_stay_in_a_container_of_its_kind(kind: Any) -> None:
+    class Strict(Network):
+        def forward(self, x: Any, timestep: Any, **other: Any) -> tuple[Tensor]:
+            assert type(x) is kind
+            assert all(type(image) is kind for image in x)
+            return super().forward(torch.stack([image[0] for image in x]), timestep, **other)
+
+    class Items(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.transformer(kind(kind([image]) for image in x), timestep=t)[0]
+
+    found = sample_trajectories(make(Items, Strict()), SAMPLER, 8)
+    assert type(batch(found, [0, 1])["x"]) is kind
+
+
 @pytest.mark.parametrize(
     "value", [lambda n: torch.zeros(n + 1), lambda n: torch.zeros(n, n), lambda n: n, lambda n: [0] * (n + 1)]
 )
@@ -168,6 +187,99 @@ def test_what_cannot_be_kept_is_named() -> None:
     with pytest.raises(ValueError, match="Network is called with cache, of type object") as error:
         recorded(Cached)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [namedtuple("Pair", "a b")(1, 2), bytearray(3)])
+def test_containers_that_cannot_be_kept_are_named(value: Any) -> None:
+    class Odd(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.transformer(x, timestep=t, more={"odd": value})[0]
+
+    with pytest.raises(ValueError, match=f"Network is called with more/odd, of type {type(value).__name__}"):
+        recorded(Odd)
+
+
+@pytest.mark.parametrize("more", [{"a/b": 1, "a": {"b": 2}}, {1: 1, "1": 2}])
+def test_inputs_that_have_one_name_are_refused(more: Any) -> None:
+    class Twice(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.transformer(x, timestep=t, more=more)[0]
+
+    with pytest.raises(ValueError, match="Network is called with two inputs that are both more/"):
+        recorded(Twice)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    class Numbered(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.transformer(x, timestep=np.int64(t), scale=np.float32(0.5))[0]
+
+    found = recorded(Numbered)
+    assert sorted(found.inputs["timestep"].tolist()) == sorted([750, 500, 250, 0] * 3)
+    assert found.constants == {"scale": 0.5}
+
+
+def test_every_kind_of_value_survives_the_disk(tmp_path: Path) -> None:
+    class Varied(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            more = OrderedDict(
+                complex=torch.complex(x, x + 1),
+                deep=x.reshape(len(x), 2, 2, 2, 2, 1, 2),
+                eighth=x.to(torch.float8_e4m3fn),
+                words=["tensor:0", "tensor"],
+                either=x[:, 0] if t > 300 else None,
+            )
+            return self.transformer(x, timestep=t, sample_weight=x[:, 1], more=more)[0]
+
+    found = recorded(Varied)
+    save_calibration_set(found, tmp_path / "set")
+    again = load_calibration_set(tmp_path / "set")
+    assert torch.equal(again.weights, found.weights)
+    assert again.group_of is not None
+    for group in again.group_of.unique():
+        rows = (again.group_of == group).nonzero().flatten()
+        one, expected = (s.batch(rows, torch.device("cpu")) for s in (again, found))
+        assert type(one["more"]) is OrderedDict
+        x, more = one["x"], one["more"]
+        assert torch.equal(one["sample_weight"], x[:, 1])
+        assert torch.equal(more["complex"], torch.complex(x, x + 1))
+        assert torch.equal(more["deep"], x.reshape(len(x), 2, 2, 2, 2, 1, 2))
+        assert torch.equal(more["eighth"].float(), x.to(torch.float8_e4m3fn).float())
+        assert more["words"] == ["tensor:0", "tensor"]
+        late = expected["timestep"] < 300
+        assert late.all() or not late.any()
+        assert more["either"] is None if late.all() else torch.equal(more["either"], x[:, 0])
+
+
+def test_an_argument_of_which_the_first_call_tells_nothing_is_refused_by_its_name() -> None:
+    class Later(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.transformer(x, timestep=t, text=None if t > 700 else x[:, 0])[0]
+
+    class Shifting(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.transformer(x, timestep=t, text=x if t > 700 else x[:1, 0])[0]
+
+    for kind in (Later, Shifting):
+        with pytest.raises(ValueError, match="Network is called with another text later") as error:
+            recorded(kind)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_all_rows_of_an_image_get_the_timestep_that_its_call_shares(rows: int) -> None:
+    class Frames(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            frames = torch.stack([x + 0.1 * k for k in range(rows)], 1).flatten(0, 1)
+            return self.transformer(frames, timestep=t[None])[0].unflatten(0, (-1, rows)).mean(1)
+
+    found = recorded(Frames)
+    assert found.axes == {name: Axis("dim", 0, rows) for name in ("x", "timestep")}
+    one = batch(found, [0, 1, 2])
+    times = one["timestep"].reshape(3, rows)
+    assert torch.equal(times, found.inputs["timestep"][:3])
+    assert (times == times[:, :1]).all()
+    assert set(found.inputs["timestep"].flatten().tolist()) == {750, 500, 250, 0}
 
 
 @pytest.mark.parametrize("shape", [(), (1,), "number"])
@@ -302,6 +414,62 @@ def test_calls_with_other_arguments_are_left_out_with_a_line() -> None:
         found = recorded(Skipping)
     assert "skip_layers" not in batch(found, [0, 1])
     assert sorted(found.inputs["timestep"].tolist()) == sorted([750, 500, 250, 0] * 3)
+
+
+def test_a_set_that_would_end_before_its_trajectory_is_refused() -> None:
+    class Remembering(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.transformer(x, timestep=t, memory={} if t > 300 else {"last": x})[0]
+
+    with (
+        pytest.warns(UserWarning, match="memory/last"),
+        pytest.raises(ValueError, match=r"other arguments at the end of a trajectory .*memory/last"),
+    ):
+        recorded(Remembering)
+
+
+def test_nan_in_the_last_guided_call_is_refused() -> None:
+    class Failing(Network):
+        def forward(self, x: Tensor, timestep: Any) -> tuple[Tensor]:
+            return (super().forward(x, timestep)[0] * (torch.nan if timestep == 0 else 1),)
+
+    class Guided(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            with_, without = self.transformer(torch.cat([x, x / 2]), timestep=t)[0].chunk(2)
+            return without + 3 * (with_ - without)
+
+    with pytest.raises(ValueError, match="NaN or Inf along its trajectories") as error:
+        sample_trajectories(make(Guided, Failing()), SAMPLER, 8, weighting="sensitivity")
+    assert "\n" not in str(error.value)
+
+
+def test_a_network_that_keeps_a_state_is_refused() -> None:
+    class Counting(Network):
+        def forward(self, x: Tensor, timestep: Any) -> tuple[Tensor]:
+            self.count = getattr(self, "count", 0) + 1
+            return (super().forward(x, timestep)[0] * (1 + self.count),)
+
+    with pytest.raises(ValueError, match=r"different outputs for the same arguments.*a state") as error:
+        sample_trajectories(make(Pipeline, Counting()), SAMPLER, 8)
+    assert "\n" not in str(error.value)
+
+
+def test_a_network_that_its_pipeline_changes_while_it_samples_is_warned_of() -> None:
+    class Louder(Network):
+        gain = 1.0
+
+        def forward(self, x: Tensor, timestep: Any) -> tuple[Tensor]:
+            return (super().forward(x, timestep)[0] * self.gain,)
+
+    class Changing(Pipeline):
+        def predict(self, x: Tensor, t: Tensor) -> Tensor:
+            self.transformer.gain = 2.0
+            output = super().predict(x, t)
+            self.transformer.gain = 1.0
+            return output
+
+    with pytest.warns(UserWarning, match="something else for the arguments of its last call"):
+        sample_trajectories(make(Changing, Louder()), SAMPLER, 8)
 
 
 def test_a_number_of_calls_that_varies_is_refused() -> None:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.store import ActivationStore
-from fpq_lightning.calibration.stored_tree import batch_dim
+from fpq_lightning.calibration.stored_tree import find_place
 from fpq_lightning.formats.numbers import parse_format
 from fpq_lightning.graph.chain import Chain
 from fpq_lightning.graph.trace import trace_units
@@ -518,6 +518,116 @@ def test_samples_may_lie_along_any_dimension_of_what_a_unit_sees() -> None:
         assert error.shape == (3, 3, 4)
 
 
+class FramesFirst(Folding):
+    """The rows of a unit are all samples of a frame, and then those of the next."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = self.u1(self.u0(x).transpose(0, 1).flatten(0, 1))
+        return self.u2(frames.unflatten(0, (3, -1)).transpose(0, 1))
+
+
+def test_samples_may_lie_within_what_is_folded_into_their_dimension() -> None:
+    torch.manual_seed(0)
+    model, inputs = FramesFirst(), {"x": torch.randn(5, 3, 4)}
+    replay = make_replay(model, prepare(model, inputs, 5), inputs, 5, micro_batch=2)
+    index = torch.tensor([3, 0, 3])
+    for unit in walk(replay):
+        full = look_into(model, unit.module, inputs, 5, 5, "full_precision")[1][0]
+        quantized = look_into(model, unit.module, inputs, 5, 5, "quantized")[0][0]
+        if unit.name == "u1":
+            full, quantized = (x.unflatten(0, (3, 5)).transpose(0, 1) for x in (full, quantized))
+        expected = full[index].flatten(0, 1) if unit.name == "u1" else full[index]
+        (target,) = replay.targets(index)
+        assert_same([target], [expected], TIPPING)
+        (seen,) = tree_leaves(replay.inputs(index))
+        chosen = quantized[index]
+        assert_same([seen], [chosen.transpose(0, 1).flatten(0, 1) if unit.name == "u1" else chosen], TIPPING)
+        (output,) = replay.by_sample(replay.call(replay.inputs(index)), index)
+        assert (output - target).abs().max() < 0.5  # its rows are those of the target
+
+
+class HandingOn(nn.Module):
+    """A unit that hands something on by another way than its output."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.layers = way, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor, bank: Any) -> Tensor:
+        output = self.layers(x)
+        if self.way == "list":
+            bank.append(output)
+        elif self.way == "dictionary":
+            bank["x"] = output
+        elif self.way == "tensor":
+            bank += output
+        else:
+            self.last = output
+        return output
+
+
+class Bypassing(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.blocks = way, nn.ModuleList([HandingOn(way) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        banks: dict[str, Any] = {"list": [], "dictionary": {"x": x}, "tensor": torch.zeros_like(x), "attribute": None}
+        bank = banks[self.way]
+        for block in self.blocks:
+            x = x + block(x, bank)
+            if self.way == "attribute":
+                x = x + block.last
+        return x
+
+
+@pytest.mark.parametrize("way", ["list", "dictionary", "tensor", "attribute"])
+def test_units_that_hand_on_more_than_their_outputs_are_refused(way: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = Bypassing(way), {"x": torch.randn(5, 4)}
+    replay = make_replay(model, prepare(model, inputs, 5), inputs, 5, micro_batch=5)
+    with pytest.raises(ValueError, match=r"blocks.1 reads something else than outputs of earlier units") as error:
+        list(walk(replay))
+    assert "\n" not in str(error.value)
+
+
+def test_what_depends_on_who_else_is_in_the_batch_is_refused() -> None:
+    class Centred(Folding):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.u0(x)
+            return self.u2(self.u1(x - x.mean(0, keepdim=True)))
+
+    torch.manual_seed(0)
+    model, inputs = Centred(), {"x": torch.randn(5, 3, 4)}
+    with pytest.raises(ValueError, match=r"u1 takes or gives a tensor whose values.*who else is in the batch"):
+        make_replay(model, prepare(model, inputs, 5), inputs, 5)
+
+
+def test_a_unit_that_is_not_called_for_a_sample_is_named() -> None:
+    class Choosing(Folding):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            x = self.u0(x)
+            return self.u2(self.u1(x) if t.min() > 0 else x)
+
+    torch.manual_seed(0)
+    for times in ([1, 1, 1, 1, 0], [1, 0, 1, 1, 1]):
+        model, inputs = Choosing(), {"x": torch.randn(5, 3, 4), "t": torch.tensor(times)}
+        with pytest.raises(ValueError, match="u1 is not called for some of the samples: exclude") as error:
+            list(walk(make_replay(model, prepare(model, inputs, 5), inputs, 5, micro_batch=1)))
+        assert "\n" not in str(error.value)
+
+
+def test_tokens_whose_number_follows_from_values_are_refused() -> None:
+    class Cut(Folding):
+        def forward(self, x: Tensor, length: Tensor) -> Tensor:
+            return self.u2(self.u1(self.u0(x[:, : int(length.max())])))
+
+    torch.manual_seed(0)
+    model, inputs = Cut(), {"x": torch.randn(6, 3, 4), "length": torch.tensor([3, 3, 3, 2, 2, 1])}
+    with pytest.raises(ValueError, match=r"u0 takes or gives tensors of shapes .* same shapes and masks"):
+        list(walk(make_replay(model, prepare(model, inputs, 6), inputs, 6, micro_batch=2)))
+
+
 def test_what_a_unit_sees_of_all_samples_together_is_refused_by_the_name_of_the_unit() -> None:
     class OneMore(Folding):
         def forward(self, x: Tensor) -> Tensor:
@@ -535,9 +645,9 @@ def test_what_a_unit_sees_of_all_samples_together_is_refused_by_the_name_of_the_
 
 def test_a_complex_tensor_whose_imaginary_part_depends_on_the_batch_is_refused() -> None:
     rotation = torch.polar(torch.ones(4), torch.arange(4.0))
-    assert batch_dim("u1", rotation, rotation.clone()) is None
+    assert find_place("u1", rotation, rotation.clone()) is None
     with pytest.raises(ValueError, match="u1"):
-        batch_dim("u1", rotation, rotation.conj().resolve_conj())
+        find_place("u1", rotation, rotation.conj().resolve_conj())
 
 
 class Masked(Folding):
@@ -598,7 +708,7 @@ def test_a_replay_keeps_shapes_and_not_the_activations_they_were_read_from(make_
     model, inputs = make_network("flux", n=6)
     replay = make_replay(model, prepare(model, inputs, 6), inputs, 6)
     for (tree,) in [*replay._input_trees, *replay._output_trees]:
-        for leaf in tree._batched_of(tree.constants):
+        for leaf, _ in tree._batched():
             assert leaf.untyped_storage().nbytes() == leaf.element_size()
 
 

@@ -6,6 +6,7 @@ import io
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -187,7 +188,8 @@ def test_a_model_that_gives_nan_is_refused_and_left_unhooked() -> None:
     assert not pipeline.unet._forward_pre_hooks
 
 
-def test_a_model_that_gives_nan_in_its_last_step_only_is_refused() -> None:
+@pytest.mark.parametrize("weighting", ["uniform", "sensitivity"])
+def test_a_model_that_gives_nan_in_its_last_step_only_is_refused(weighting: Any) -> None:
     pipeline = tiny_pipeline()
     forward = pipeline.unet.forward
 
@@ -199,7 +201,7 @@ def test_a_model_that_gives_nan_in_its_last_step_only_is_refused() -> None:
 
     pipeline.unet.forward = last_is_nan
     with pytest.raises(ValueError, match="NaN or Inf"):
-        sample_trajectories(pipeline, SAMPLER, 8, weighting="sensitivity")
+        sample_trajectories(pipeline, SAMPLER, 8, weighting=weighting)
 
 
 def test_a_pixel_pipeline_in_bfloat16_is_one_clear_line() -> None:

@@ -89,6 +89,19 @@ def test_columns_of_a_dataset_and_constants_become_arguments(tmp_path: Path) -> 
     assert found[:, 0, 0, 0].tolist() == pytest.approx([2 * x / 20 - 1 for x in (2, 4, 1)])
 
 
+def test_inputs_may_be_a_path_and_files_of_other_kinds_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "inputs.JSONL"
+    file.write_text(json.dumps({"class_labels": 3}))
+    sampler = SamplerConfig(inputs=file)  # type: ignore[arg-type]
+    assert sampler == SamplerConfig(inputs=str(file))
+    assert sampler.inputs_of([5]) == {"class_labels": [3]}
+    json.dumps([sampler.identity(), sampler.kept()])
+    table = tmp_path / "inputs.csv"
+    table.write_text("class_labels\n3\n")
+    with pytest.raises(ValueError, match=r"inputs\.csv is no dataset: give \.parquet or \.jsonl"):
+        SamplerConfig(inputs=str(table)).check()
+
+
 def test_inputs_that_are_edited_are_read_again_and_decide_the_images(tmp_path: Path) -> None:
     file = tmp_path / "inputs.jsonl"
     seen = []

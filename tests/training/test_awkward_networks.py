@@ -15,8 +15,12 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 import fpq_lightning as fpq
+from fpq_lightning.calibration.axes import Axis
+from fpq_lightning.calibration.calibration_set import CalibrationSet
+from fpq_lightning.graph.units import discover_units
 from fpq_lightning.reconstruction.unit import UnitTrainer
 from fpq_lightning.training.callbacks import report as report_callback
+from fpq_lightning.training.units import find_units
 
 WIDTH = 16
 
@@ -148,6 +152,30 @@ def test_an_awkward_network_is_quantized_saved_opened_and_its_rest_is_named(
     again = fpq.load_quantized(tmp_path / "run" / "quantized")
     again.set_progress_bar_config(disable=True)
     assert torch.equal(images(again), images(pipeline))
+
+
+@pytest.mark.parametrize("skipping", [torch.tensor(0), "low"])
+def test_a_block_that_one_sample_skips_is_left_to_the_network(skipping: Any) -> None:
+    class Skipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([_two_layers() for _ in range(3)])
+
+        def forward(self, x: Tensor, noise: Any) -> Tensor:
+            low = noise == "low" if isinstance(noise, str) else noise.min() == 0
+            for i, block in enumerate(self.blocks):
+                if not (low and i == 1):
+                    x = x + block(x)
+            return x
+
+    network, usual = Skipping(), "top" if isinstance(skipping, str) else torch.tensor(9)
+    noise = [usual] * 5 + [skipping] + [usual] * 2
+    axes = {"noise": Axis("shared")} if isinstance(skipping, str) else {}
+    inputs = {"x": torch.randn(8, 3, WIDTH), "noise": noise if axes else torch.stack(noise)}
+    calibration = CalibrationSet(inputs, torch.ones(8), axes=axes)
+    found = find_units(network, discover_units(network), calibration, torch.device("cpu"))
+    assert [unit.name for unit in found.units] == ["blocks.0", "blocks.2"]
+    assert list(found.left) == ["blocks.1.0", "blocks.1.2"]
 
 
 def test_what_is_excluded_may_run_twice_without_a_word(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:

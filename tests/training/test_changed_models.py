@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from models import tiny_pipeline, tiny_text_to_image
@@ -27,6 +28,22 @@ def _compile_unet(pipeline: DiffusionPipeline) -> None:
     pipeline.unet = torch.compile(pipeline.unet)
 
 
+def _enable_cache(pipeline: DiffusionPipeline) -> None:
+    pipeline.unet.is_cache_enabled = True  # as `CacheMixin.enable_cache` leaves it
+
+
+def _offload(pipeline: DiffusionPipeline) -> None:
+    cpu_offload(pipeline.unet, torch.device("cpu"))
+
+
+def _cast_layers(pipeline: DiffusionPipeline) -> None:
+    pipeline.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def _compile_forward(pipeline: DiffusionPipeline) -> None:
+    pipeline.unet.forward = torch.compile(pipeline.unet.forward)
+
+
 def _compile_text_encoder(pipeline: DiffusionPipeline) -> None:
     pipeline.text_encoder.compile()
 
@@ -45,6 +62,10 @@ CHANGES: dict[str, tuple[Callable[[DiffusionPipeline], object], str]] = {
     "compiled in place": (lambda p: p.unet.compile(), "unet is compiled"),
     "a compiled part": (lambda p: p.unet.mid_block.compile(), "unet is compiled"),
     "a compiled component": (_compile_text_encoder, "text_encoder is compiled"),
+    "a compiled forward": (_compile_forward, "unet is compiled"),
+    "a cache": (_enable_cache, r"unet has a cache: call its disable_cache\(\)"),
+    "offloaded weights": (_offload, "unet is offloaded"),
+    "weights of eight bits": (_cast_layers, "unet keeps weights in float8_e4m3fn: .* layerwise casting"),
     "fused projections": (_fuse, r"to_qkv\.weight of the denoiser is not as its configuration says"),
     "an adapter": (
         lambda p: p.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"])),
@@ -66,6 +87,13 @@ def test_a_changed_model_is_refused_before_the_run_begins(change: str, model: st
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
     assert not quantized_layers(pipeline.unet)
+
+
+def test_a_call_in_inference_mode_is_refused(model: str, tmp_path: Path) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(model)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"inference_mode\(\) forbids: call it outside"):
+        quantize(pipeline, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_looking_at_a_model_changes_no_random_numbers() -> None:
