@@ -257,17 +257,22 @@ class NetworkReplay:
             raise _bypassed(self.unit)
 
     @torch.no_grad()
-    def capture(self) -> None:
-        """Stores the current unit's inputs on the quantized path and its full-precision outputs."""
+    def capture(self, to_learn: bool = True) -> None:
+        """Stores the current unit's inputs on the quantized path and its full-precision outputs.
+
+        Args:
+            to_learn: whether the unit is going to be quantized; else only `advance` follows.
+        """
         index, unit = self.position, self.unit
-        with running(self.model, "full_precision"):
-            self._check_stubs()
+        if to_learn:
+            with running(self.model, "full_precision"):
+                self._check_stubs()
         for path in self._missing_conditions():
             self._allocate_condition(path)
             for chunk in self._batches():
                 values = self._calibration.inputs[path][chunk.rows, None]
                 self.store.write(condition_key(path, chunk.group), chunk.places.start, values)
-        inputs, targets, *reference = self._allocate_capture()
+        inputs, targets, *reference = self._allocate_capture(to_learn)
         # Layers may also run between the units: DiT embeds the timestep once more with its first block's layers. A mode
         # is set once for all batches, as a large network has thousands of modules to look through.
         with running(self.model, _MODES[self._input_path]):
@@ -283,7 +288,7 @@ class NetworkReplay:
                 tree = self._outputs("full_precision", index)[chunk.group]
                 tree.write(self.store, chunk.places.start, output)
         self._settle_sources()  # the unit's own inputs are all that is needed from here on
-        for tree in [*inputs, *targets]:
+        for tree in [*inputs, *targets] if to_learn else []:
             for key in tree.all_keys():
                 self.store.promote(key)
 
@@ -301,10 +306,10 @@ class NetworkReplay:
         """Samples of each group; `rehearse` asks for other numbers than there are."""
         return [-(-len(rows) * self.n // len(self._weights)) for rows in self._groups]
 
-    def _allocate_capture(self) -> list[list[StoredTree]]:
+    def _allocate_capture(self, to_learn: bool = True) -> list[list[StoredTree]]:
         """Makes room for the unit's inputs, its outputs and, if they are kept, its full-precision inputs."""
         trees = [self._input_trees[self.position], self._outputs("full_precision", self.position)]
-        if self._keeps_reference:
+        if self._keeps_reference and to_learn:
             trees.append(self._references())
         for of_groups in trees:
             for tree, size in zip(of_groups, self._sizes(), strict=True):

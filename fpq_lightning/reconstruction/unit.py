@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 def advance(replay: NetworkReplay) -> None:
     """Carries both paths through the current unit, which is quantized already."""
-    within_memory(replay, replay.capture, alone=True)
+    within_memory(replay, lambda: replay.capture(to_learn=False), alone=True)
     within_memory(replay, replay.advance, alone=True)
 
 
