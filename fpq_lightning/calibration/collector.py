@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fpq_lightning.calibration.axes import LEADING, SHARED, Axis, images_of, joined
-from fpq_lightning.calibration.calibration_set import CalibrationSet
+from fpq_lightning.calibration.calibration_set import CalibrationSet, non_finite
 from fpq_lightning.calibration.look_ahead import Plan, collapsed
 from fpq_lightning.calibration.recorder import Call
 from fpq_lightning.diffusion.sampling import batches_of
@@ -203,11 +203,15 @@ class Collector:
                 if axes[path].kind == "dim":
                     values = [torch.as_tensor(value).reshape(()) for value in values]
             inputs[path] = _stacked(values)
-        _check_finite({**inputs, "sensitivity": weight})
+        if broken := non_finite({**inputs, **constants, "sensitivity": weight}):
+            raise ValueError(
+                f"the full-precision model gives NaN or Inf along its trajectories ({broken}): it cannot be calibrated"
+            )
         nested = {path: axis for path, axis in axes.items() if axis != LEADING}
         if not weight.any():  # a network that gives zeros
             weight = torch.ones(self.n)
-        return CalibrationSet(inputs, (weight / weight.mean())[order], constants, nested, self.plan.structure)
+        weight = (weight / weight.mean()).clamp(min=torch.finfo(weight.dtype).tiny)  # on disk, zeros are damage
+        return CalibrationSet(inputs, weight[order], constants, nested, self.plan.structure)
 
     def _varying_axis(self, denoiser: Any, path: str) -> Axis:
         """Whether an argument that changes from call to call can be given for each image.
@@ -295,18 +299,3 @@ def _stacked(values: list[Any]) -> Any:
         return values
     alike = len({v.dtype for v in values}) == 1 or all(v.is_floating_point() for v in values)
     return torch.stack(values) if alike else values
-
-
-def _check_finite(inputs: Mapping[str, Any]) -> None:
-    for path, value in inputs.items():
-        for leaf in tree_flatten(value)[0]:
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not (leaf.isfinite().all() or _is_bias(leaf)):
-                raise ValueError(
-                    f"the full-precision model gives NaN or Inf along its trajectories ({path}): it cannot be "
-                    "calibrated"
-                )
-
-
-def _is_bias(leaf: Tensor) -> bool:
-    """Whether it masks attention: zero, or minus infinity."""
-    return bool(((leaf == 0) | (leaf == -torch.inf)).all())

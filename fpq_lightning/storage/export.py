@@ -40,7 +40,7 @@ def export(directory: str | Path, output: str | Path, form: str) -> None:
         raise FileNotFoundError(f"there is no quantized pipeline at {directory}: give the quantized/ of a run")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} exists already: choose another --output")
-    pipeline = load_quantized(directory)
+    pipeline = load_quantized(directory, verify=True)
     of_each: dict[str, dict[str, Any]] = {}
     for name, denoiser, description in described_denoisers(pipeline, directory):
         if needs_codes and "quant_method" not in description:

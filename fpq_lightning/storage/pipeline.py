@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import errno
-import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from fpq_lightning.diffusion.denoisers import as_one, find_denoisers, quantized_denoisers
 from fpq_lightning.diffusion.pipelines import (
@@ -35,7 +36,11 @@ from fpq_lightning.storage.config import FPQConfig, QuantizationMethod
 from fpq_lightning.storage.diffusers_quantizer import check_fits
 from fpq_lightning.storage.exports.registry import EXPORTS, Export
 from fpq_lightning.storage.headers import read_header
+from fpq_lightning.utils.digests import changed_files, write_digests
 from fpq_lightning.utils.files import atomic_directory
+from fpq_lightning.utils.reading import check_tree, read_json
+
+_MANY = 1024  # layers, or steps of a scheduler
 
 _README = """# A quantized diffusion model
 
@@ -101,6 +106,7 @@ def save_quantized(
             raise OSError(errno.EIO, f"{error}", str(directory)) from error
         names = {"version": details.get("version", "?"), "base_model": details.get("base_model", "?")}
         (temporary / "README.md").write_text(_README.format(**names, usage=export.usage))
+        write_digests(temporary)
 
 
 @contextmanager
@@ -167,31 +173,55 @@ def check_form(
         load_pipeline(directory, arguments=networks, kind=class_to_open(pipeline))
 
 
-def load_quantized(directory: str | Path, kind: type[DiffusionPipeline] = DiffusionPipeline) -> DiffusionPipeline:
+def load_quantized(
+    directory: str | Path, kind: type[DiffusionPipeline] = DiffusionPipeline, verify: bool = False
+) -> DiffusionPipeline:
     """Opens a packed or dequantized pipeline, with all activation formats in force.
+
+    Sizes of files, configurations and headers are always compared with what was written.
 
     Args:
         directory: of the pipeline.
         kind: class to open it as; `DiffusionPipeline` takes the one that it was written as, if diffusers knows that.
+        verify: whether the weights are, too, which takes a second for each GB.
 
     Raises:
         FileNotFoundError: if there is no such pipeline.
         ValueError: if a file is damaged, of another version, or does not fit the model.
     """
     path = Path(directory).expanduser()
+    check_tree(path)
     files = _packed_files(path)
     for config in files.values():
         for file in sorted(config.parent.glob("*.safetensors")):
             read_header(file)  # its error names the tensor that is cut off, unlike that of diffusers
+    changed = changed_files(path, verify)
+    if endless := next((file for file in changed if _makes_endless(file)), None):
+        raise ValueError(changed[endless])
     kept = pipeline_arguments_of(path) if is_quantized(path) else {}
     arguments = arguments_of_quantized(path, kept) if kept else {}
     pipeline = load_pipeline(directory, arguments=arguments, kind=kind)
     for denoiser in quantized_denoisers(pipeline).values():
         denoiser.eval().requires_grad_(False)
     if not files:
-        for _, denoiser, description in described_denoisers(pipeline, directory):
+        for name, denoiser, description in described_denoisers(pipeline, directory):
+            dequantized.check_tensors(denoiser, path / name)
             dequantized.apply_inputs(denoiser.eval().requires_grad_(False), description)
+    if changed:  # last, for other errors say what in a file is wrong
+        raise ValueError(next(iter(changed.values())))
     return pipeline
+
+
+def _makes_endless(changed: Path) -> bool:
+    """Whether a configuration that was changed may ask for more layers or steps than can be made."""
+    if changed.suffix != ".json" or changed.name == dequantized.FILE:
+        return False
+    try:
+        values = read_json(changed)
+    except ValueError:
+        return False
+    own = {k: v for k, v in values.items() if k != "quantization_config"} if isinstance(values, dict) else values
+    return any(isinstance(value, (int, float)) and abs(value) > _MANY for value in tree_leaves(own))
 
 
 def _packed_files(directory: Path) -> dict[str, Path]:
@@ -203,7 +233,7 @@ def _packed_files(directory: Path) -> dict[str, Path]:
 def is_quantized(directory: str | Path) -> bool:
     """Whether a directory holds a quantized pipeline that `load_quantized` opens."""
     path = Path(directory).expanduser()
-    return (path / dequantized.FILE).is_file() or bool(_packed_files(path))
+    return os.path.lexists(path / dequantized.FILE) or bool(_packed_files(path))
 
 
 def read_descriptions(directory: str | Path) -> dict[str, dict[str, Any]]:
@@ -218,7 +248,7 @@ def read_descriptions(directory: str | Path) -> dict[str, dict[str, Any]]:
     files = _packed_files(path)
     if not files:
         return dequantized.read_descriptions(path)
-    configs = {name: json.loads(file.read_text())["quantization_config"] for name, file in files.items()}
+    configs = {name: read_json(file)["quantization_config"] for name, file in files.items()}
     return {name: FPQConfig.from_dict(config).to_dict() for name, config in configs.items()}
 
 

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 
 from fpq_lightning.evaluation.metrics import Column, table_columns
 from fpq_lightning.study.config import complete
+from fpq_lightning.study.row import VARIANTS, read_row
 from fpq_lightning.utils.files import atomic_write
 
-_VARIANTS = ("full_precision", "other_seeds", "nearest", "quantized")
 _SETTINGS = (  # of a row: key, title, digits
     ("weights", "weights", None),
     ("activations", "activations", None),
@@ -36,14 +36,9 @@ def read_rows(output: Path, order: Sequence[str] = ()) -> list[dict[str, Any]]:
     """
     rows = []
     for file in sorted((output / "rows").glob("*.json")):
-        try:
-            row = json.loads(file.read_text())
-            row["metrics"], row["name"], row["variant"], row["group"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"the row {file} cannot be read ({error}): delete it") from error
-        rows.append(row)
+        rows.append(read_row(file))
     places = {name: i for i, name in enumerate(order)}
-    rows.sort(key=lambda row: (places.get(row["name"], len(places)), row["name"], _VARIANTS.index(row["variant"])))
+    rows.sort(key=lambda row: (places.get(row["name"], len(places)), row["name"], VARIANTS.index(row["variant"])))
     return rows
 
 

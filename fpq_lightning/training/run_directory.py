@@ -18,8 +18,10 @@ from typing import Any
 import torch
 
 from fpq_lightning.training.unit_files import UnitFiles
+from fpq_lightning.utils.digests import DIGEST, digest_of_tree
 from fpq_lightning.utils.files import differences, shorten, write_json
 from fpq_lightning.utils.provenance import fingerprint
+from fpq_lightning.utils.reading import check_file, check_inside, read_json
 
 _REHEARSAL = "rehearsal"  # directories of it
 
@@ -65,7 +67,7 @@ class RunDirectory:
         Raises:
             ValueError: if none can be read, or it is of another run.
         """
-        files = [file for file in self.checkpoint_files if file.is_file()]
+        files = [file for file in self.checkpoint_files if os.path.lexists(file)]
         for file in files:
             try:
                 self.check_checkpoint(file)
@@ -84,6 +86,9 @@ class RunDirectory:
             ValueError: if it cannot be read or is of another run.
         """
         try:
+            check_file(file)
+            if file in self.checkpoint_files:
+                check_inside(file, self.checkpoints)
             with zipfile.ZipFile(file) as archive:  # torch.load compares no checksums
                 if (damaged := archive.testzip()) is not None:
                     raise ValueError(f"{damaged} in it is damaged")
@@ -94,8 +99,10 @@ class RunDirectory:
             raise _UnreadableError(f"the checkpoint {file} cannot be read ({reason})") from error
         if changed := differences(made_from, self.parts):
             raise ValueError(f"the checkpoint {file} is of another run ({shorten(changed)}): choose another --run_dir")
-        if "finished_units" not in checkpoint:
+        if not {"finished_units", DIGEST} <= checkpoint.keys():
             raise ValueError(f"the checkpoint {file} is of an older version: delete {self.path} to begin again")
+        if checkpoint.pop(DIGEST) != digest_of_tree(checkpoint):
+            raise _UnreadableError(f"the checkpoint {file} is not what was written: it is damaged")
         try:
             UnitFiles.beside(self.checkpoint_files[0]).or_beside(file).check(checkpoint["finished_units"])
         except ValueError as error:
@@ -141,7 +148,7 @@ class RunDirectory:
             if self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
                 raise ValueError(f"{self.path} is not empty and no run of ours: choose another --run_dir")
             return RunState.NEW
-        found = json.loads(self._fingerprint_file.read_text())["parts"]
+        found = self._written_parts()
         leftovers = [*self.checkpoint_files, self.path / "calibration", self.quantized, self.report]
         if changed := differences(found, self.parts):
             if not any(entry.exists() for entry in leftovers):
@@ -151,7 +158,15 @@ class RunDirectory:
             )
         if self.report.is_file() and self.quantized.is_dir():
             return RunState.FINISHED
-        return RunState.UNFINISHED if any(file.is_file() for file in self.checkpoint_files) else RunState.NEW
+        return RunState.UNFINISHED if any(map(os.path.lexists, self.checkpoint_files)) else RunState.NEW
+
+    def _written_parts(self) -> dict[str, Any]:
+        """What ``fingerprint.json`` says."""
+        written = read_json(self._fingerprint_file)
+        parts = written.get("parts") if isinstance(written, dict) else None
+        if not isinstance(parts, dict) or written.get("fingerprint") != fingerprint(parts):
+            raise ValueError(f"{self._fingerprint_file} is damaged: choose another --run_dir or delete {self.path}")
+        return parts
 
     @contextmanager
     def working(self) -> Iterator[None]:
