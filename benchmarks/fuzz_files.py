@@ -105,12 +105,21 @@ def make_kinds(root: Path) -> list[Kind]:
     (root / "report").mkdir()
     shutil.copy(run / "report.json", root / "report")
     kinds.append(Kind("report", root / "report", "*", lambda path: repr(read_json_with_digest(path / "report.json"))))
+    rows = {}
     for name in ("a", "b", "c"):
         row = {"name": name, "variant": "quantized", "group": "recipes", "hardware": "cpu", "date": "2026-11-28"}
         row |= {"versions": {"torch": "2.11"}, "metrics": {"n_images": 4, "fd": random.Random(name).random()}}
         row |= {"trajectory": {"timesteps": [2.0, 1.0], "output": [0.5, 0.25], "state": [0.0, 0.1]}, "settings": {}}
-        write_json(root / "study" / "rows" / f"{name}.quantized.json", with_digest(row))
-    kinds.append(Kind("study row", root / "study", "rows/*", lambda path: markdown_table(read_rows(path))))
+        rows[f"rows/{name}.quantized.json"] = with_digest(row)
+
+    def table_of(directory: Path) -> str:
+        for file in (directory / name for name in rows):
+            if not os.path.lexists(file):  # it is computed
+                write_json(file, rows[str(file.relative_to(directory))])
+        return markdown_table(read_rows(directory))
+
+    table_of(root / "study")
+    kinds.append(Kind("study row", root / "study", "rows/*", table_of))
     media = {"images": (3, 8, 8), "videos": (2, 3, 16, 16), "sounds": (1, 200), "latents": (12,)}
     for name, shape in media.items():
         _images(root / name, shape)

@@ -111,8 +111,11 @@ def _load(file: Path) -> Tensor:
     medium = next(medium for medium in MEDIA.values() if medium.suffix == file.suffix)
     try:
         check_file(file)
-        check_seal(file)
-        return medium.load(file)
+        is_sealed = check_seal(file)
+        found = medium.load(file)
+        if not is_sealed and file.stat().st_size != medium.length(file.read_bytes()):
+            raise ValueError("it does not end where it should")
+        return found
     except Exception as error:  # a damaged file may raise anything
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the {medium.name} {file} cannot be read ({reason}): delete it") from error

@@ -163,16 +163,22 @@ def seal(file: Path) -> None:
         handle.write(_SEAL + digest.encode())
 
 
-def check_seal(file: Path) -> None:
-    """Compares a file with its seal, if it has one.
+def check_seal(file: Path) -> bool:
+    """Compares a file with its seal.
+
+    Returns:
+        Whether it has one.
 
     Raises:
         ValueError: if it is not what was sealed, or that of another name.
     """
     contents = file.read_bytes()
     written, end = contents[:-_SEALED], contents[-_SEALED:]
-    if end.startswith(_SEAL) and end != _SEAL + _digest_for_seal(file, written).encode():
+    if not end.startswith(_SEAL):
+        return False
+    if end != _SEAL + _digest_for_seal(file, written).encode():
         raise ValueError("it is not what was written")
+    return True
 
 
 def _digest_for_seal(file: Path, contents: bytes) -> str:

@@ -123,6 +123,19 @@ def test_a_flipped_bit_and_another_seeds_image_are_named(tmp_path: Path) -> None
             directory.complete([3, 4], make)
 
 
+def test_an_image_that_lost_its_digest_is_named_unless_it_is_whole(tmp_path: Path) -> None:
+    directory, make = ImageDirectory(tmp_path, SETTINGS), _Maker(_images(5))
+    directory.complete([3], make)
+    contents = directory.file(3).read_bytes()
+    whole = contents[: contents.index(b"IEND") + 8]
+    for damaged in (contents[:-20] + bytes(20), contents[:-60] + bytes(60), whole + b"\0"):
+        directory.file(3).write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"000003\.png cannot be read .*: delete it"):
+            directory.complete([3], make)
+    directory.file(3).write_bytes(whole)  # of an older version
+    assert torch.equal(directory.complete([3], make), make.images[3:4])
+
+
 def test_an_image_of_another_size_is_named(tmp_path: Path) -> None:
     ImageDirectory(tmp_path, SETTINGS).complete([0, 1, 2, 3], _Maker(_images(4)))
     save_png(torch.zeros(3, 4, 6), tmp_path / "000002.png")
