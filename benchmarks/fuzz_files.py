@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -40,11 +41,13 @@ from fpq_lightning.storage.export import export
 from fpq_lightning.study.table import markdown_table, read_rows
 from fpq_lightning.training.run_directory import RunDirectory
 from fpq_lightning.training.unit_files import UnitFiles
+from fpq_lightning.utils import digests
 from fpq_lightning.utils.digests import digest_of_tree, read_json_with_digest, with_digest
 from fpq_lightning.utils.files import write_json
 
 RIGHT = ("refused", "recovered", "harmless")
 LONGEST = 60  # seconds that a mutation may take
+_HEAD = 256  # bytes, as of files that are longer than `digests.HEAD`
 
 Random = random.Random
 
@@ -82,6 +85,9 @@ def make_kinds(root: Path) -> list[Kind]:
     options["enable_progress_bar"] = False
     fpq.quantize(tiny_pipeline(), recipe, run, data, sampler, **options)
     export(run / "quantized", root / "dequantized", "dequantized")
+    shutil.copytree(run / "quantized", root / "verified")
+    with patch.object(digests, "HEAD", _HEAD):
+        digests.write_digests(root / "verified")
     parts = json.loads((run / "fingerprint.json").read_text())["parts"]
     checkpoints = root / "checkpoints"
     shutil.copytree(run / "checkpoints", checkpoints / "checkpoints")
@@ -96,7 +102,7 @@ def make_kinds(root: Path) -> list[Kind]:
     kinds = [
         Kind("calibration set", run / "calibration", "*", _calibration_set),
         Kind("packed pipeline", run / "quantized", "**/*", lambda path: _pipeline(path, False)),
-        Kind("packed pipeline, verified", run / "quantized", "**/*", lambda path: _pipeline(path, True)),
+        Kind("packed pipeline, verified", root / "verified", "**/*", lambda path: _pipeline(path, True)),
         Kind("dequantized pipeline", root / "dequantized", "**/*", lambda path: _pipeline(path, False)),
         Kind("checkpoint", checkpoints, "checkpoints/*.ckpt", newest, previous),
         Kind("finished unit", checkpoints, "checkpoints/units/*", newest, previous),
@@ -133,7 +139,8 @@ def _calibration_set(directory: Path) -> str:
 
 
 def _pipeline(directory: Path, verify: bool) -> str:
-    pipeline = fpq.load_quantized(directory, verify=verify)
+    with patch.object(digests, "HEAD", _HEAD if verify else digests.HEAD):
+        pipeline = fpq.load_quantized(directory, verify=verify)
     unet = pipeline.unet
     layers = {name: layer.describe() for name, layer in packed_layers(unet).items()}
     with torch.no_grad():

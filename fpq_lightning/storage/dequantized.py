@@ -17,7 +17,6 @@ from fpq_lightning.nn.calibrated import LayerQuantization, is_quantizable
 from fpq_lightning.nn.convert import make_attention_quantized, make_quantized
 from fpq_lightning.nn.packed_layer import packed_layers
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
-from fpq_lightning.storage.headers import StoredTensor, check_names, read_header
 from fpq_lightning.storage.layers import check_scales
 from fpq_lightning.utils.reading import read_json
 
@@ -82,21 +81,6 @@ def read_descriptions(directory: Path) -> dict[str, dict[str, Any]]:
     if wrong := [version for version in versions if version != FORMAT_VERSION]:
         raise ValueError(f"{file} has format version {wrong[0]}; this fpq_lightning reads version {FORMAT_VERSION}")
     return found
-
-
-def check_tensors(denoiser: nn.Module, directory: Path) -> None:
-    """Compares the files of a denoiser with it.
-
-    Raises:
-        ValueError: if a tensor is missing, too much, or of another type or shape.
-    """
-    found = {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in read_header(file).items()}
-    expected = denoiser.state_dict()
-    check_names(expected, found)
-    for name, value in expected.items():
-        wanted = StoredTensor.of(value)  # float32, as it was opened
-        if found[name] != wanted:
-            raise ValueError(f"{name} is {found[name]} in the files, but should be {wanted}")
 
 
 def apply_inputs(denoiser: nn.Module, description: Mapping[str, Any]) -> None:

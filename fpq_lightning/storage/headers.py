@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fpq_lightning.utils.reading import check_file
 
@@ -65,6 +65,20 @@ def check_names(expected: Collection[str], found: Collection[str]) -> None:
     if extra := sorted({*found} - {*expected}):
         more = f" and {len(extra) - 1} more" * (len(extra) > 1)
         raise ValueError(f"the files hold {extra[0]}{more}, which the model does not know of")
+
+
+def check_plain(model: nn.Module, directory: Path) -> None:
+    """Compares an opened model without packed layers with its files.
+
+    Raises:
+        ValueError: if a tensor is missing, too much, or of another kind or shape.
+    """
+    found = {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in read_header(file).items()}
+    expected = {name: StoredTensor.of(tensor) for name, tensor in model.state_dict().items()}
+    check_names(expected, found)
+    for name, wanted in expected.items():
+        if not found[name].may_be(wanted):
+            raise ValueError(f"{name} is {found[name]} in the files, but should be {wanted}")
 
 
 def read_header(file: str | Path) -> dict[str, StoredTensor]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -35,7 +35,7 @@ from fpq_lightning.storage import dequantized
 from fpq_lightning.storage.config import FPQConfig, QuantizationMethod
 from fpq_lightning.storage.diffusers_quantizer import check_fits
 from fpq_lightning.storage.exports.registry import EXPORTS, Export
-from fpq_lightning.storage.headers import read_header
+from fpq_lightning.storage.headers import check_plain, read_header
 from fpq_lightning.utils.digests import changed_files, write_digests
 from fpq_lightning.utils.files import atomic_directory
 from fpq_lightning.utils.reading import check_tree, read_json
@@ -201,15 +201,22 @@ def load_quantized(
     kept = pipeline_arguments_of(path) if is_quantized(path) else {}
     arguments = arguments_of_quantized(path, kept) if kept else {}
     pipeline = load_pipeline(directory, arguments=arguments, kind=kind)
+    for name, component in pipeline.components.items():
+        if isinstance(component, ModelMixin) and name not in files and _is_written_as(component, path / name):
+            check_plain(component, path / name)  # diffusers fills what is missing with random numbers
     for denoiser in quantized_denoisers(pipeline).values():
         denoiser.eval().requires_grad_(False)
     if not files:
-        for name, denoiser, description in described_denoisers(pipeline, directory):
-            dequantized.check_tensors(denoiser, path / name)
+        for _, denoiser, description in described_denoisers(pipeline, directory):
             dequantized.apply_inputs(denoiser.eval().requires_grad_(False), description)
     if changed:  # last, for other errors say what in a file is wrong
         raise ValueError(next(iter(changed.values())))
     return pipeline
+
+
+def _is_written_as(component: ModelMixin, directory: Path) -> bool:
+    """Whether a directory holds a model of the component's class, and not one of several that it is made of."""
+    return read_json(directory / "config.json").get("_class_name") == type(component).__name__
 
 
 def _makes_endless(changed: Path) -> bool:
