@@ -11,7 +11,7 @@ import pytest
 from fuzz_files import MUTATIONS, Kind, NotApplicableError, fuzz, outcome_of
 
 N = 64
-HEADER = json.dumps({name: {"dtype": "U8", "shape": [2, 1], "data_offsets": [0, 2]} for name in "ab"})
+HEADER = json.dumps({name: {"dtype": "U8", "shape": [2, i], "data_offsets": [0, 2]} for i, name in enumerate("ab")})
 
 
 def test_no_damage_goes_unnoticed_crashes_or_hangs(tmp_path: Path) -> None:

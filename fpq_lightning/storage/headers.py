@@ -67,8 +67,13 @@ def check_names(expected: Collection[str], found: Collection[str]) -> None:
         raise ValueError(f"the files hold {extra[0]}{more}, which the model does not know of")
 
 
-def check_plain(model: nn.Module, directory: Path) -> None:
+def check_plain(model: nn.Module, directory: Path, exact: bool = False) -> None:
     """Compares an opened model without packed layers with its files.
+
+    Args:
+        model: in float32.
+        directory: of the files.
+        exact: whether half precision in them is wrong.
 
     Raises:
         ValueError: if a tensor is missing, too much, or of another kind or shape.
@@ -77,7 +82,7 @@ def check_plain(model: nn.Module, directory: Path) -> None:
     expected = {name: StoredTensor.of(tensor) for name, tensor in model.state_dict().items()}
     check_names(expected, found)
     for name, wanted in expected.items():
-        if not found[name].may_be(wanted):
+        if not (found[name] == wanted if exact else found[name].may_be(wanted)):
             raise ValueError(f"{name} is {found[name]} in the files, but should be {wanted}")
 
 

@@ -207,7 +207,8 @@ def load_quantized(
     for denoiser in quantized_denoisers(pipeline).values():
         denoiser.eval().requires_grad_(False)
     if not files:
-        for _, denoiser, description in described_denoisers(pipeline, directory):
+        for name, denoiser, description in described_denoisers(pipeline, directory):
+            check_plain(denoiser, path / name, exact=True)
             dequantized.apply_inputs(denoiser.eval().requires_grad_(False), description)
     if changed:  # last, for other errors say what in a file is wrong
         raise ValueError(next(iter(changed.values())))

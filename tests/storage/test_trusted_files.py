@@ -159,6 +159,11 @@ def test_tensors_that_do_not_fit_are_named(copy: Path, damage: str) -> None:
     refused(copy, message)
 
 
+def test_half_precision_moves_dequantized_weights_off_their_grid_and_is_refused(dequantized_copy: Path) -> None:
+    tensors(lambda t: t.update({"conv_in.weight": t["conv_in.weight"].half()}))(dequantized_copy)
+    refused(dequantized_copy, r"conv_in\.weight is F16 .* but should be F32")
+
+
 @pytest.mark.parametrize("damage", OF_PACKED)
 def test_scales_that_cannot_be_are_named(packed_copy: Path, damage: str) -> None:
     change, message = OF_PACKED[damage]
