@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -108,6 +108,22 @@ class CalibrationSet:
 
     def _may_divide(self, path: str, value: Any) -> bool:
         return not isinstance(value, Tensor) or self.axis(path).kind == "shared" or _is_mask(value[0])
+
+
+def non_finite(values: Mapping[str, Any]) -> str | None:
+    """The path of a value that holds NaN or Inf, and does not mask attention; None if there is none."""
+    for path, value in values.items():
+        for leaf in tree_flatten(value)[0]:
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                continue
+            if not (leaf.float().isfinite().all() or _is_bias(leaf)):
+                return path
+    return None
+
+
+def _is_bias(leaf: Tensor) -> bool:
+    """Whether it masks attention: zero, or minus infinity."""
+    return bool(((leaf == 0) | (leaf == -torch.inf)).all())
 
 
 def _nested(paths: list[str]) -> dict[str, Any]:

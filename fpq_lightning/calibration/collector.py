@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fpq_lightning.calibration.axes import LEADING, SHARED, Axis, images_of, joined
-from fpq_lightning.calibration.calibration_set import CalibrationSet
+from fpq_lightning.calibration.calibration_set import CalibrationSet, non_finite
 from fpq_lightning.calibration.look_ahead import Plan, collapsed
 from fpq_lightning.calibration.recorder import Call
 from fpq_lightning.diffusion.sampling import batches_of
@@ -240,12 +240,14 @@ class Collector:
                     shape = () if axes[path].folded == 1 else (axes[path].folded,)
                     values = [torch.as_tensor(value).reshape(()).expand(shape) for value in values]
             inputs[path] = _stacked(values)
-        _check_finite(inputs)
+        if broken := non_finite({**inputs, **constants}):
+            raise ValueError(_NOT_FINITE.format(broken))
         self._check_repeatable(denoiser, as_called)
         nested = {path: axis for path, axis in axes.items() if axis != LEADING}
         if not (weight.any() and weight.isfinite().all()):  # a network that gives zeros; what cannot be measured
             weight = torch.ones(self.n)
-        return CalibrationSet(inputs, (weight / weight.mean())[order], constants, nested, self.plan.structure)
+        weight = (weight / weight.mean()).clamp(min=torch.finfo(weight.dtype).tiny)  # on disk, zeros are damage
+        return CalibrationSet(inputs, weight[order], constants, nested, self.plan.structure)
 
     def _check_repeatable(self, denoiser: Any, as_called: bool) -> None:
         """Finds out that a network does not give for its arguments what it gave within the pipeline.
@@ -363,17 +365,3 @@ def _stacked(values: list[Any]) -> Any:
         return values
     alike = len({v.dtype for v in values}) == 1 or all(v.is_floating_point() for v in values)
     return torch.stack(values) if alike else values
-
-
-def _check_finite(inputs: Mapping[str, Any]) -> None:
-    for path, value in inputs.items():
-        for leaf in tree_flatten(value)[0]:
-            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-                continue
-            if not (leaf.float().isfinite().all() or _is_bias(leaf)):
-                raise ValueError(_NOT_FINITE.format(path))
-
-
-def _is_bias(leaf: Tensor) -> bool:
-    """Whether it masks attention: zero, or minus infinity."""
-    return bool(((leaf == 0) | (leaf == -torch.inf)).all())

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
 from fpq_lightning.calibration.axes import Axis
-from fpq_lightning.calibration.calibration_set import CalibrationSet
+from fpq_lightning.calibration.calibration_set import CalibrationSet, non_finite
+from fpq_lightning.utils.digests import changed_files, write_digests
 from fpq_lightning.utils.files import atomic_directory, write_json
+from fpq_lightning.utils.reading import check_tree
 
 _WEIGHT = "sample_weight"  # the column of the weights
 _TENSORS = "tensors.safetensors"
@@ -78,6 +80,7 @@ def _save(calibration: CalibrationSet, directory: Path) -> None:
     dataset = datasets.Dataset.from_dict({k: v.numpy() for k, v in columns.items()}, features=features, info=info)
     dataset.save_to_disk(str(directory))
     save_file(tensors, directory / _TENSORS)
+    write_digests(directory)
 
 
 def _fits_column(path: str, value: Any) -> bool:
@@ -148,24 +151,52 @@ def load_calibration_set(directory: str | Path) -> CalibrationSet:
         FileNotFoundError: if there is no dataset.
         ValueError: if it is empty or damaged.
     """
-    import datasets
-
     if not Path(directory).is_dir():
         raise FileNotFoundError(f"there is no calibration set at {directory}")
     try:
-        dataset = datasets.load_from_disk(str(directory))
-        table = dataset.with_format("numpy")
-        columns = {name: torch.from_numpy(np.array(table[name][:])) for name in dataset.column_names}
-        weights = columns.pop(_WEIGHT)
-        description = json.loads(dataset.info.description)
-        columns |= {name: columns[name].short().view(torch.bfloat16) for name in description["bfloat16"]}
-        tensors = load_file(Path(directory) / _TENSORS)
-        others, constants = (_with_tensors(description[name], tensors) for name in ("others", "constants"))
-        axes = {path: Axis(**axis) for path, axis in description["axes"].items()}
-        paths, spec = description["structure"]
-        structure = tree_unflatten(paths, treespec_loads(spec))
+        check_tree(Path(directory))
+        if changed := changed_files(Path(directory), whole=True):
+            raise ValueError(next(iter(changed.values())))
+        found = _load(Path(directory))
+        _check(found)
     except Exception as error:  # a damaged Arrow file may raise anything
-        raise ValueError(f"the calibration set at {directory} cannot be read ({error}): delete it") from error
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the calibration set at {directory} cannot be read ({reason}): delete it") from error
+    return found
+
+
+def _load(directory: Path) -> CalibrationSet:
+    import datasets
+
+    dataset = datasets.load_from_disk(str(directory))
+    dataset.data.validate(full=True)  # reading lengths that are not there would end the process
+    table = dataset.with_format("numpy")
+    columns = {name: torch.from_numpy(np.array(table[name][:])) for name in dataset.column_names}
+    weights = columns.pop(_WEIGHT)
     if not len(weights):
-        raise ValueError(f"the calibration set at {directory} is empty: delete it to sample a new one")
-    return CalibrationSet({**columns, **others}, weights, constants, axes, structure)
+        raise ValueError("it is empty")
+    description = json.loads(dataset.info.description)
+    columns |= {name: columns[name].short().view(torch.bfloat16) for name in description["bfloat16"]}
+    tensors = load_file(directory / _TENSORS)
+    others, constants = (_with_tensors(description[name], tensors) for name in ("others", "constants"))
+    axes = {path: Axis(**axis) for path, axis in description["axes"].items()}
+    paths, spec = description["structure"]
+    return CalibrationSet({**columns, **others}, weights, constants, axes, tree_unflatten(paths, treespec_loads(spec)))
+
+
+def _check(calibration: CalibrationSet) -> None:
+    """Finds what cannot be, or cannot be calibrated on.
+
+    Raises:
+        ValueError: if there is any.
+    """
+    weights = calibration.weights
+    if weights.dtype != torch.float32 or not bool(((weights > 0) & weights.isfinite()).all()):
+        raise ValueError("a sample's weight is no positive number")
+    if broken := non_finite({**calibration.inputs, **calibration.constants}):
+        raise ValueError(f"{broken} holds NaN or Inf")
+    if uneven := next((path for path, value in calibration.inputs.items() if len(value) != len(weights)), None):
+        raise ValueError(f"{uneven} holds {len(calibration.inputs[uneven])} samples of {len(weights)}")
+    named = {*calibration.inputs, *calibration.constants}
+    if lost := named.symmetric_difference(tree_flatten(calibration.structure)[0]):
+        raise ValueError(f"{min(lost)} is not both among the arguments and in their structure")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
-import wave
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from fpq_lightning.diffusion.dataset_files import open_dataset
 from fpq_lightning.diffusion.media import MEDIA, from_bytes, load_png, medium_of, save_png, to_bytes
+from fpq_lightning.utils.digests import check_seal, seal
 from fpq_lightning.utils.files import differences, shorten, write_json
+from fpq_lightning.utils.reading import check_file, read_json
 from fpq_lightning.utils.temporary import remove_leftovers
 
 if TYPE_CHECKING:
@@ -52,10 +55,11 @@ class ImageDirectory:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self.settings = json.loads(json.dumps(settings))
+        self._shape: torch.Size | None = None  # of each of them
         remove_leftovers(path)
         file = path / _SETTINGS
-        if file.is_file():
-            if changed := differences(json.loads(file.read_text()), self.settings):
+        if os.path.lexists(file):
+            if changed := differences(read_json(file), self.settings):
                 raise ValueError(
                     f"the images in {path} were made with other settings ({shorten(changed)}): delete them or choose "
                     "another directory"
@@ -68,7 +72,7 @@ class ImageDirectory:
     def file(self, seed: int) -> Path | None:
         """The file of a seed's image; None if there is none."""
         files = (self.path / f"{seed:06d}{medium.suffix}" for medium in MEDIA.values())
-        return next((file for file in files if file.is_file()), None)
+        return next((file for file in files if os.path.lexists(file)), None)
 
     def complete(
         self, seeds: Sequence[int], make: Callable[[list[int]], Tensor], sampling_rate: int | None = None
@@ -79,8 +83,12 @@ class ImageDirectory:
             seeds: seeds of the images.
             make: samples the images that are missing, given their seeds.
             sampling_rate: of sounds.
+
+        Raises:
+            ValueError: if a file is damaged, or holds an image of another size than the others.
         """
         found = {seed: _load(file) for seed in seeds if (file := self.file(seed)) is not None}
+        kept = set(found)
         if missing := [seed for seed in seeds if seed not in found]:
             if not (self.path / _SETTINGS).is_file():
                 write_json(self.path / _SETTINGS, self.settings)
@@ -89,16 +97,30 @@ class ImageDirectory:
             for seed, image in zip(missing, made, strict=True):
                 found[seed] = image
                 if image.isfinite().all():
-                    medium.save(image, self.path / f"{seed:06d}{medium.suffix}", sampling_rate)
+                    file = self.path / f"{seed:06d}{medium.suffix}"
+                    medium.save(image, file, sampling_rate)
+                    seal(file)
+            self._shape = made[0].shape
+        self._shape = self._shape or Counter(image.shape for image in found.values()).most_common(1)[0][0]
+        for seed in sorted(kept):
+            if found[seed].shape != self._shape:
+                sizes = " and ".join(str(list(shape)) for shape in (found[seed].shape, self._shape))
+                raise ValueError(f"{self.file(seed)} is of another size than others ({sizes}): delete it")
         return torch.stack([found[seed] for seed in seeds])
 
 
 def _load(file: Path) -> Tensor:
     medium = next(medium for medium in MEDIA.values() if medium.suffix == file.suffix)
     try:
-        return medium.load(file)
-    except (OSError, EOFError, KeyError, ValueError, SyntaxError, wave.Error) as error:
-        raise ValueError(f"the {medium.name} {file} cannot be read ({error}): delete it") from error
+        check_file(file)
+        is_sealed = check_seal(file)
+        found = medium.load(file)
+        if not is_sealed and file.stat().st_size != medium.length(file.read_bytes()):
+            raise ValueError("it does not end where it should")
+        return found
+    except Exception as error:  # a damaged file may raise anything
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the {medium.name} {file} cannot be read ({reason}): delete it") from error
 
 
 def load_images(source: str, column: str) -> datasets.Dataset:

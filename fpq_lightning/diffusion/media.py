@@ -119,6 +119,7 @@ class Medium:
         rounded: values as the file holds them, which is how people get them, and how they are judged.
         save: writes one atomically, given its file and, for a sound, the sampling rate.
         load: reads one.
+        length: bytes that the contents of a file should be, by what they say themselves.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Medium:
     rounded: Callable[[Tensor], Tensor]
     save: Callable[[Tensor, Path, int | None], None]
     load: Callable[[Path], Tensor]
+    length: Callable[[bytes], int]
 
     @property
     def plural(self) -> str:
@@ -158,10 +160,32 @@ def _in_eight_bits(pixels: Tensor) -> Tensor:
     return from_bytes(to_bytes(pixels))
 
 
-VIDEO = Medium("video", ".webp", _in_eight_bits, _save_video, _load_video)
-IMAGE = Medium("image", ".png", _in_eight_bits, _save_image, load_png)
-SOUND = Medium("sound", ".wav", lambda sounds: from_samples(to_samples(sounds)), _save_sound, _load_sound)
-LATENT = Medium("latent", ".npy", lambda latents: latents, _save_latent, lambda file: torch.from_numpy(np.load(file)))
+def _in_sixteen_bits(sounds: Tensor) -> Tensor:
+    return from_samples(to_samples(sounds))
+
+
+def _load_latent(file: Path) -> Tensor:
+    return torch.from_numpy(np.load(file))
+
+
+def _length_of_riff(contents: bytes) -> int:
+    return 8 + int.from_bytes(contents[4:8], "little")
+
+
+def _length_of_png(contents: bytes) -> int:
+    return contents.rfind(b"IEND") + 8
+
+
+def _length_of_latent(contents: bytes) -> int:
+    values = io.BytesIO(contents)
+    np.load(values)
+    return values.tell()
+
+
+VIDEO = Medium("video", ".webp", _in_eight_bits, _save_video, _load_video, _length_of_riff)
+IMAGE = Medium("image", ".png", _in_eight_bits, _save_image, load_png, _length_of_png)
+SOUND = Medium("sound", ".wav", _in_sixteen_bits, _save_sound, _load_sound, _length_of_riff)
+LATENT = Medium("latent", ".npy", lambda latents: latents, _save_latent, _load_latent, _length_of_latent)
 MEDIA = {5: VIDEO, 4: IMAGE, 3: SOUND, 2: LATENT}  # by the number of axes of a tensor of several
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from fpq_lightning.diffusion.denoisers import may_denoise
 from fpq_lightning.utils.alignment import align
+from fpq_lightning.utils.reading import read_json, refuse_special
 
 _NOT_KEPT = {"dtype": "--torch_dtype", "torch_dtype": "--torch_dtype", "token": "the environment variable HF_TOKEN"}
 _HOW_TO_LOAD = {  # arguments of ``from_pretrained`` that are none of a pipeline's own
@@ -71,6 +72,7 @@ def load_pipeline(
     if path.exists():
         if not (path / "model_index.json").is_file():
             raise FileNotFoundError(f"{path} has no model_index.json: {_instead_of(path)}")
+        refuse_special(path)
     elif str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"there is no model at {path}: give a pipeline directory or a hub id such as owner/name"
@@ -101,7 +103,7 @@ def complete_index(pipeline: DiffusionPipeline, directory: Path) -> None:
     diffusers writes its own name for all of its classes, and looks them up there when it opens the pipeline.
     """
     file = directory / "model_index.json"
-    index = json.loads(file.read_text())
+    index = read_json(file)
     declared = {name: index[name] for name, component in pipeline.components.items() if component is not None}
     elsewhere = {
         name: [type(getattr(pipeline, name)).__module__, kind]
@@ -124,7 +126,7 @@ def arguments_of_quantized(path: Path, arguments: Mapping[str, Any]) -> dict[str
         path: directory of the quantized pipeline.
         arguments: that loaded the full-precision one.
     """
-    index = json.loads((path / "model_index.json").read_text())
+    index = read_json(path / "model_index.json")
     # What the class takes besides its components may be missing in the index, for not every class writes it.
     kept = index.keys() | _OF_A_CLASS
     return {name: value for name, value in arguments.items() if name in kept or name not in _HOW_TO_LOAD}
@@ -144,7 +146,7 @@ def _from_hub(
 
 def _left_out(path: Path) -> dict[str, None]:
     """Components that a pipeline was saved without, such as a text encoder: diffusers wants to be told of each."""
-    index = json.loads((path / "model_index.json").read_text())
+    index = read_json(path / "model_index.json")
     return {name: None for name, entry in index.items() if entry == [None, None]}
 
 
@@ -170,9 +172,9 @@ def quantized_files(path: Path) -> dict[str, tuple[Path, str]]:
     found = {}
     for file in sorted(path.glob("*/config.json")):
         try:
-            config = json.loads(file.read_text())
+            config = read_json(file)
             method, kind = config["quantization_config"]["quant_method"], config.get("_class_name")
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             continue
         if may_denoise(file.parent.name, getattr(diffusers, str(kind), None)):
             found[file.parent.name] = (file, str(method))

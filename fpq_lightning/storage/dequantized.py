@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from fpq_lightning.nn.calibrated import LayerQuantization, is_quantizable
 from fpq_lightning.nn.convert import make_attention_quantized, make_quantized
 from fpq_lightning.nn.packed_layer import packed_layers
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
+from fpq_lightning.storage.layers import check_scales
+from fpq_lightning.utils.reading import read_json
 
 FILE = "quantization.json"
 FORMAT_VERSION = 1
@@ -71,7 +72,7 @@ def read_descriptions(directory: Path) -> dict[str, dict[str, Any]]:
     """
     file = directory / FILE
     try:
-        shared = json.loads(file.read_text())
+        shared = read_json(file)
         several = shared.pop("denoisers", {ONLY: {}})
         found = {name: {**shared, **own} for name, own in several.items()}
         versions = [(one["format_version"], one["layers"])[0] for one in found.values()]
@@ -95,7 +96,7 @@ def apply_inputs(denoiser: nn.Module, description: Mapping[str, Any]) -> None:
                 raise ValueError(f"it names a layer {name} that the model lacks")
             if not is_quantizable(modules[name]):
                 raise ValueError(f"it names {name}, which is no Linear or Conv layer of the model")
-            _apply_inputs(modules[name], entry)
+            _apply_inputs(modules[name], name, entry)
         for name, operands in description.get("attention", {}).items():
             if name not in modules or is_quantizable(modules[name]):
                 raise ValueError(f"it names {name}, which is no attention module of the model")
@@ -106,9 +107,9 @@ def apply_inputs(denoiser: nn.Module, description: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _apply_inputs(layer: nn.Module, entry: Mapping[str, Any]) -> None:
+def _apply_inputs(layer: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
     quantized = make_quantized(layer, Granularity("tensor"), entry["splits"])
-    inputs = _read_quantizers(entry["inputs"])
+    inputs = _read_quantizers(f"{name}.inputs", entry["inputs"])
     if len(inputs) not in (0, len(quantized.splits)):
         raise ValueError(f"{len(inputs)} input quantizers for {len(quantized.splits)} parts of the input")
     quantized.variants["quantized"] = LayerQuantization(inputs=inputs)
@@ -116,7 +117,7 @@ def _apply_inputs(layer: nn.Module, entry: Mapping[str, Any]) -> None:
 
 
 def _apply_operands(module: nn.Module, name: str, entry: list[dict[str, Any]]) -> None:
-    operands = _read_quantizers(entry)
+    operands = _read_quantizers(f"{name}.operands", entry)
     if not operands or len(operands) % len(OPERANDS):
         raise ValueError(f"{len(operands)} quantizers for the attention of {name}, expected {len(OPERANDS)} a call")
     quantized = make_attention_quantized(module, name, len(operands) // len(OPERANDS))
@@ -124,12 +125,14 @@ def _apply_operands(module: nn.Module, name: str, entry: list[dict[str, Any]]) -
     quantized.set_mode("quantized")
 
 
-def _read_quantizers(entries: list[dict[str, Any]]) -> list[Quantizer]:
-    """Quantizers from what `_describe` gave of each."""
-    return [
+def _read_quantizers(name: str, entries: list[dict[str, Any]]) -> list[Quantizer]:
+    """Quantizers from what `_describe` gave of each; the name is theirs in errors."""
+    found = [
         Quantizer.from_state({k: _tensor(v) if k in ("scale", "offset") else v for k, v in entry.items()})
         for entry in entries
     ]
+    check_scales({f"{name}.{i}": quantizer for i, quantizer in enumerate(found)})
+    return found
 
 
 def _tensor(value: Any) -> Tensor | None:

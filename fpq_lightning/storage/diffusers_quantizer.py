@@ -9,6 +9,7 @@ import gc
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,11 +17,11 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
-from fpq_lightning.nn.packed_layer import PackedLayer, packed_layers
+from fpq_lightning.nn.packed_layer import packed_layers
 from fpq_lightning.quantization.quantizer import ExactBuffers
 from fpq_lightning.storage import version_2
 from fpq_lightning.storage.config import FPQConfig, QuantizationMethod
-from fpq_lightning.storage.headers import STORED_TYPES, StoredTensor, read_header
+from fpq_lightning.storage.headers import StoredTensor, check_names, read_header
 from fpq_lightning.storage.layers import (
     check_scales,
     dequantize,
@@ -31,6 +32,7 @@ from fpq_lightning.storage.layers import (
 )
 from fpq_lightning.storage.opened import forget_config, know_weights, refuse_template, state_to_save
 from fpq_lightning.utils.alignment import align
+from fpq_lightning.utils.reading import check_inside
 
 
 class FPQQuantizer(DiffusersQuantizer):
@@ -132,6 +134,8 @@ class FPQQuantizer(DiffusersQuantizer):
             raise ValueError(f"{foreign[0]} is no safetensors file, and no other is read")
         self.modules = dict(model.named_modules(remove_duplicate=False))
         if self.files:
+            for file in map(Path, self.files):
+                check_inside(file, file.parent)
             stored = {name: tensor for file in self.files for name, tensor in read_header(file).items()}
             found = {self._current_name(name): tensor for name, tensor in stored.items()}
             _check_tensors(self.modules, found)
@@ -217,7 +221,7 @@ def _check_tensors(modules: Mapping[str, nn.Module], found: Mapping[str, StoredT
     """Compares what files hold with what the modules of a model need.
 
     Raises:
-        ValueError: if a tensor is missing, or one of a packed layer is too much or of another type or shape.
+        ValueError: if a tensor is missing, too much, or of another type or shape.
     """
     expected = {
         f"{name}.{key}".lstrip("."): (module, value)
@@ -225,25 +229,11 @@ def _check_tensors(modules: Mapping[str, nn.Module], found: Mapping[str, StoredT
         for key, value in (module._parameters | module._buffers).items()
         if value is not None and key not in module._non_persistent_buffers_set
     }
-    if missing := sorted(expected.keys() - found.keys()):
-        raise ValueError(f"the files lack {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
-
-    def packed(name: str) -> bool:
-        """Whether a tensor belongs to a packed layer."""
-        while name:
-            name = name.rpartition(".")[0]
-            if isinstance(modules.get(name), PackedLayer):
-                return True
-        return False
-
-    if extra := sorted(tensor for tensor in found.keys() - expected.keys() if packed(tensor)):
-        raise ValueError(f"the files hold {extra[0]}, which quantization_config does not know of")
+    check_names(expected, found)
     for tensor, (module, value) in expected.items():
-        exact = isinstance(module, ExactBuffers)
-        if exact or isinstance(module, PackedLayer):
-            wanted = StoredTensor(STORED_TYPES.get(value.dtype, ""), tuple(value.shape))
-            if found[tensor].shape != wanted.shape or (exact and found[tensor].dtype != wanted.dtype):
-                raise ValueError(f"{tensor} is {found[tensor]} in the files, but should be {wanted}")
+        there, wanted = found[tensor], StoredTensor.of(value)
+        if not (there == wanted if isinstance(module, ExactBuffers) else there.may_be(wanted)):
+            raise ValueError(f"{tensor} is {there} in the files, but should be {wanted}")
 
 
 def check_fits(model: Any, empty: nn.Module) -> None:
@@ -253,7 +243,7 @@ def check_fits(model: Any, empty: nn.Module) -> None:
         ValueError: if its files could not be opened.
     """
     make_layers_empty(empty, model.config.quantization_config)
-    found = {k: StoredTensor(STORED_TYPES.get(v.dtype, ""), tuple(v.shape)) for k, v in model.state_dict().items()}
+    found = {name: StoredTensor.of(tensor) for name, tensor in model.state_dict().items()}
     _check_tensors(dict(empty.named_modules(remove_duplicate=False)), found)
 
 

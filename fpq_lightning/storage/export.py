@@ -16,7 +16,13 @@ from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
 from fpq_lightning.storage.dequantized import FILE
 from fpq_lightning.storage.exports.registry import EXPORTS
-from fpq_lightning.storage.pipeline import described_denoisers, is_quantized, load_quantized, save_quantized
+from fpq_lightning.storage.pipeline import (
+    described_denoisers,
+    is_quantized,
+    load_quantized,
+    read_descriptions,
+    save_quantized,
+)
 from fpq_lightning.utils.places import check_writable
 
 _OF_FILES = ("quant_method", "format_version", "layers", "attention")
@@ -42,7 +48,10 @@ def export(directory: str | Path, output: str | Path, form: str) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} exists already: choose another --output")
     check_writable(target, "--output")
-    pipeline = load_quantized(directory)
+    for description in read_descriptions(directory).values():
+        if needs_codes and "quant_method" not in description:
+            _grids(description)  # its errors say what is wrong, and a digest only that something is
+    pipeline = load_quantized(directory, verify=True)
     of_each: dict[str, dict[str, Any]] = {}
     for name, denoiser, description in described_denoisers(pipeline, directory):
         if needs_codes and "quant_method" not in description:
@@ -65,18 +74,7 @@ def find_codes(denoiser: nn.Module, description: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if the description lacks the granularity, or a weight does not lie on its grid.
     """
-    try:
-        recipe = description["recipe"]["weights"]
-        scale_name = recipe.get("scale_format", FLOAT32)
-        granularity = Granularity(recipe["granularity"], recipe["group_size"], scale_name)
-        formats = {
-            name: [parse_format(fmt) for fmt in entry["weights"]] for name, entry in description["layers"].items()
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{FILE} does not say the granularity and formats of the weights ({type(error).__name__}: {error}): export "
-            "them from packed files"
-        ) from error
+    granularity, formats = _grids(description)
     for name, chosen in formats.items():
         if not chosen:
             continue
@@ -94,6 +92,22 @@ def find_codes(denoiser: nn.Module, description: Mapping[str, Any]) -> None:
         found = LayerQuantization(quantizers, quantization.inputs)
         found.codes = codes
         layer.variants["quantized"] = found
+
+
+def _grids(description: Mapping[str, Any]) -> tuple[Granularity, dict[str, list[Format]]]:
+    """The granularity of the weights, and the formats of each layer, as a description says."""
+    try:
+        recipe = description["recipe"]["weights"]
+        scale_name = recipe.get("scale_format", FLOAT32)
+        granularity = Granularity(recipe["granularity"], recipe["group_size"], scale_name)
+        return granularity, {
+            name: [parse_format(fmt) for fmt in entry["weights"]] for name, entry in description["layers"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{FILE} does not say the granularity and formats of the weights ({type(error).__name__}: {error}): export "
+            "them from packed files"
+        ) from error
 
 
 def find_scale(rows: Tensor, fmt: Format, scale_format: ScaleFormat | None = None) -> Tensor | None:

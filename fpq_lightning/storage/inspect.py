@@ -149,7 +149,7 @@ def inspect_pipeline(directory: str | Path, hardware: Hardware, dtype: torch.dty
         ValueError: if no layer of its denoisers is packed, or a file is damaged.
     """
     quantized = is_quantized(directory)
-    pipeline = load_quantized(directory) if quantized else load_pipeline(directory)
+    pipeline = load_quantized(directory, verify=True) if quantized else load_pipeline(directory)
     denoisers = {name: one for name, one in quantized_denoisers(pipeline).items() if packed_layers(one)}
     if not denoisers:
         how = "write them with fpq export DIR --format fpq" if quantized else "quantize it with fpq fit"

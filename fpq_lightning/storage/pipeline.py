@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import copy
 import errno
-import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from fpq_lightning.diffusion.denoisers import as_one, find_denoisers, quantized_denoisers
 from fpq_lightning.diffusion.pipelines import (
@@ -36,10 +37,13 @@ from fpq_lightning.storage import dequantized
 from fpq_lightning.storage.config import FPQConfig, QuantizationMethod
 from fpq_lightning.storage.diffusers_quantizer import check_fits
 from fpq_lightning.storage.exports.registry import EXPORTS, Export
-from fpq_lightning.storage.headers import read_header
+from fpq_lightning.storage.headers import check_plain, read_header
+from fpq_lightning.utils.digests import changed_files, write_digests
 from fpq_lightning.utils.files import atomic_directory, atomic_write
+from fpq_lightning.utils.reading import check_tree, read_json
 
 _MADE_BY = "Made by fpq_lightning"
+_MANY = 1024  # layers, or steps of a scheduler
 
 _README = """# A quantized diffusion model
 
@@ -107,6 +111,7 @@ def save_quantized(
             raise OSError(errno.EIO, f"{error}", str(directory)) from error
         names = {"version": details.get("version", "?"), "base_model": details.get("base_model", "?")}
         (temporary / "README.md").write_text(_README.format(made_by=_MADE_BY, **names, usage=export.usage))
+        write_digests(temporary)
 
 
 @contextmanager
@@ -174,34 +179,66 @@ def check_form(
         load_pipeline(directory, arguments=networks, kind=class_to_open(pipeline))
 
 
-def load_quantized(directory: str | Path, kind: type[DiffusionPipeline] = DiffusionPipeline) -> DiffusionPipeline:
+def load_quantized(
+    directory: str | Path, kind: type[DiffusionPipeline] = DiffusionPipeline, verify: bool = False
+) -> DiffusionPipeline:
     """Opens a packed or dequantized pipeline, with all activation formats in force.
+
+    Sizes of files, configurations and headers are always compared with what was written.
 
     Args:
         directory: of the pipeline.
         kind: class to open it as; `DiffusionPipeline` takes the one that it was written as, if diffusers knows that.
+        verify: whether the weights are, too, which takes a second for each GB.
 
     Raises:
         FileNotFoundError: if there is no such pipeline.
         ValueError: if a file is damaged, of another version, or does not fit the model.
     """
     path = Path(directory).expanduser()
+    check_tree(path)
     files = _packed_files(path)
     for config in files.values():
         for file in sorted(config.parent.glob("*.safetensors")):
             read_header(file)  # its error names the tensor that is cut off, unlike that of diffusers
+    changed = changed_files(path, verify)
+    if endless := next((file for file in changed if _makes_endless(file)), None):
+        raise ValueError(changed[endless])
     kept = pipeline_arguments_of(path) if is_quantized(path) else {}
     arguments = arguments_of_quantized(path, kept) if kept else {}
     pipeline = load_pipeline(directory, arguments=arguments, kind=kind)
+    for name, component in pipeline.components.items():
+        if isinstance(component, ModelMixin) and name not in files and _is_written_as(component, path / name):
+            check_plain(component, path / name)  # diffusers fills what is missing with random numbers
     for denoiser in quantized_denoisers(pipeline).values():
         denoiser.eval().requires_grad_(False)
     if not files:
-        for _, denoiser, description in described_denoisers(pipeline, directory):
+        for name, denoiser, description in described_denoisers(pipeline, directory):
+            check_plain(denoiser, path / name, exact=True)
             dequantized.apply_inputs(denoiser.eval().requires_grad_(False), description)
         cast(Any, pipeline).save_pretrained = partial(
             _save_dequantized, pipeline, (path / dequantized.FILE).read_text()
         )
+    if changed:  # last, for other errors say what in a file is wrong
+        raise ValueError(next(iter(changed.values())))
     return pipeline
+
+
+def _is_written_as(component: ModelMixin, directory: Path) -> bool:
+    """Whether a directory holds a model of the component's class, and not one of several that it is made of."""
+    return read_json(directory / "config.json").get("_class_name") == type(component).__name__
+
+
+def _makes_endless(changed: Path) -> bool:
+    """Whether a configuration that was changed may ask for more layers or steps than can be made."""
+    if changed.suffix != ".json" or changed.name == dequantized.FILE:
+        return False
+    try:
+        values = read_json(changed)
+    except ValueError:
+        return False
+    own = {k: v for k, v in values.items() if k != "quantization_config"} if isinstance(values, dict) else values
+    return any(isinstance(value, (int, float)) and abs(value) > _MANY for value in tree_leaves(own))
 
 
 def _save_dequantized(
@@ -232,7 +269,7 @@ def _packed_files(directory: Path) -> dict[str, Path]:
 def is_quantized(directory: str | Path) -> bool:
     """Whether a directory holds a quantized pipeline that `load_quantized` opens."""
     path = Path(directory).expanduser()
-    return (path / dequantized.FILE).is_file() or bool(_packed_files(path))
+    return os.path.lexists(path / dequantized.FILE) or bool(_packed_files(path))
 
 
 def read_descriptions(directory: str | Path) -> dict[str, dict[str, Any]]:
@@ -247,7 +284,7 @@ def read_descriptions(directory: str | Path) -> dict[str, dict[str, Any]]:
     files = _packed_files(path)
     if not files:
         return dequantized.read_descriptions(path)
-    configs = {name: json.loads(file.read_text())["quantization_config"] for name, file in files.items()}
+    configs = {name: read_json(file)["quantization_config"] for name, file in files.items()}
     return {name: FPQConfig.from_dict(config).to_dict() for name, config in configs.items()}
 
 

@@ -5,6 +5,7 @@ Importing this module makes it known, so that ``from_pretrained`` of any text en
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from fpq_lightning.nn.packed_layer import packed_layers
 from fpq_lightning.quantization.quantizer import ExactBuffers
 from fpq_lightning.storage.config import FPQConfig, QuantizationMethod
-from fpq_lightning.storage.headers import STORED_TYPES
+from fpq_lightning.storage.headers import FLOATS, STORED_TYPES, read_header
 from fpq_lightning.storage.layers import (
     check_scales,
     dequantize,
@@ -27,6 +28,7 @@ from fpq_lightning.storage.layers import (
 )
 from fpq_lightning.storage.opened import state_to_save
 from fpq_lightning.utils.alignment import align
+from fpq_lightning.utils.reading import check_inside
 
 _LOADED = "_is_hf_initialized"
 """What transformers marks tensors and modules with, which it would otherwise fill with random numbers."""
@@ -46,6 +48,7 @@ class FPQTransformersQuantizer(HfQuantizer):
         super().__init__(own_config(quantization_config, pre_quantized), pre_quantized=pre_quantized, **kwargs)
         self.selected: set[str] = set()  # weights to quantize
         self.exact: dict[str, torch.dtype] = {}  # types of codes and scales, which are not cast
+        self.plain: frozenset[str] = frozenset()  # names of the other tensors
         self.opened: frozenset[str] = frozenset()  # names of the model's tensors when it was opened
 
     def is_serializable(self) -> bool:
@@ -69,7 +72,11 @@ class FPQTransformersQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
+            for file in map(Path, kwargs.get("checkpoint_files") or ()):
+                check_inside(file, file.parent)
+                read_header(file)
             make_layers_empty(model, self.quantization_config)
+            self.plain = frozenset(name for name, value in model.named_parameters() if value.is_floating_point())
             for layer in packed_layers(model).values():
                 setattr(layer, _LOADED, True)
             self.exact = {name: tensor.dtype for name, tensor in _exact_tensors(model).items()}
@@ -90,6 +97,11 @@ class FPQTransformersQuantizer(HfQuantizer):
             if hasattr(param, "get_dtype") and param.get_dtype() != wanted:  # of a file that is not read yet
                 raise ValueError(f"{name} is {param.get_dtype()} in the files, but should be {wanted}")
             return None
+        for name in self.plain & {*converter.target_patterns}:
+            if hasattr(param, "get_dtype") and param.get_dtype() not in FLOATS:
+                raise ValueError(
+                    f"{name} is {param.get_dtype()} in the files, but should be one of {', '.join(FLOATS)}"
+                )
         return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

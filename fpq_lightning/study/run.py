@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from datetime import date
@@ -26,9 +27,11 @@ from fpq_lightning.nn.calibrated import Mode
 from fpq_lightning.nn.hashing import hash_weights
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.study.config import StudyConfig, complete
-from fpq_lightning.study.table import check_table, read_row
+from fpq_lightning.study.row import read_row
+from fpq_lightning.study.table import check_table
 from fpq_lightning.study.trajectory import trajectory_errors
 from fpq_lightning.training.datamodule import CalibrationDataModule
+from fpq_lightning.utils.digests import with_digest
 from fpq_lightning.utils.files import differences, shorten, write_json
 from fpq_lightning.utils.places import check_writable
 from fpq_lightning.utils.provenance import device_name, fingerprint, versions
@@ -91,7 +94,7 @@ class Study:
         return json.loads(json.dumps(settings))
 
     def _check(self, file: Path, settings: dict[str, Any]) -> None:
-        if file.is_file() and (changed := differences(complete(read_row(file).get("settings", {})), settings)):
+        if os.path.lexists(file) and (changed := differences(complete(read_row(file).get("settings", {})), settings)):
             raise ValueError(f"{file} was made with other settings ({shorten(changed)}): delete it or rename the row")
 
     def missing(self, only: Sequence[str] = ()) -> dict[str, list[str]]:
@@ -104,7 +107,7 @@ class Study:
             raise ValueError(f"the study has no row {unknown[0]!r}; it has {', '.join(self.config.rows)}")
         found: dict[str, list[str]] = {}
         for name, variant in self._keys():
-            if (not only or name in only) and not self.file(name, variant).is_file():
+            if (not only or name in only) and not os.path.lexists(self.file(name, variant)):
                 found.setdefault(name, []).append(variant)
         return found
 
@@ -137,7 +140,7 @@ class Study:
             "versions": versions(),
             "date": str(date.today()),
         }
-        write_json(self.file(name, variant), row)
+        write_json(self.file(name, variant), with_digest(row))
         shown = {k: round(v, 3) for k, v in values["metrics"].items() if isinstance(v, float)}
         logger.info("%s (%s): %s", name, variant, shown)
 

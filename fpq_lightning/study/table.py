@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 
 from fpq_lightning.evaluation.metrics import Column, table_columns
 from fpq_lightning.study.config import complete
+from fpq_lightning.study.row import VARIANTS, read_row
 from fpq_lightning.utils.files import atomic_write
 from fpq_lightning.utils.places import check_ours, check_writable
 from fpq_lightning.utils.temporary import remove_leftovers
 
-_VARIANTS = ("full_precision", "other_seeds", "nearest", "quantized")
 _SETTINGS = (  # of a row: key, title, digits
     ("weights", "weights", None),
     ("activations", "activations", None),
@@ -28,20 +28,6 @@ _SETTINGS = (  # of a row: key, title, digits
     ("sparsity", "zero weights", 3),
 )
 _FLOAT, _INTEGER = "#2563a8", "#c2702e"
-
-
-def read_row(file: Path) -> dict[str, Any]:
-    """Reads the file of a row.
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
-    try:
-        row = json.loads(file.read_text())
-        row["metrics"], row["name"], row["variant"], row["group"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the row {file} cannot be read ({error}): delete it") from error
-    return row
 
 
 def check_table(output: Path) -> None:
@@ -65,7 +51,7 @@ def read_rows(output: Path, order: Sequence[str] = ()) -> list[dict[str, Any]]:
     """
     rows = [read_row(file) for file in sorted((output / "rows").glob("*.json"))]
     places = {name: i for i, name in enumerate(order)}
-    rows.sort(key=lambda row: (places.get(row["name"], len(places)), row["name"], _VARIANTS.index(row["variant"])))
+    rows.sort(key=lambda row: (places.get(row["name"], len(places)), row["name"], VARIANTS.index(row["variant"])))
     return rows
 
 

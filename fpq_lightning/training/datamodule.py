@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +29,7 @@ from fpq_lightning.utils import distributed
 from fpq_lightning.utils.files import shorten
 from fpq_lightning.utils.places import check_ours, check_writable
 from fpq_lightning.utils.progress import progress_bar
+from fpq_lightning.utils.reading import read_json
 from fpq_lightning.utils.values import MOST, Count, Within, check_values
 
 logger = logging.getLogger(__name__)
@@ -248,9 +249,12 @@ class CalibrationDataModule(pl.LightningDataModule):
 
     def _check_origin(self, file: Path) -> None:
         """Refuses a set that says it was made from another model or with other options."""
-        if self.key is None or not file.is_file():
+        if self.key is None or not os.path.lexists(file):
             return
-        if changed := self.key.differences(json.loads(file.read_text())):
+        made_from = read_json(file)
+        if not isinstance(made_from, dict):
+            raise ValueError(f"{file} is damaged: delete {file.parent} to sample the calibration set again")
+        if changed := self.key.differences(made_from):
             raise ValueError(
                 f"the calibration set at {file.parent} was made with other settings ({shorten(changed)}): choose "
                 "another data.directory or delete it"

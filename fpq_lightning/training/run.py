@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -163,7 +164,7 @@ class Run:
         if ckpt_path is None:
             return None
         file = Path(ckpt_path).expanduser()
-        if not file.is_file():
+        if not os.path.lexists(file):
             raise FileNotFoundError(f"there is no checkpoint {ckpt_path}: give last, or a file")
         self.directory.check_checkpoint(file)
         return file

@@ -22,9 +22,11 @@ from fpq_lightning.calibration.store import STORE
 from fpq_lightning.storage.complete import check_complete
 from fpq_lightning.storage.pipeline import is_written
 from fpq_lightning.training.unit_files import UnitFiles
+from fpq_lightning.utils.digests import DIGEST, digest_of_tree
 from fpq_lightning.utils.files import differences, shorten, write_json
 from fpq_lightning.utils.places import check_ours, check_writable
 from fpq_lightning.utils.provenance import fingerprint
+from fpq_lightning.utils.reading import check_file, check_inside, read_json
 from fpq_lightning.utils.temporary import in_use, remove_leftovers
 
 _REHEARSAL = ".rehearsal-"  # begins the names of directories of it
@@ -71,7 +73,7 @@ class RunDirectory:
         Raises:
             ValueError: if none can be read, or it is of another run.
         """
-        files = [file for file in self.checkpoint_files if file.is_file()]
+        files = [file for file in self.checkpoint_files if os.path.lexists(file)]
         for file in files:
             try:
                 self.check_checkpoint(file)
@@ -90,6 +92,9 @@ class RunDirectory:
             ValueError: if it cannot be read or is of another run.
         """
         try:
+            check_file(file)
+            if file in self.checkpoint_files:
+                check_inside(file, self.checkpoints)
             with zipfile.ZipFile(file) as archive:  # torch.load compares no checksums
                 if (damaged := archive.testzip()) is not None:
                     raise ValueError(f"{damaged} in it is damaged")
@@ -100,8 +105,10 @@ class RunDirectory:
             raise _UnreadableError(f"the checkpoint {file} cannot be read ({reason})") from error
         if changed := differences(made_from, self.parts):
             raise ValueError(f"the checkpoint {file} is of another run ({shorten(changed)}): choose another --run_dir")
-        if "finished_units" not in checkpoint:
+        if not {"finished_units", DIGEST} <= checkpoint.keys():
             raise ValueError(f"the checkpoint {file} is of an older version: delete {self.path} to begin again")
+        if checkpoint.pop(DIGEST) != digest_of_tree(checkpoint):
+            raise _UnreadableError(f"the checkpoint {file} is not what was written: it is damaged")
         try:
             UnitFiles.beside(self.checkpoint_files[0]).or_beside(file).check(checkpoint["finished_units"])
         except ValueError as error:
@@ -149,13 +156,13 @@ class RunDirectory:
         Raises:
             ValueError: if it belongs to another run, or is not ours.
         """
-        found = self._parts_there()
-        if found is None:
+        if not os.path.lexists(self._fingerprint_file):
             # What is hidden may be another process's temporary file.
             if self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
                 raise ValueError(f"{self.path} is not empty and no run of ours: choose another --run_dir")
             check_writable(self.path, "--run_dir")
             return RunState.NEW
+        found = self._written_parts()
         leftovers = [*self.checkpoint_files, self.path / "calibration", self.quantized, self.report]
         if changed := differences(found, self.parts):
             if not any(entry.exists() for entry in leftovers):
@@ -167,7 +174,15 @@ class RunDirectory:
         check_ours(self.path / "calibration", is_calibration_set, option="--run_dir")
         if self.report.is_file() and self.quantized.is_dir():
             return RunState.FINISHED
-        return RunState.UNFINISHED if any(file.is_file() for file in self.checkpoint_files) else RunState.NEW
+        return RunState.UNFINISHED if any(map(os.path.lexists, self.checkpoint_files)) else RunState.NEW
+
+    def _written_parts(self) -> dict[str, Any]:
+        """What ``fingerprint.json`` says."""
+        written = read_json(self._fingerprint_file)
+        parts = written.get("parts") if isinstance(written, dict) else None
+        if not isinstance(parts, dict) or written.get("fingerprint") != fingerprint(parts):
+            raise ValueError(f"{self._fingerprint_file} is damaged: choose another --run_dir or delete {self.path}")
+        return parts
 
     def damage(self) -> str | None:
         """What of the result of a finished run is missing or was cut off; None if nothing is."""

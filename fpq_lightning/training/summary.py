@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from fpq_lightning.nn.backends.hardware import Hardware, hardware_of
 from fpq_lightning.storage.inspect import inspect_pipeline, low_bit_share
 from fpq_lightning.training.estimate import format_size
 from fpq_lightning.training.run_directory import RunDirectory
+from fpq_lightning.utils.digests import read_json_with_digest
 
 
 def run_summary(run: RunDirectory, parameters: int) -> list[str]:
@@ -21,7 +21,7 @@ def run_summary(run: RunDirectory, parameters: int) -> list[str]:
         run: the run.
         parameters: of its denoiser.
     """
-    report = json.loads(run.report.read_text())
+    report = read_json_with_digest(run.report)
     size = f"{format_size(report['disk_bytes'])} in files, {format_size(2 * parameters)} in half precision"
     found = {
         "quantized model": str(run.quantized),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fpq_lightning.utils.digests import digest_of
 from fpq_lightning.utils.files import atomic_write
+from fpq_lightning.utils.reading import check_file, check_inside
 
 
 class UnitFiles:
@@ -70,9 +71,11 @@ class UnitFiles:
     def _contents(self, number: int, digests: list[str]) -> bytes:
         file = self.file(number)
         try:
+            check_file(file)
+            check_inside(file, self.directory)
             contents = file.read_bytes()
-        except OSError as error:
-            raise ValueError(f"the finished unit {file} cannot be read ({error.strerror})") from error
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the finished unit {file} cannot be read ({error})") from error
         if digest_of(contents) != digests[number]:
             raise ValueError(f"the finished unit {file} is not what was written: it is damaged")
         return contents
@@ -83,8 +86,3 @@ def contents_of(state: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
-
-
-def digest_of(contents: bytes) -> str:
-    """Tells contents apart."""
-    return hashlib.blake2b(contents, digest_size=16).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,88 @@ def test_a_damaged_set_is_one_clear_line(weighted: CalibrationSet, tmp_path: Pat
         load_calibration_set(directory)
     assert str(directory) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def _flip(file: Path, place: int) -> None:
+    contents = bytearray(file.read_bytes())
+    contents[place] ^= 1
+    file.write_bytes(contents)
+
+
+@pytest.mark.parametrize("name", ["*.arrow", "dataset_info.json", "tensors.safetensors"])
+def test_a_flipped_bit_of_a_set_is_found_and_its_file_named(
+    weighted: CalibrationSet, tmp_path: Path, name: str
+) -> None:
+    shared = CalibrationSet(weighted.inputs, weighted.weights, {"ids": torch.arange(4.0)})
+    save_calibration_set(shared, tmp_path / "set")
+    file = next((tmp_path / "set").glob(name))
+    _flip(file, file.stat().st_size // 2)
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged.*: delete it$") as error:
+        load_calibration_set(tmp_path / "set")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_a_set_with_weights_that_cannot_be_is_refused(weighted: CalibrationSet, tmp_path: Path, value: float) -> None:
+    weights = weighted.weights.clone()
+    weights[3] = value
+    save_calibration_set(CalibrationSet(weighted.inputs, weights), tmp_path / "set")
+    with pytest.raises(ValueError, match=r"a sample's weight is no positive number\): delete it"):
+        load_calibration_set(tmp_path / "set")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", ["column", "list", "constant"])
+def test_a_set_with_numbers_that_are_not_finite_is_refused_by_the_name_of_the_input(
+    tmp_path: Path, place: str, value: float
+) -> None:
+    broken = torch.tensor([1.0, value])
+    inputs = {"sample": torch.randn(2, 3), "text": [torch.zeros(2), torch.zeros(3)]}
+    constants = {"ids": broken if place == "constant" else torch.zeros(2)}
+    if place == "column":
+        inputs["sample"][1, 2] = value
+    elif place == "list":
+        inputs["text"][0] = broken
+    save_calibration_set(CalibrationSet(inputs, torch.ones(2), constants), tmp_path / "set")
+    name = {"column": "sample", "list": "text", "constant": "ids"}[place]
+    with pytest.raises(ValueError, match=rf"\({name} holds NaN or Inf\): delete it"):
+        load_calibration_set(tmp_path / "set")
+
+
+def test_a_set_with_a_mask_of_attention_in_minus_infinity_is_read(tmp_path: Path) -> None:
+    mask = torch.tensor([[0.0, -math.inf], [0.0, 0.0]])
+    save_calibration_set(CalibrationSet({"mask": mask, "sample": torch.randn(2, 3)}, torch.ones(2)), tmp_path / "set")
+    assert torch.equal(load_calibration_set(tmp_path / "set").inputs["mask"], mask)
+
+
+def test_samples_whose_errors_do_not_reach_the_image_keep_a_weight_that_is_read(
+    pipeline: DDPMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "fpq_lightning.calibration.recorder.output_sensitivity",
+        lambda scheduler, arguments, options: (arguments[0].flatten(1).sum(1) * 0 + (int(arguments[1]) > 400)).cpu(),
+    )
+    found = sample_trajectories(pipeline, SAMPLER, 12, seed=7, weighting="sensitivity")
+    assert found.weights.min() > 0
+    assert (found.weights < 1e-30).sum() == 6
+    save_calibration_set(found, tmp_path / "set")
+    assert torch.equal(load_calibration_set(tmp_path / "set").weights, found.weights)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_a_set_with_what_is_no_file_of_its_own_is_refused(weighted: CalibrationSet, tmp_path: Path, kind: str) -> None:
+    save_calibration_set(weighted, tmp_path / "set")
+    file = tmp_path / "set" / "tensors.safetensors"
+    file.rename(tmp_path / "outside")
+    os.mkfifo(file) if kind == "pipe" else file.symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match="is a pipe" if kind == "pipe" else "leads out of"):
+        load_calibration_set(tmp_path / "set")
+
+
+def test_a_set_of_an_older_version_has_no_digests_and_is_read(weighted: CalibrationSet, tmp_path: Path) -> None:
+    save_calibration_set(weighted, tmp_path / "set")
+    (tmp_path / "set" / "digests.json").unlink()
+    assert torch.equal(load_calibration_set(tmp_path / "set").weights, weighted.weights)
 
 
 def test_a_missing_set_is_a_file_not_found(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,54 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     directory.file(3).write_bytes(directory.file(3).read_bytes()[:40])
     with pytest.raises(ValueError, match=r"000003\.png cannot be read .*: delete it"):
         directory.complete([3], _Maker(_images(5)))
+
+
+def test_a_flipped_bit_and_another_seeds_image_are_named(tmp_path: Path) -> None:
+    directory, make = ImageDirectory(tmp_path, SETTINGS), _Maker(_images(5))
+    directory.complete([3, 4], make)
+    third, fourth = directory.file(3), directory.file(4)
+    assert torch.equal(load_png(third), make.images[3])
+    contents = third.read_bytes()
+    for damaged in (contents[:50] + bytes([contents[50] ^ 4]) + contents[51:], fourth.read_bytes()):
+        third.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"000003\.png cannot be read \(it is not what was written\): delete it"):
+            directory.complete([3, 4], make)
+
+
+def test_an_image_that_lost_its_digest_is_named_unless_it_is_whole(tmp_path: Path) -> None:
+    directory, make = ImageDirectory(tmp_path, SETTINGS), _Maker(_images(5))
+    directory.complete([3], make)
+    contents = directory.file(3).read_bytes()
+    whole = contents[: contents.index(b"IEND") + 8]
+    for damaged in (contents[:-20] + bytes(20), contents[:-60] + bytes(60), whole + b"\0"):
+        directory.file(3).write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"000003\.png cannot be read .*: delete it"):
+            directory.complete([3], make)
+    directory.file(3).write_bytes(whole)  # of an older version
+    assert torch.equal(directory.complete([3], make), make.images[3:4])
+
+
+def test_an_image_of_another_size_is_named(tmp_path: Path) -> None:
+    ImageDirectory(tmp_path, SETTINGS).complete([0, 1, 2, 3], _Maker(_images(4)))
+    save_png(torch.zeros(3, 4, 6), tmp_path / "000002.png")
+    for seeds in ([0, 1, 2], [2, 4]):  # among others that are kept, and beside one that is made
+        with pytest.raises(ValueError, match=r"000002\.png is of another size .*\[3, 4, 6\].*: delete it"):
+            ImageDirectory(tmp_path, SETTINGS).complete(seeds, _Maker(_images(5)))
+    directory = ImageDirectory(tmp_path, SETTINGS)
+    directory.complete([0, 1], _Maker(_images(4)))
+    with pytest.raises(ValueError, match=r"000002\.png is of another size"):  # in another batch
+        directory.complete([2], _Maker(_images(4)))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["pipe", "directory"])
+def test_what_is_no_file_in_place_of_an_image_or_its_settings_is_refused(tmp_path: Path, make: Any) -> None:
+    directory = ImageDirectory(tmp_path, SETTINGS)
+    directory.complete([0], _Maker(_images(1)))
+    for name in ("000000.png", "settings.json"):
+        (tmp_path / name).unlink()
+        make(tmp_path / name)
+        with pytest.raises(ValueError, match=rf"{name} (cannot be read|is a)"):
+            ImageDirectory(tmp_path, SETTINGS).complete([0], _Maker(_images(1)))
 
 
 def test_images_that_are_not_finite_are_handed_on_and_not_kept(tmp_path: Path) -> None:

@@ -219,10 +219,37 @@ def test_latents_are_numpy_files_of_all_their_bits(tmp_path: Path) -> None:
     assert torch.equal(LATENT.load(tmp_path / "a.npy"), latent)
 
 
-@pytest.mark.parametrize(
-    ("made", "suffix"),
-    [(VIDEO.rounded(CLIPS), ".webp"), (SOUND.rounded(torch.from_numpy(SOUNDS)), ".wav"), (torch.randn(2, 9), ".npy")],
-)
+OF_EACH_KIND = [
+    (VIDEO.rounded(CLIPS), ".webp"),
+    (SOUND.rounded(torch.from_numpy(SOUNDS)), ".wav"),
+    (torch.randn(2, 9), ".npy"),
+]
+
+
+@pytest.mark.parametrize(("made", "suffix"), OF_EACH_KIND)
+def test_a_flipped_bit_in_a_kept_file_of_each_kind_is_found_and_one_of_an_older_version_is_read(
+    tmp_path: Path, made: Tensor, suffix: str
+) -> None:
+    def complete() -> Tensor:
+        return ImageDirectory(tmp_path, {"weights": "a"}).complete([0], lambda seeds: made[seeds], 8000)
+
+    complete()
+    file = tmp_path / f"000000{suffix}"
+    contents = file.read_bytes()
+    older = contents[: contents.rindex(b"\nblake2b:")]
+    for damaged in (
+        contents[:-90] + bytes([contents[-90] ^ 1]) + contents[-89:],
+        contents[:-9] + bytes(9),
+        older + b"\0",
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"000000\{suffix} cannot be read .*: delete it"):
+            complete()
+    file.write_bytes(older)
+    assert torch.equal(complete(), made[:1])
+
+
+@pytest.mark.parametrize(("made", "suffix"), OF_EACH_KIND)
 def test_a_directory_keeps_each_kind_and_names_a_damaged_file(tmp_path: Path, made: Tensor, suffix: str) -> None:
     asked: list[list[int]] = []
 

@@ -126,6 +126,10 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor], str], Any], str]] = {
         lambda t, key: t[key.replace("codes", "scale")].neg_(),
         "scale holds a scale that is no positive",
     ),
+    "an integer bias": (
+        lambda t, key: t.update({(bias := key.replace("weights.0.codes", "bias")): t[bias].long()}),
+        "bias is I64 in the files, but should be one of",
+    ),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -28,6 +29,7 @@ from fpq_lightning.study.config import RowConfig, StudyConfig, merge
 from fpq_lightning.study.run import Study
 from fpq_lightning.study.table import csv_table, markdown_table, read_rows, spreads
 from fpq_lightning.study.trajectory import trajectory_errors
+from fpq_lightning.utils.digests import with_digest
 
 STUDIES = sorted((CHECKOUT / "configs" / "study").glob("*.yaml"))
 
@@ -244,6 +246,44 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "rows" / "a.quantized.json").write_text('{"name": "a"')
     with pytest.raises(ValueError, match=r"a\.quantized\.json cannot be read .*delete it"):
         read_rows(tmp_path)
+
+
+WHOLE = {"name": "a", "variant": "quantized", "group": "recipes", "hardware": "cpu", "date": "2026-11-28"}
+WHOLE |= {"versions": {"torch": "2.11"}, "metrics": {"fd": 1.0, "n_images": 4}, "settings": {}}
+DAMAGED = {
+    "nothing": None,
+    "a list": [1],
+    "no metrics": {k: v for k, v in WHOLE.items() if k != "metrics"},
+    "no date": {k: v for k, v in WHOLE.items() if k != "date"},
+    "metrics of text": {**WHOLE, "metrics": {"fd": "1", "n_images": 4}},
+    "no number of images": {**WHOLE, "metrics": {"fd": 1.0}},
+    "an unknown variant": {**WHOLE, "variant": "other"},
+    "a name that is a list": {**WHOLE, "name": ["a"]},
+    "bits of text": {**WHOLE, "weight_bits": "4"},
+    "a trajectory of two lengths": {**WHOLE, "trajectory": {"timesteps": [2, 1], "output": [0.5], "state": [0.5, 1]}},
+    "other values than were written": {**with_digest(WHOLE), "metrics": {"fd": 1.5, "n_images": 4}},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_row_is_one_line_with_its_name(tmp_path: Path, damage: str) -> None:
+    (tmp_path / "rows").mkdir()
+    file = tmp_path / "rows" / "a.quantized.json"
+    file.write_text(json.dumps(with_digest(WHOLE)))
+    assert read_rows(tmp_path) == [WHOLE]
+    file.write_text(json.dumps(DAMAGED[damage]))
+    with pytest.raises(ValueError, match=r"a\.quantized\.json cannot be read .*delete it") as error:
+        read_rows(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_pipe_in_place_of_a_row_is_not_waited_for(model: str, tmp_path: Path) -> None:
+    (tmp_path / "study" / "rows").mkdir(parents=True)
+    os.mkfifo(tmp_path / "study" / "rows" / "fp8.quantized.json")
+    with pytest.raises(ValueError, match="is a pipe"):
+        read_rows(tmp_path / "study")
+    with pytest.raises(SystemExit, match="is a pipe"):
+        run(grid(model, tmp_path, fp8=ROWS["fp8"]), tmp_path)
 
 
 # --- configurations --------------------------------------------------------------------------------------------

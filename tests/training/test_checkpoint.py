@@ -189,11 +189,42 @@ def _overwrite(file: Path) -> None:
     file.write_bytes(contents.replace(values, bytes(len(values))))
 
 
+def _saved_again(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    """What something else has written, whose zip file is in order."""
+
+    def damage(file: Path) -> None:
+        checkpoint = torch.load(file, weights_only=True)
+        change(checkpoint)
+        torch.save(checkpoint, file)
+
+    return damage
+
+
+def _flip_a_moment(checkpoint: dict[str, Any]) -> None:
+    moments = [leaf for leaf in tree_leaves(checkpoint["optimizer_states"]) if isinstance(leaf, Tensor) and leaf.ndim]
+    moments[0].view(torch.int32).view(-1)[0] ^= 1
+
+
+def _pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def _link_out(file: Path) -> None:
+    outside = file.parents[2] / f"outside-of-{file.parents[1].name}"
+    shutil.move(file, outside)
+    file.symlink_to(outside)
+
+
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "cut": _cut,
     "empty": _empty,
     "random": _random,
     "overwritten": _overwrite,
+    "other-tensors": _saved_again(_flip_a_moment),
+    "junk": _saved_again(lambda checkpoint: checkpoint["fpq"].update(layers=[1], step="x")),
+    "a-pipe": _pipe,
+    "a-link-that-leads-out": _link_out,
 }
 
 

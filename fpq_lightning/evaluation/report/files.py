@@ -13,6 +13,7 @@ from fpq_lightning.diffusion.media import IMAGE, LATENT, SOUND, medium_of
 from fpq_lightning.evaluation.report.html import render_html
 from fpq_lightning.evaluation.report.markdown import render_markdown
 from fpq_lightning.evaluation.report.pictures import draw_samples
+from fpq_lightning.utils.digests import with_digest
 from fpq_lightning.utils.files import atomic_write, write_json
 from fpq_lightning.utils.places import check_ours, check_writable
 from fpq_lightning.utils.side_work import side_work
@@ -66,4 +67,4 @@ def write_reports(
         if text is not None:
             with atomic_write(directory / name) as temporary:
                 temporary.write_text(text)
-    write_json(directory / "report.json", {"schema_version": SCHEMA_VERSION, **report})
+    write_json(directory / "report.json", with_digest({"schema_version": SCHEMA_VERSION, **report}))

@@ -17,8 +17,9 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from fpq_lightning.training.callbacks.checkpoint_io import PlainCheckpointIO
 from fpq_lightning.training.datamodule import STEPS_PER_BATCH
 from fpq_lightning.training.module import BlockReconstruction
-from fpq_lightning.training.unit_files import UnitFiles, contents_of, digest_of
+from fpq_lightning.training.unit_files import UnitFiles, contents_of
 from fpq_lightning.utils import distributed
+from fpq_lightning.utils.digests import digest_of
 from fpq_lightning.utils.files import sync_file
 
 
