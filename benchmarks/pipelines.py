@@ -2,27 +2,34 @@
 
     python benchmarks/pipelines.py
     python benchmarks/pipelines.py --only FluxPipeline WanPipeline
-    python benchmarks/pipelines.py --write docs/pipelines.md
+    python benchmarks/pipelines.py --diffusers CHECKOUT --rows rows.jsonl --write docs/pipelines.md
 
 A pipeline is ok if the one that was opened from its files gives the images, video or sound of the one in memory, bit
-for bit. The pipelines are those of `tiny_pipelines.py`, and those of `related_pipelines.py`, which take their parts. Of
-the latter, one that does not run in full precision is no test of quantization and left out. Needs no GPU, no network.
+for bit. The pipelines are those of `tiny_pipelines.py`; given a checkout of diffusers, those of its tests, too; and
+those of `related_pipelines.py`, which take the parts of others. One that does not run in full precision is no test of
+quantization: it is listed apart. Each has a process and a time limit of its own. Needs no GPU, no network.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import multiprocessing
 import sys
 import tempfile
 import textwrap
 import time
 import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from diffusers_tests import PipelineTest, pipeline_tests
 from models import Outcome, page, quiet
 from related_pipelines import make_related, related
 from tiny_pipelines import PIPELINES, tiny_pipeline
@@ -30,45 +37,76 @@ from tiny_pipelines import PIPELINES, tiny_pipeline
 import fpq_lightning as fpq
 from fpq_lightning.diffusion.sampling import generate
 
-RELATED = related()
-PIPELINES.update({name: partial(make_related, name, base) for name, base in RELATED.items()})
+_SECONDS = 120
 
 
-def runs(name: str) -> bool:
-    """Whether a tiny pipeline runs in full precision."""
+@dataclass
+class Trial(Outcome):
+    """What became of a pipeline.
+
+    Attributes:
+        plain: why it does not run in full precision; nothing if it does.
+    """
+
+    plain: str = ""
+
+
+def runs_plainly(name: str, test: PipelineTest | None) -> None:
+    """Runs a tiny pipeline in full precision, one of a test as that does.
+
+    Raises:
+        Exception: whatever it raises; ValueError if it gives NaN or Inf.
+    """
+    if test is not None:
+        test.run()
+        return
     with tempfile.TemporaryDirectory() as directory:
-        try:
-            pipeline, options = tiny_pipeline(name, Path(directory))
-            return bool(values(generate(pipeline, fpq.SamplerConfig(**options), range(3, 5))).isfinite().all())
-        except Exception:  # whatever it misses
-            return False
+        pipeline, options = tiny_pipeline(name, Path(directory))
+        if not values(generate(pipeline, fpq.SamplerConfig(**options), range(3, 5))).isfinite().all():
+            raise ValueError("it gives NaN or Inf")
 
 
-def examine(name: str, directory: Path, trace: bool) -> Outcome:
+def examine(name: str, test: PipelineTest | None, trace: bool) -> Trial:
     """Takes a pipeline through recording, quantization, files and back."""
-    outcome, start = Outcome(name), time.perf_counter()
-    try:
-        pipeline, options = tiny_pipeline(name, directory)
-        sampler = fpq.SamplerConfig(**options)
-        fpq.quantize(
-            pipeline,
-            run_dir=directory / "run",
-            data=fpq.CalibrationDataModule(n_samples=8, n_search=4, micro_batch=4),
-            sampler=sampler,
-            accelerator="cpu",
-            enable_progress_bar=False,
-            logger=False,
-        )
-        report = json.loads((directory / "run" / "report.json").read_text())
-        outcome.units, outcome.share = len(report["blocks"]), report["quantized_share"]
-        pair = [pipeline, fpq.load_quantized(directory / "run" / "quantized")]
-        outcome.result = compared(*(values(generate(one, sampler, range(3, 5))) for one in pair))
-    except Exception as error:
-        if trace:
-            traceback.print_exc(file=sys.stdout)
-        outcome.result = textwrap.shorten(f"{type(error).__name__}: {error}".replace(f"{directory}", "DIR"), 240)
-    outcome.seconds = time.perf_counter() - start
-    return outcome
+    trial, start = Trial(name), time.perf_counter()
+    with tempfile.TemporaryDirectory() as path, quiet():
+        directory = Path(path)
+
+        def attempt(work: Callable[[], Any]) -> str:
+            try:
+                work()
+                return ""
+            except Exception as error:  # whatever a pipeline may raise
+                if trace:
+                    traceback.print_exc(file=sys.stdout)
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}".replace(str(directory), "DIR")
+                return textwrap.shorten(reason, 240)
+
+        trial.plain = attempt(lambda: runs_plainly(name, test))
+        if not trial.plain:
+            trial.result = attempt(lambda: go_through(trial, directory)) or trial.result
+    trial.seconds = time.perf_counter() - start
+    return trial
+
+
+def go_through(trial: Trial, directory: Path) -> None:
+    """Fills in what becomes of a pipeline."""
+    pipeline, options = tiny_pipeline(trial.name, directory)
+    sampler = fpq.SamplerConfig(**options)
+    plain = values(generate(pipeline, sampler, range(3, 5)))
+    fpq.quantize(
+        pipeline,
+        run_dir=directory / "run",
+        data=fpq.CalibrationDataModule(n_samples=8, n_search=4, micro_batch=4),
+        sampler=sampler,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        logger=False,
+    )
+    report = json.loads((directory / "run" / "report.json").read_text())
+    trial.units, trial.share = len(report["blocks"]), report["quantized_share"]
+    pair = [pipeline, fpq.load_quantized(directory / "run" / "quantized")]
+    trial.result = compared(plain, *(values(generate(one, sampler, range(3, 5))) for one in pair))
 
 
 def values(output: Any) -> torch.Tensor:
@@ -76,30 +114,81 @@ def values(output: Any) -> torch.Tensor:
     return torch.as_tensor(next(iter(output.values())))
 
 
-def compared(expected: torch.Tensor, found: torch.Tensor) -> str:
+def compared(plain: torch.Tensor, expected: torch.Tensor, found: torch.Tensor) -> str:
     if not expected.isfinite().all():
         return "the quantized pipeline gives NaN or Inf"
+    if torch.equal(expected, plain):
+        return "quantization changed nothing"
     return "ok" if torch.equal(expected, found) else "the opened pipeline gives other bits"
+
+
+def in_time(name: str, test: PipelineTest | None, trace: bool) -> Trial:
+    """`examine` in a process of its own, which is ended when its time is over."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        try:
+            return pool.apply_async(examine, (name, test, trace)).get(_SECONDS)
+        except multiprocessing.TimeoutError:
+            return Trial(name, f"took longer than {_SECONDS} s", seconds=_SECONDS)
+
+
+def exported() -> list[str]:
+    """All pipeline classes that diffusers has."""
+    classes = ((name, getattr(diffusers, name, None)) for name in dir(diffusers))
+    kinds = [name for name, kind in classes if inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline)]
+    return [name for name in kinds if name != "DiffusionPipeline"]
+
+
+def rest_of_page(trials: list[Trial], tests: dict[str, PipelineTest]) -> str:
+    """What the table does not say: whose components they are, and what was not tried."""
+    tried = {trial.name.split()[0] for trial in trials if not trial.plain}
+    reasons = {trial.name: trial.plain for trial in trials if trial.plain}
+    every = exported()
+    others = [name for name in every if name not in tried]
+    lines = [
+        "",
+        f"diffusers exports {len(every)} pipeline classes. {len(tried)} were tried. The components are of our making; "
+        "where we have none, they are those of",
+        f"diffusers' own tests ({sum(name in tests for name in tried)} classes), or those of a pipeline that has the "
+        "same parts.",
+        "",
+        "## Not tried",
+        "",
+        *(f"- `{name}`: {reasons.get(name, 'no tiny components')}" for name in others),
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(PIPELINES), metavar="CLASS", help="these pipelines alone")
+    parser.add_argument("--only", nargs="+", metavar="CLASS", help="these pipelines alone")
+    parser.add_argument("--diffusers", type=Path, metavar="PATH", help="a checkout of diffusers, for its tests")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="keep results there, and leave out those it has")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table there")
     parser.add_argument("--trace", action="store_true", help="show tracebacks")
     args = parser.parse_args()
+    own = {name.split()[0] for name in PIPELINES}
+    found = {} if args.diffusers is None else pipeline_tests(args.diffusers.resolve())
+    tests = {name: test for name, test in found.items() if name not in own}
+    PIPELINES.update({name: test.make for name, test in tests.items()})
+    PIPELINES.update({name: partial(make_related, name, base) for name, base in related().items()})
+    if unknown := sorted(set(args.only or []) - set(PIPELINES)):
+        parser.error(f"no tiny {', '.join(unknown)}")
     torch.set_num_threads(1)
-    outcomes = []
+    kept = args.rows.read_text().splitlines() if args.rows is not None and args.rows.exists() else []
+    trials = {trial.name: trial for trial in (Trial(**json.loads(line)) for line in kept)}
     for name in args.only or PIPELINES:
-        if name in RELATED and not runs(name):
-            print(f"{name} does not run in full precision with these parts", flush=True)
-            continue
-        with tempfile.TemporaryDirectory() as directory, quiet():
-            outcomes.append(examine(name, Path(directory), args.trace))
-        print(outcomes[-1].row(), flush=True)
+        if name not in trials:
+            trials[name] = trial = in_time(name, tests.get(name), args.trace)
+            print(f"{name} does not run: {trial.plain}" if trial.plain else trial.row(), flush=True)
+            if args.rows is not None:
+                with args.rows.open("a") as file:
+                    file.write(json.dumps(asdict(trial)) + "\n")
+    outcomes = [trial for trial in trials.values() if not trial.plain]
     print(f"{sum(outcome.ok for outcome in outcomes)} of {len(outcomes)} are ok")
     if args.write:
-        args.write.write_text(page("Pipelines", "pipeline", outcomes, "python " + " ".join(sys.argv)))
+        text = page("Pipelines", "pipeline", outcomes, "python " + " ".join(sys.argv))
+        args.write.write_text(text + rest_of_page(list(trials.values()), tests))
 
 
 if __name__ == "__main__":

@@ -133,8 +133,13 @@ class SamplerConfig:
 
 
 def _of_images(values: list[Any]) -> Any:
-    """The values of a column: nested numbers, such as embeddings, as one tensor."""
-    return torch.tensor(values) if values and isinstance(values[0], list) else values
+    """The values of a column: nested numbers, such as embeddings, as one tensor; lists of images stay lists."""
+    inner = values[0] if values else None
+    if not isinstance(inner, list):
+        return values
+    while isinstance(inner, list) and inner:
+        inner = inner[0]
+    return torch.tensor(values) if isinstance(inner, (bool, int, float)) else values
 
 
 @dataclass
