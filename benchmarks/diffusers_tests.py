@@ -123,7 +123,9 @@ def _options(call: Mapping[str, inspect.Parameter], inputs: dict[str, Any], batc
         inputs: of one image.
         batched: names of those that are lists for several images.
     """
-    options: dict[str, Any] = {} if "prompt" in inputs else {"prompts": None}
+    prompt = inputs.get("prompt")
+    is_plain = isinstance(prompt, str) and not prompt.startswith("{")
+    options: dict[str, Any] = {} if is_plain else {"prompts": None if prompt is None else [prompt]}
     columns: dict[str, Any] = {}
     arguments: dict[str, Any] = {}
     for name, value in inputs.items():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +17,13 @@ from torch.utils._pytree import tree_map
 
 from fpq_lightning.calibration.axes import Axis, find_axes
 from fpq_lightning.calibration.recorder import Call, Recorder
-from fpq_lightning.diffusion.sampling import SamplerConfig, generate, using_sampler, warn_of_long_prompts
+from fpq_lightning.diffusion.sampling import (
+    FunctionSampler,
+    SamplerConfig,
+    generate,
+    using_sampler,
+    warn_of_long_prompts,
+)
 from fpq_lightning.utils import distributed
 
 
@@ -86,6 +93,50 @@ def _begin(
     return found
 
 
+def _begin_several(
+    pipeline: DiffusionPipeline,
+    denoisers: Mapping[str, nn.Module],
+    sampler: SamplerConfig,
+    seeds: Sequence[int],
+    prompts: list[str] | None,
+) -> dict[str, _Ahead]:
+    """`_begin`; with several images of one prompt and input, where a pipeline takes only one in a call.
+
+    Raises:
+        ValueError: if it takes only one, and batches are larger.
+    """
+    try:
+        return _begin(pipeline, denoisers, sampler, seeds, prompts)
+    except Exception as error:  # whatever a pipeline may do with more than it takes
+        if not _takes(pipeline, denoisers, sampler, seeds[:1], prompts):
+            raise
+        if sampler.batch_size > 1:
+            kind, reason = type(pipeline).__name__, " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{kind} makes one image in a call, and not {len(seeds)} ({reason}): set sampler.batch_size 1"
+            ) from error
+        counts = [name for name in inspect.signature(pipeline.__call__).parameters if name.endswith("_per_prompt")]
+        if isinstance(sampler, FunctionSampler) or not counts:
+            raise
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    several = replace(sampler, arguments={**sampler.arguments, counts[0]: len(seeds), "generator": generators})
+    return _begin(pipeline, denoisers, several, seeds[:1], prompts)
+
+
+def _takes(
+    pipeline: DiffusionPipeline,
+    denoisers: Mapping[str, nn.Module],
+    sampler: SamplerConfig,
+    seeds: Sequence[int],
+    prompts: list[str] | None,
+) -> bool:
+    """Whether a pipeline makes so many images in a call."""
+    with suppress(Exception):
+        _begin(pipeline, denoisers, sampler, seeds, prompts)
+        return True
+    return False
+
+
 def look_ahead(
     pipeline: DiffusionPipeline,
     denoisers: Mapping[str, nn.Module],
@@ -98,7 +149,9 @@ def look_ahead(
     """Calls the pipeline for the first steps of some images, and says what will be calibrated."""
     images = min(2, sampler.batch_size)
     prompts = sampler.prompts_of([seed])
-    small, large = (_begin(pipeline, denoisers, sampler, range(seed, seed + k), prompts) for k in (images, images + 1))
+    small, large = (
+        _begin_several(pipeline, denoisers, sampler, range(seed, seed + k), prompts) for k in (images, images + 1)
+    )
     if never := [name for name in denoisers if name not in small]:
         text = f"{type(pipeline).__name__} never calls its {', '.join(never)} along a trajectory of this sampler"
         if required or not small:

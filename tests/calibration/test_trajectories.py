@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -207,6 +209,40 @@ def test_a_pixel_pipeline_in_bfloat16_is_one_clear_line() -> None:
     pipeline.unet.to(torch.bfloat16)
     with pytest.raises(ValueError, match="DDPMPipeline cannot make images of a bfloat16 model: load it in float32"):
         sample_trajectories(pipeline, SAMPLER, 4)
+
+
+class OnePrompt(DDPMPipeline):
+    """Takes one prompt in a call, of which it makes several images."""
+
+    def __call__(
+        self,
+        prompt: list[str],
+        generator: Any,
+        num_inference_steps: int,
+        num_images_per_prompt: int = 1,
+        output_type: str = "np",
+    ) -> Any:
+        (_,) = prompt
+        return super().__call__(num_images_per_prompt, generator, num_inference_steps, output_type)
+
+
+def one_prompt() -> OnePrompt:
+    return OnePrompt(**tiny_pipeline().components)
+
+
+def test_a_pipeline_that_takes_one_prompt_in_a_call_gives_what_one_for_many_gives(pipeline: DDPMPipeline) -> None:
+    sampler = replace(SAMPLER, batch_size=1)
+    expected = sample_trajectories(pipeline, sampler, 8, seed=3)
+    found = sample_trajectories(one_prompt(), replace(sampler, prompts=["a", "b"]), 8, seed=3)
+    assert torch.equal(found.inputs["sample"], expected.inputs["sample"])
+    assert torch.equal(found.inputs["timestep"], expected.inputs["timestep"])
+
+
+def test_batches_of_a_pipeline_that_takes_one_prompt_in_a_call_are_refused_with_what_to_do() -> None:
+    with pytest.raises(
+        ValueError, match=r"OnePrompt makes one image in a call, and not 2 .*: set sampler.batch_size 1"
+    ):
+        sample_trajectories(one_prompt(), replace(SAMPLER, prompts=["a", "b"]), 8)
 
 
 @pytest.mark.parametrize("n", [0, -1])

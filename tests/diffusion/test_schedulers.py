@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from models import tiny_pipeline
+from PIL import Image
 
 import fpq_lightning as fpq
 from fpq_lightning import SamplerConfig
@@ -87,6 +89,15 @@ def test_columns_of_a_dataset_and_constants_become_arguments(tmp_path: Path) -> 
     file.write_text("\n".join(json.dumps({"class_labels": label}) for label in (1, 2, 4)))
     found = sample(labelled(), SamplerConfig(inputs=str(file), arguments={"strength": 0.5}), [1, 2, 3])
     assert found[:, 0, 0, 0].tolist() == pytest.approx([2 * x / 20 - 1 for x in (2, 4, 1)])
+
+
+def test_a_column_of_videos_gives_a_list_of_images_for_each_seed(tmp_path: Path) -> None:
+    videos = [[Image.new("RGB", (2, 2), (i, j, 0)) for j in range(3)] for i in range(2)]
+    datasets.Dataset.from_dict({"video": videos}).save_to_disk(tmp_path)
+    found = SamplerConfig(inputs=str(tmp_path)).inputs_of([1, 0])["video"]
+    assert [[frame.getpixel((0, 0)) for frame in video] for video in found] == [
+        [(i, j, 0) for j in range(3)] for i in (1, 0)
+    ]
 
 
 def test_inputs_that_are_edited_are_read_again_and_decide_the_images(tmp_path: Path) -> None:
