@@ -20,6 +20,7 @@ import datasets
 import diffusers
 import numpy as np
 import torch
+from diffusers.models.controlnets import controlnet_cosmos
 from diffusers.models.transformers import transformer_cosmos
 from PIL import Image
 from tiny_hub import tiny_hub
@@ -66,7 +67,8 @@ class PipelineTest:
         components, inputs, batched = self._made()
         for network in (part for part in components.values() if isinstance(part, nn.Module)):
             network.eval()
-            if isinstance(network, PreTrainedModel) and network.config.get_text_config().vocab_size < len(LETTERS):
+            text = network.config.get_text_config() if isinstance(network, PreTrainedModel) else None
+            if getattr(text, "vocab_size", len(LETTERS)) < len(LETTERS):
                 network.resize_token_embeddings(len(LETTERS))
             for parameter in network.parameters():
                 if not parameter.any():
@@ -81,7 +83,8 @@ class PipelineTest:
             sys.modules.setdefault(module, mock.MagicMock())
         home = sys.modules[getattr(diffusers, self.pipeline).__module__]
         vars(home).setdefault("ftfy", SimpleNamespace(fix_text=str))  # repairs prompts, where it is installed
-        vars(transformer_cosmos).setdefault("transforms", _TRANSFORMS)
+        for user in (controlnet_cosmos, transformer_cosmos):
+            vars(user).setdefault("transforms", _TRANSFORMS)
         test = getattr(importlib.import_module(self.module), self.name)()
         with tiny_hub():
             components = test.get_dummy_components()
@@ -96,16 +99,19 @@ def pipeline_tests(checkout: Path) -> dict[str, PipelineTest]:
     found: dict[str, PipelineTest] = {}
     for file in sorted((checkout / "tests" / "pipelines").rglob("test_*.py")):
         module = ".".join(file.relative_to(checkout).with_suffix("").parts)
-        for node in ast.parse(file.read_text()).body:
-            if isinstance(node, ast.ClassDef) and "get_dummy_components" in _functions(node):
-                name = _pipeline_of(node)
-                if inspect.isclass(getattr(diffusers, name, None)):
-                    found.setdefault(name, PipelineTest(name, checkout, module, node.name))
+        classes = {node.name: node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)}
+        for node in classes.values():
+            above = [classes[base.id] for base in node.bases if isinstance(base, ast.Name) and base.id in classes]
+            name = next(filter(None, map(_pipeline_of, [node, *above])), "")
+            if _makes_components(node) and inspect.isclass(getattr(diffusers, name, None)):
+                found.setdefault(name, PipelineTest(name, checkout, module, node.name))
     return found
 
 
-def _functions(node: ast.ClassDef) -> list[str]:
-    return [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
+def _makes_components(node: ast.ClassDef) -> bool:
+    """Whether a class makes components without being told which."""
+    made = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "get_dummy_components"]
+    return any(len(f.args.args) == 1 + len(f.args.defaults) for f in made)
 
 
 def _pipeline_of(node: ast.ClassDef) -> str:
@@ -134,7 +140,7 @@ def _options(call: Mapping[str, inspect.Parameter], inputs: dict[str, Any], batc
         if name in _OPTIONS and value is not None:
             options[_OPTIONS[name]] = value
         elif name == "negative_prompt" and isinstance(value, str):
-            options |= {name: value} if value else {}
+            options[name] = value
         elif _is_of_image(value) or (name in batched and isinstance(value, str)):
             columns[name] = _of_one(value)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -52,14 +53,53 @@ MODELS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-def _tokenizer(name: str, options: dict[str, Any]) -> Any:
+class PictureReader(transformers.PreTrainedTokenizerFast):
+    """A tokenizer that reads pictures, too, as processors of Qwen do; theirs need torchvision."""
+
+    tokenizer = property(lambda self: self)
+
+    @property
+    def image_processor(self) -> Any:
+        """What makes patches of pictures."""
+        size = {"shortest_edge": 56 * 56, "longest_edge": 64 * 64}
+        return transformers.Qwen2VLImageProcessor(patch_size=self.init_kwargs["patch_size"], size=size)
+
+    def __call__(self, text: Any = None, images: Any = None, videos: None = None, **options: Any) -> Any:
+        if images is None:
+            return super().__call__(text, **options)
+        pictures = self.image_processor(images, return_tensors="pt")
+        counts = iter((pictures["image_grid_thw"].prod(-1) // 4).tolist())
+        marked = [re.sub(r"<\|image_pad\|>", lambda mark: mark[0] * next(counts), one) for one in text]
+        read = super().__call__(marked, **options)
+        is_picture = (read["input_ids"] == self.convert_tokens_to_ids("<|image_pad|>")).int()
+        return transformers.BatchEncoding({**read, **pictures, "mm_token_type_ids": is_picture})
+
+
+def _tokenizer(
+    name: str,
+    options: dict[str, Any],
+    kind: type[transformers.PreTrainedTokenizerFast] = transformers.PreTrainedTokenizerFast,
+) -> Any:
     length = options.get("model_max_length", 77)
-    if "Qwen" not in name:
+    if "Qwen" not in name and "cosmos3" not in name:
         return tokenizer(length)
     fill = [f"<{i}>" for i in range(len(LETTERS), _QWEN)]
-    made = tokenizer(length, [*fill, *_MARKS], {f"{mark[2:-6]}_token": mark for mark in _MARKS if "_pad" in mark})
+    named = {f"{mark[2:-6]}_token": mark for mark in _MARKS if "_pad" in mark}
+    made = tokenizer(length, [*fill, *_MARKS], named, kind)
     made.add_special_tokens({"additional_special_tokens": _MARKS}, replace_extra_special_tokens=False)
     return made
+
+
+def _processor(kind: type, name: str) -> Any:
+    if "VL" not in name:
+        return _tokenizer(name, {})
+    made = _tokenizer(name, {}, PictureReader)
+    made.init_kwargs["patch_size"] = 16 if "3" in kind.__name__ else 14
+    return made
+
+
+def _images_of(kind: type) -> dict[str, Any]:
+    return {"size": {"height": 32, "width": 32}} if "DPT" in kind.__name__ else {}
 
 
 @contextmanager
@@ -74,11 +114,11 @@ def tiny_hub() -> Iterator[None]:
     made: dict[Any, Callable[..., Any]] = {
         PreTrainedTokenizerBase: lambda kind, name, **options: _tokenizer(name, options),
         transformers.AutoTokenizer: lambda kind, name, **options: _tokenizer(name, options),
-        transformers.AutoProcessor: lambda kind, name, **options: _tokenizer(name, options),
+        transformers.AutoProcessor: lambda kind, name, **options: _processor(kind, name),
         transformers.AutoConfig: lambda kind, name, **options: transformers.T5Config(**_T5),
         transformers.PreTrainedModel: model,
-        transformers.ProcessorMixin: lambda kind, name, **options: kind(tokenizer=_tokenizer(name, options)),
-        BaseImageProcessor: lambda kind, name, **options: kind(**options),
+        transformers.ProcessorMixin: lambda kind, name, **options: _processor(kind, name),
+        BaseImageProcessor: lambda kind, name, **options: kind(**_images_of(kind), **options),
         transformers.FeatureExtractionMixin: lambda kind, name, **options: kind(**options),
     }
     with ExitStack() as stack:

@@ -5,6 +5,7 @@ Denoisers are those of `tiny_denoisers.py`.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,14 @@ from transformers import (
 
 PROMPTS = ["a cat", "two dogs", "a big red bus"]
 LETTERS = ["<pad>", "<s>", "</s>", " ", *"abcdefghijklmnopqrstuvwxyz"]
+LETTERS += sorted(set(string.printable) - set(LETTERS))
 
 
 def tokenizer(
-    length: int = 16, more: Sequence[str] = (), marks: Mapping[str, str] | None = None
+    length: int = 16,
+    more: Sequence[str] = (),
+    marks: Mapping[str, str] | None = None,
+    kind: type[PreTrainedTokenizerFast] = PreTrainedTokenizerFast,
 ) -> PreTrainedTokenizerFast:
     """One that knows letters.
 
@@ -65,12 +70,13 @@ def tokenizer(
         length: of the longest text.
         more: tokens besides letters.
         marks: those of them that stand for something else than text, by name.
+        kind: its class.
     """
     made = Tokenizer(WordLevel({letter: i for i, letter in enumerate([*LETTERS, *more])}, unk_token="<pad>"))
-    made.pre_tokenizer, made.decoder = Split(Regex("."), "isolated"), Fuse()
+    made.pre_tokenizer, made.decoder = Split(Regex(r"[\s\S]"), "isolated"), Fuse()
     made.post_processor = TemplateProcessing(single="<s> $0 </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     said = "m.content if m.content is string else m.content[0].text"
-    return PreTrainedTokenizerFast(
+    return kind(
         tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=length,
         extra_special_tokens=marks or {},
         chat_template=f"{{% for m in messages %}}{{{{ {said} }}}}{{% endfor %}}",

@@ -94,8 +94,8 @@ class SamplerConfig:
         prompts = load_prompts(self.prompts, self.prompt_column)
         return [prompts[seed % len(prompts)] for seed in seeds]
 
-    def inputs_of(self, seeds: Sequence[int]) -> dict[str, list[Any]]:
-        """The further arguments of each seed."""
+    def inputs_of(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """The further arguments of some seeds: tensors of all, lists, or the text, image or video of a single one."""
         if self.inputs is None:
             return {}
         rows = load_inputs(self.inputs)
@@ -133,13 +133,17 @@ class SamplerConfig:
 
 
 def _of_images(values: list[Any]) -> Any:
-    """The values of a column: nested numbers, such as embeddings, as one tensor; lists of images stay lists."""
-    inner = values[0] if values else None
-    if not isinstance(inner, list):
-        return values
-    while isinstance(inner, list) and inner:
-        inner = inner[0]
-    return torch.tensor(values) if isinstance(inner, (bool, int, float)) else values
+    """The values of a column: nested numbers, such as embeddings, as one tensor."""
+    first = values[0]
+    while isinstance(first, list) and first:
+        first = first[0]
+    is_nested = isinstance(values[0], list) and isinstance(first, (bool, int, float))
+    return torch.tensor(values) if is_nested else _without_batch(values)
+
+
+def _without_batch(values: list[Any]) -> Any:
+    """The only value of a batch of one, if it is no number: some pipelines take no list of texts or images."""
+    return values[0] if len(values) == 1 and not isinstance(values[0], (bool, int, float)) else values
 
 
 @dataclass
@@ -342,13 +346,13 @@ def _arguments(
 ) -> dict[str, Any]:
     """What a pipeline is called with."""
     kind, accepted = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
-    n = len(seeds)
+    n, negative = len(seeds), sampler.negative_prompt
     defaults = {"generator": [torch.Generator("cpu").manual_seed(seed % 2**64) for seed in seeds], "output_type": "np"}
     arguments: dict[str, Any] = {name: value for name, value in defaults.items() if name in accepted}
     chosen: dict[str, Any] = {
         "num_inference_steps": ("steps", sampler.steps),
         "guidance_scale": ("guidance_scale", sampler.guidance_scale),
-        "negative_prompt": ("negative_prompt", sampler.negative_prompt and [sampler.negative_prompt] * n),
+        "negative_prompt": ("negative_prompt", None if negative is None else _without_batch([negative] * n)),
         "height": ("height", sampler.height),
         "width": ("width", sampler.width),
     }
@@ -362,7 +366,7 @@ def _arguments(
     prompts = sampler.prompts_of(seeds) if prompts is None else prompts
     if "prompt" in accepted:
         if prompts is not None:
-            arguments["prompt"] = list(prompts)
+            arguments["prompt"] = _without_batch(list(prompts))
         elif not any(name.startswith("prompt") for name in given) and "image" not in given:
             raise ValueError(f"{kind} is conditioned on text: give prompts with --sampler.prompts")
     elif prompts is not None:
