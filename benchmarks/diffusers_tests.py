@@ -103,7 +103,8 @@ def pipeline_tests(checkout: Path) -> dict[str, PipelineTest]:
         for node in classes.values():
             above = [classes[base.id] for base in node.bases if isinstance(base, ast.Name) and base.id in classes]
             name = next(filter(None, map(_pipeline_of, [node, *above])), "")
-            if _makes_components(node) and inspect.isclass(getattr(diffusers, name, None)):
+            kind = getattr(diffusers, name, None)
+            if _makes_components(node) and inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline):
                 found.setdefault(name, PipelineTest(name, checkout, module, node.name))
     return found
 

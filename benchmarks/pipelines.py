@@ -36,6 +36,7 @@ from tiny_pipelines import PIPELINES, tiny_pipeline
 
 import fpq_lightning as fpq
 from fpq_lightning.diffusion.denoisers import find_denoisers
+from fpq_lightning.diffusion.pipelines import take_settings
 from fpq_lightning.diffusion.sampling import generate
 
 _SECONDS = 120
@@ -112,8 +113,9 @@ def go_through(trial: Trial, directory: Path) -> None:
     )
     report = json.loads((directory / "run" / "report.json").read_text())
     trial.units, trial.share = len(report["blocks"]), report["quantized_share"]
-    pair = [pipeline, fpq.load_quantized(directory / "run" / "quantized")]
-    trial.result = compared(plain, *(sampled(one, sampler) for one in pair))
+    opened = fpq.load_quantized(directory / "run" / "quantized")
+    take_settings(opened, pipeline)
+    trial.result = compared(plain, *(sampled(one, sampler) for one in (pipeline, opened)))
 
 
 def sampled(pipeline: diffusers.DiffusionPipeline, sampler: fpq.SamplerConfig) -> torch.Tensor:

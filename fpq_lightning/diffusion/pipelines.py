@@ -178,6 +178,15 @@ def move_pipeline(pipeline: DiffusionPipeline, device: torch.device) -> None:
                 align(component)
 
 
+def take_settings(pipeline: DiffusionPipeline, source: DiffusionPipeline) -> None:
+    """Sets components as those of another pipeline were set after loading, such as tiling of a VAE: no file says it."""
+    for name, component in pipeline.components.items():
+        like = source.components.get(name)
+        if isinstance(component, nn.Module) and type(component) is type(like):
+            switches = {k: v for k, v in vars(like).items() if isinstance(v, (bool, int, float))}
+            vars(component).update((k, v) for k, v in switches.items() if k in vars(component))
+
+
 def check_not_compiled(pipeline: DiffusionPipeline, names: Sequence[str]) -> None:
     """Finds out that components are compiled, as a whole or in parts.
 
