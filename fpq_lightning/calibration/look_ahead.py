@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -100,27 +100,40 @@ def _begin_several(
     seeds: Sequence[int],
     prompts: list[str] | None,
 ) -> dict[str, _Ahead]:
-    """`_begin`; with several images of one prompt and input, where a pipeline takes only one in a call.
+    """`_begin`; with several images of one prompt or of one input, where a pipeline takes only one in a call.
 
     Raises:
-        ValueError: if it takes only one, and batches are larger.
+        ValueError: if it takes only one, and batches are larger, or it makes no several of it.
     """
     try:
         return _begin(pipeline, denoisers, sampler, seeds, prompts)
     except Exception as error:  # whatever a pipeline may do with more than it takes
         if not _takes(pipeline, denoisers, sampler, seeds[:1], prompts):
             raise
+        kind, reason = type(pipeline).__name__, " ".join(str(error).split())[:200]
+        line = f"{kind} makes one image in a call, and not {len(seeds)} ({reason})"
         if sampler.batch_size > 1:
-            kind, reason = type(pipeline).__name__, " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"{kind} makes one image in a call, and not {len(seeds)} ({reason}): set sampler.batch_size 1"
-            ) from error
-        counts = [name for name in inspect.signature(pipeline.__call__).parameters if name.endswith("_per_prompt")]
-        if isinstance(sampler, FunctionSampler) or not counts:
-            raise
+            raise ValueError(f"{line}: set sampler.batch_size 1") from error
+        for several, given in _of_one(pipeline, sampler, seeds):
+            with suppress(Exception):
+                return _begin(pipeline, denoisers, several, given, prompts)
+        raise ValueError(f"{line}: such pipelines cannot be calibrated") from error
+
+
+def _of_one(
+    pipeline: DiffusionPipeline, sampler: SamplerConfig, seeds: Sequence[int]
+) -> Iterator[tuple[SamplerConfig, Sequence[int]]]:
+    """Samplers of several images that have the first one's prompt or inputs, and the seeds to call them with."""
+    if isinstance(sampler, FunctionSampler):
+        return
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    several = replace(sampler, arguments={**sampler.arguments, counts[0]: len(seeds), "generator": generators})
-    return _begin(pipeline, denoisers, several, seeds[:1], prompts)
+    for name in inspect.signature(pipeline.__call__).parameters:
+        if name.endswith("_per_prompt"):
+            yield (
+                replace(sampler, arguments={**sampler.arguments, name: len(seeds), "generator": generators}),
+                seeds[:1],
+            )
+    yield replace(sampler, inputs=None, arguments={**sampler.arguments, **sampler.inputs_of(seeds[:1])}), seeds
 
 
 def _takes(

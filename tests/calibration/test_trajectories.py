@@ -238,6 +238,29 @@ def test_a_pipeline_that_takes_one_prompt_in_a_call_gives_what_one_for_many_give
     assert torch.equal(found.inputs["timestep"], expected.inputs["timestep"])
 
 
+class OneInput(DDPMPipeline):
+    """Takes one image for all of its prompts."""
+
+    def __call__(
+        self, prompt: str | list[str], image: Image.Image, generator: Any, num_inference_steps: int, output_type: str
+    ) -> Any:
+        assert isinstance(image, Image.Image)
+        n = 1 if isinstance(prompt, str) else len(prompt)
+        return super().__call__(n, generator, num_inference_steps, output_type)
+
+
+def test_a_pipeline_that_takes_one_input_for_all_prompts_gives_what_one_for_many_gives(
+    pipeline: DDPMPipeline, tmp_path: Path
+) -> None:
+    images = [Image.new("RGB", (2, 2), (i, 0, 0)) for i in range(2)]
+    datasets.Dataset.from_dict({"image": images}).save_to_disk(tmp_path)
+    sampler = replace(SAMPLER, batch_size=1)
+    given = replace(sampler, prompts=["a", "b"], inputs=str(tmp_path))
+    expected = sample_trajectories(pipeline, sampler, 8, seed=3)
+    found = sample_trajectories(OneInput(**tiny_pipeline().components), given, 8, seed=3)
+    assert torch.equal(found.inputs["sample"], expected.inputs["sample"])
+
+
 def test_batches_of_a_pipeline_that_takes_one_prompt_in_a_call_are_refused_with_what_to_do() -> None:
     with pytest.raises(
         ValueError, match=r"OnePrompt makes one image in a call, and not 2 .*: set sampler.batch_size 1"
