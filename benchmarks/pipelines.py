@@ -41,6 +41,7 @@ from fpq_lightning.diffusion.sampling import generate
 
 _SECONDS = 120
 _SEEDS = 3
+_ALONE = "set sampler.batch_size 1"  # what a run says of a pipeline that makes one image in a call
 
 
 @dataclass
@@ -98,23 +99,42 @@ def go_through(trial: Trial, directory: Path) -> None:
     """Fills in what becomes of a pipeline."""
     pipeline, options = tiny_pipeline(trial.name, directory)
     sampler = fpq.SamplerConfig(**options)
+    trial.alone = not takes_several(pipeline, sampler)
+    if not trial.alone:
+        try:
+            calibrate(trial, pipeline, sampler, directory / "run")
+            return
+        except ValueError as error:
+            if _ALONE not in str(error):
+                raise
+            trial.alone = True
+    calibrate(trial, pipeline, replace(sampler, batch_size=1), directory / "alone")
+
+
+def takes_several(pipeline: diffusers.DiffusionPipeline, sampler: fpq.SamplerConfig) -> bool:
+    """Whether a pipeline makes several images in a call."""
     try:
         sampled(pipeline, replace(sampler, batch_size=_SEEDS))
-    except Exception:  # whatever a pipeline may do with several images in a call
-        trial.alone, sampler = True, replace(sampler, batch_size=1)
+        return True
+    except Exception:  # whatever it does with them
+        return False
+
+
+def calibrate(trial: Trial, pipeline: diffusers.DiffusionPipeline, sampler: fpq.SamplerConfig, run: Path) -> None:
+    """Takes a pipeline through recording, quantization, files and back."""
     plain = sampled(pipeline, sampler)
     fpq.quantize(
         pipeline,
-        run_dir=directory / "run",
+        run_dir=run,
         data=fpq.CalibrationDataModule(n_samples=8, n_search=4, micro_batch=4),
         sampler=sampler,
         accelerator="cpu",
         enable_progress_bar=False,
         logger=False,
     )
-    report = json.loads((directory / "run" / "report.json").read_text())
+    report = json.loads((run / "report.json").read_text())
     trial.units, trial.share = len(report["blocks"]), report["quantized_share"]
-    opened = fpq.load_quantized(directory / "run" / "quantized")
+    opened = fpq.load_quantized(run / "quantized")
     take_settings(opened, pipeline)
     trial.result = compared(plain, *(sampled(one, sampler) for one in (pipeline, opened)))
 

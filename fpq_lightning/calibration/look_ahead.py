@@ -93,31 +93,45 @@ def _begin(
     return found
 
 
-def _begin_several(
+def _begin_and_axes(
     pipeline: DiffusionPipeline,
     denoisers: Mapping[str, nn.Module],
     sampler: SamplerConfig,
-    seeds: Sequence[int],
+    seed: int,
     prompts: list[str] | None,
-) -> dict[str, _Ahead]:
-    """`_begin`; with several images of one prompt or of one input, where a pipeline takes only one in a call.
+) -> tuple[dict[str, _Ahead], dict[str, dict[str, Axis]]]:
+    """How a batch begins, and where images lie in the arguments of each denoiser, as one image more shows.
 
     Raises:
-        ValueError: if it takes only one, and batches are larger, or it makes no several of it.
+        ValueError: if the pipeline makes one image in a call, and batches are larger.
     """
+    images = min(2, sampler.batch_size)
+    more = range(seed, seed + images + 1)
+    failure: Exception | None = None
     try:
-        return _begin(pipeline, denoisers, sampler, seeds, prompts)
-    except Exception as error:  # whatever a pipeline may do with more than it takes
-        if not _takes(pipeline, denoisers, sampler, seeds[:1], prompts):
-            raise
-        kind, reason = type(pipeline).__name__, " ".join(str(error).split())[:200]
-        line = f"{kind} makes one image in a call, and not {len(seeds)} ({reason})"
-        if sampler.batch_size > 1:
-            raise ValueError(f"{line}: set sampler.batch_size 1") from error
-        for several, given in _of_one(pipeline, sampler, seeds):
-            with suppress(Exception):
-                return _begin(pipeline, denoisers, several, given, prompts)
-        raise ValueError(f"{line}: such pipelines cannot be calibrated") from error
+        small = _begin(pipeline, denoisers, sampler, more[:-1], prompts)
+        for several, seeds in ((sampler, more), *(_of_one(pipeline, sampler, more) if images == 1 else ())):
+            try:
+                large = _begin(pipeline, denoisers, several, seeds, prompts)
+                networks = _networks({name: denoisers[name] for name in small})
+                return small, {
+                    name: _axes(network, small[name], large.get(name), pipeline, images)
+                    for name, network in networks.items()
+                }
+            except Exception as error:  # whatever a pipeline may do with more images than it takes
+                failure = failure or error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        failure = error
+    if images > 1:
+        with suppress(Exception):
+            _begin_and_axes(pipeline, denoisers, replace(sampler, batch_size=1), seed, prompts)
+            kind, reason = type(pipeline).__name__, " ".join(str(failure).split())[:200]
+            line = f"{kind} does not make {images} images in a call ({reason}): set sampler.batch_size 1"
+            failure = ValueError(line)
+    assert failure is not None
+    raise failure
 
 
 def _of_one(
@@ -136,20 +150,6 @@ def _of_one(
     yield replace(sampler, inputs=None, arguments={**sampler.arguments, **sampler.inputs_of(seeds[:1])}), seeds
 
 
-def _takes(
-    pipeline: DiffusionPipeline,
-    denoisers: Mapping[str, nn.Module],
-    sampler: SamplerConfig,
-    seeds: Sequence[int],
-    prompts: list[str] | None,
-) -> bool:
-    """Whether a pipeline makes so many images in a call."""
-    with suppress(Exception):
-        _begin(pipeline, denoisers, sampler, seeds, prompts)
-        return True
-    return False
-
-
 def look_ahead(
     pipeline: DiffusionPipeline,
     denoisers: Mapping[str, nn.Module],
@@ -160,11 +160,7 @@ def look_ahead(
     required: bool,
 ) -> dict[str, Plan]:
     """Calls the pipeline for the first steps of some images, and says what will be calibrated."""
-    images = min(2, sampler.batch_size)
-    prompts = sampler.prompts_of([seed])
-    small, large = (
-        _begin_several(pipeline, denoisers, sampler, range(seed, seed + k), prompts) for k in (images, images + 1)
-    )
+    small, axes = _begin_and_axes(pipeline, denoisers, sampler, seed, sampler.prompts_of([seed]))
     if never := [name for name in denoisers if name not in small]:
         text = f"{type(pipeline).__name__} never calls its {', '.join(never)} along a trajectory of this sampler"
         if required or not small:
@@ -172,10 +168,7 @@ def look_ahead(
         if distributed.rank() == 0:
             warnings.warn(f"{text}: it stays in full precision", stacklevel=3)
     denoisers = {name: module for name, module in denoisers.items() if name in small}
-    networks = {name: type(module).__name__ for name, module in denoisers.items()}
-    if len(denoisers) > 1:
-        networks = {name: f"{name} ({kind})" for name, kind in networks.items()}
-    axes = {name: _axes(networks[name], small[name], large.get(name), pipeline, images) for name in denoisers}
+    networks = _networks(denoisers)
     prompts = sampler.prompts_of(range(seed, seed + max(-(-n // ahead.calls) for ahead in small.values()))) or []
     if distributed.rank() == 0:
         for name in denoisers:
@@ -189,6 +182,12 @@ def look_ahead(
         )
         for name in denoisers
     }  # fmt: skip
+
+
+def _networks(denoisers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The classes of denoisers by name, with their names if there are several."""
+    kinds = {name: type(module).__name__ for name, module in denoisers.items()}
+    return kinds if len(kinds) == 1 else {name: f"{name} ({kind})" for name, kind in kinds.items()}
 
 
 def _axes(

@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline
+from diffusers import DDIMScheduler, DDPMPipeline, ImagePipelineOutput
 from models import tiny_pipeline
 from PIL import Image
 from torch import Tensor
@@ -261,10 +261,33 @@ def test_a_pipeline_that_takes_one_input_for_all_prompts_gives_what_one_for_many
     assert torch.equal(found.inputs["sample"], expected.inputs["sample"])
 
 
+class References(DDPMPipeline):
+    """Takes images as references of all prompts: with each of them the sample grows."""
+
+    @torch.no_grad()
+    def __call__(self, prompt: Any, image: Any, generator: Any, num_inference_steps: int) -> ImagePipelineOutput:
+        width = 8 * (len(image) if isinstance(image, list) else 1)
+        sample = torch.cat([torch.randn(1, 3, 8, width, generator=g) for g in generator])
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            sample = self.scheduler.step(self.unet(sample, t).sample, t, sample).prev_sample
+        return ImagePipelineOutput(sample.movedim(1, -1).numpy())
+
+
+def test_images_that_all_prompts_refer_to_are_no_batch(pipeline: DDPMPipeline, tmp_path: Path) -> None:
+    images = [Image.new("RGB", (2, 2), (i, 0, 0)) for i in range(2)]
+    datasets.Dataset.from_dict({"image": images}).save_to_disk(tmp_path)
+    sampler = replace(SAMPLER, prompts=["a", "b"], inputs=str(tmp_path))
+    references = References(**tiny_pipeline().components)
+    with pytest.raises(ValueError, match=r"References does not make 2 images in a call .*: set sampler.batch_size 1"):
+        sample_trajectories(references, sampler, 8, seed=3)
+    found = sample_trajectories(references, replace(sampler, batch_size=1), 8, seed=3)
+    expected = sample_trajectories(pipeline, replace(SAMPLER, batch_size=1), 8, seed=3)
+    assert torch.equal(found.inputs["sample"], expected.inputs["sample"])
+
+
 def test_batches_of_a_pipeline_that_takes_one_prompt_in_a_call_are_refused_with_what_to_do() -> None:
-    with pytest.raises(
-        ValueError, match=r"OnePrompt makes one image in a call, and not 2 .*: set sampler.batch_size 1"
-    ):
+    with pytest.raises(ValueError, match=r"OnePrompt does not make 2 images in a call .*: set sampler.batch_size 1"):
         sample_trajectories(one_prompt(), replace(SAMPLER, prompts=["a", "b"]), 8)
 
 
