@@ -65,6 +65,9 @@ class PipelineTest:
     def make(self) -> Made:
         """The components of the pipeline, and the options of its sampler."""
         components, inputs, batched = self._made()
+        for kind in map(type, components.values()):  # one of the test is opened from the folder that diffusers expects
+            if kind.__module__ == self.module:
+                setattr(getattr(diffusers.pipelines, self.module.split(".")[-2]), kind.__name__, kind)
         for network in (part for part in components.values() if isinstance(part, nn.Module)):
             network.eval()
             text = network.config.get_text_config() if isinstance(network, PreTrainedModel) else None

@@ -310,12 +310,21 @@ def generate(
     try:
         if isinstance(sampler, FunctionSampler):
             return cast(Any, sampler.function)(pipeline, list(seeds))
-        return pipeline(**_arguments(pipeline, sampler, seeds, prompts))
+        with _drawing_from(seeds[0], pipeline.device):
+            return pipeline(**_arguments(pipeline, sampler, seeds, prompts))
     except TypeError as error:
         if "BFloat16" not in str(error):
             raise
         kind = type(pipeline).__name__
         raise ValueError(f"{kind} cannot make images of a bfloat16 model: load it in float32") from error
+
+
+@contextmanager
+def _drawing_from(seed: int, device: torch.device) -> Iterator[None]:
+    """Within the block numbers drawn without a generator depend on the seed: some pipelines encode images with such."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def sample(

@@ -118,6 +118,22 @@ def test_one_image_alone_is_called_with_bare_texts_and_images_and_several_with_l
     assert (prompt, len(image), negative, labels) == (["a", "b"], 2, ["", ""], [5, 6])
 
 
+class Careless(DDPMPipeline):
+    """Draws without its generator."""
+
+    def __call__(self, prompt: Any, generator: Any) -> Any:
+        return torch.rand(len(prompt))
+
+
+def test_numbers_that_a_pipeline_draws_without_a_generator_depend_on_the_seed() -> None:
+    pipeline, sampler = Careless(**tiny_pipeline().components), SamplerConfig(prompts=["a", "b"])
+    before = torch.get_rng_state()
+    first, again, other = (generate(pipeline, sampler, seeds) for seeds in ([3, 4], [3, 4], [5, 6]))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_inputs_that_are_edited_are_read_again_and_decide_the_images(tmp_path: Path) -> None:
     file = tmp_path / "inputs.jsonl"
     seen = []
