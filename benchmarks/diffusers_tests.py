@@ -146,11 +146,11 @@ def _options(call: Mapping[str, inspect.Parameter], inputs: dict[str, Any], batc
         elif name == "negative_prompt" and isinstance(value, str):
             options[name] = value
         elif _is_of_image(value) or (name in batched and isinstance(value, str)):
-            columns[name] = _of_one(value)
+            columns[name] = [_of_one(value, i) for i in range(3)]
         else:
             arguments[name] = list(value) if isinstance(value, tuple) else value
     if columns:
-        options["inputs"] = datasets.Dataset.from_dict({name: [value] * 3 for name, value in columns.items()})
+        options["inputs"] = datasets.Dataset.from_dict(columns)
     return options | {"arguments": arguments}
 
 
@@ -160,10 +160,12 @@ def _is_of_image(value: Any) -> bool:
     return isinstance(first, (Image.Image, Tensor, np.ndarray))
 
 
-def _of_one(value: Any) -> Any:
-    """The value of one image, without the axis of a batch; a mask is an image."""
+def _of_one(value: Any, i: int) -> Any:
+    """The value of image i, without the axis of a batch; a mask is a picture, and pictures are noise."""
     if isinstance(value, list):
-        return _of_one(value[0]) if len(value) == 1 else [_of_one(part) for part in value]
+        return _of_one(value[0], i) if len(value) == 1 else [_of_one(part, i) for part in value]
+    if isinstance(value, Image.Image):
+        return Image.effect_noise(value.size, 40 + i).convert(value.mode)
     if not isinstance(value, (Tensor, np.ndarray)):
         return value
     value = torch.as_tensor(value)

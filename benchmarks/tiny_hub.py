@@ -10,6 +10,7 @@ from unittest import mock
 
 import transformers
 from tiny_pipelines import LETTERS, tokenizer
+from transformers import PreTrainedTokenizerFast  # by this name in this module diffusers opens its subclass
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -53,7 +54,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-class PictureReader(transformers.PreTrainedTokenizerFast):
+class PictureReader(PreTrainedTokenizerFast):
     """A tokenizer that reads pictures, too, as processors of Qwen do; theirs need torchvision."""
 
     tokenizer = property(lambda self: self)
@@ -78,7 +79,7 @@ class PictureReader(transformers.PreTrainedTokenizerFast):
 def _tokenizer(
     name: str,
     options: dict[str, Any],
-    kind: type[transformers.PreTrainedTokenizerFast] = transformers.PreTrainedTokenizerFast,
+    kind: type[PreTrainedTokenizerFast] = PreTrainedTokenizerFast,
 ) -> Any:
     length = options.get("model_max_length", 77)
     if "Qwen" not in name and "cosmos3" not in name:
