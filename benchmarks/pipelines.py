@@ -166,35 +166,40 @@ def in_time(name: str, test: PipelineTest | None, trace: bool) -> Trial:
             return Trial(name, f"took longer than {_SECONDS} s", seconds=_SECONDS)
 
 
-def exported() -> list[str]:
+def exported() -> dict[str, type]:
     """All pipeline classes that diffusers has."""
-    classes = ((name, getattr(diffusers, name, None)) for name in dir(diffusers))
-    kinds = [name for name, kind in classes if inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline)]
-    return [name for name in kinds if name != "DiffusionPipeline"]
+    classes = {name: getattr(diffusers, name, None) for name in dir(diffusers) if name != "DiffusionPipeline"}
+    return {k: v for k, v in classes.items() if inspect.isclass(v) and issubclass(v, diffusers.DiffusionPipeline)}
 
 
 def rest_of_page(trials: list[Trial], tests: dict[str, PipelineTest]) -> str:
     """What the table does not say: whose components they are, and what was not tried."""
     tried = {trial.name.split()[0] for trial in trials if not trial.plain}
     reasons = {trial.name: trial.plain for trial in trials if trial.plain}
-    alone = ", ".join(f"`{trial.name}`" for trial in trials if trial.alone)
-    every = exported()
-    others = [name for name in every if name not in tried]
-    lines = [
-        "",
-        f"diffusers exports {len(every)} pipeline classes. {len(tried)} were tried. The components are of our making; "
-        "where we have none, they are those of",
-        f"diffusers' own tests ({sum(name in tests for name in tried)} classes), or those of a pipeline that has the "
-        "same parts.",
-        "",
-        f"One image in a call (`sampler.batch_size` 1): {alone}.",
-        "",
-        "## Not tried",
-        "",
-        *(f"- `{name}`: {reasons.get(name, 'no tiny components')}" for name in others),
-        "",
-    ]
-    return "\n".join(lines)
+    kinds = exported()
+    alone = ", ".join(f"`{trial.name}`" for trial in trials if trial.alone and trial.ok)
+    others: dict[str, list[str]] = {}
+    for name, kind in kinds.items():
+        if name not in tried:
+            without = "deprecated by diffusers" if "deprecated" in kind.__module__ else "no tiny components"
+            others.setdefault(reasons.get(name, "not run" if name in PIPELINES else without), []).append(f"`{name}`")
+    return "\n".join(
+        [
+            "",
+            f"diffusers exports {len(kinds)} pipeline classes, of which {len(tried)} were tried: those that run in "
+            "full precision. Components are of our",
+            f"making, or else those of diffusers' own tests ({sum(name in tests for name in tried)} classes) with tiny "
+            "models, tokenizers and processors in place of those of the hub,",
+            "or those of a pipeline that has the same parts.",
+            "",
+            f"These make one image in a call, and were calibrated with `sampler.batch_size` 1: {alone}.",
+            "",
+            "## Not tried",
+            "",
+            *(f"- {reason}: {', '.join(names)}" for reason, names in sorted(others.items())),
+            "",
+        ]
+    )
 
 
 def main() -> None:
@@ -225,7 +230,8 @@ def main() -> None:
     outcomes = [trial for trial in trials.values() if not trial.plain]
     print(f"{sum(outcome.ok for outcome in outcomes)} of {len(outcomes)} are ok")
     if args.write:
-        text = page("Pipelines", "pipeline", outcomes, "python " + " ".join(sys.argv))
+        source = "" if args.diffusers is None else " --diffusers CHECKOUT"
+        text = page("Pipelines", "pipeline", outcomes, f"python benchmarks/pipelines.py{source} --write {args.write}")
         args.write.write_text(text + rest_of_page(list(trials.values()), tests))
 
 
