@@ -158,12 +158,19 @@ def compared(plain: torch.Tensor, expected: torch.Tensor, found: torch.Tensor) -
 
 
 def in_time(name: str, test: PipelineTest | None, trace: bool) -> Trial:
-    """`examine` in a process of its own, which is ended when its time is over."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        try:
-            return pool.apply_async(examine, (name, test, trace)).get(_SECONDS)
-        except multiprocessing.TimeoutError:
-            return Trial(name, f"took longer than {_SECONDS} s", seconds=_SECONDS)
+    """`examine` in a process of its own, which is killed when its time is over."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(examine(name, test, trace)))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(_SECONDS) else Trial(name, f"took longer than {_SECONDS} s")
+    except EOFError:
+        return Trial(name, "its process was killed")
+    finally:
+        process.kill()
+        process.join()
 
 
 def exported() -> dict[str, type]:
