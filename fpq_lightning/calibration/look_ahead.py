@@ -20,6 +20,7 @@ from fpq_lightning.calibration.recorder import Call, Recorder
 from fpq_lightning.diffusion.sampling import (
     FunctionSampler,
     SamplerConfig,
+    bare,
     generate,
     using_sampler,
     warn_of_long_prompts,
@@ -140,14 +141,14 @@ def _of_one(
     """Samplers of several images that have the first one's prompt or inputs, and the seeds to call them with."""
     if isinstance(sampler, FunctionSampler):
         return
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    for name in inspect.signature(pipeline.__call__).parameters:
+    accepted = inspect.signature(pipeline.__call__).parameters
+    generators = [torch.Generator("cpu").manual_seed(seed % 2**64) for seed in seeds]
+    for name in accepted:
         if name.endswith("_per_prompt"):
-            yield (
-                replace(sampler, arguments={**sampler.arguments, name: len(seeds), "generator": generators}),
-                seeds[:1],
-            )
-    yield replace(sampler, inputs=None, arguments={**sampler.arguments, **sampler.inputs_of(seeds[:1])}), seeds
+            given = {**sampler.arguments, name: len(seeds), "generator": generators}
+            yield replace(sampler, arguments=given), seeds[:1]
+    shared = {name: bare(values, accepted[name]) for name, values in sampler.inputs_of(seeds[:1]).items()}
+    yield replace(sampler, inputs=None, arguments={**sampler.arguments, **shared}), seeds
 
 
 def look_ahead(

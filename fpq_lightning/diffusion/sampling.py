@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -95,7 +96,7 @@ class SamplerConfig:
         return [prompts[seed % len(prompts)] for seed in seeds]
 
     def inputs_of(self, seeds: Sequence[int]) -> dict[str, Any]:
-        """The further arguments of some seeds: tensors of all, lists, or the text, image or video of a single one."""
+        """The further arguments of each seed."""
         if self.inputs is None:
             return {}
         rows = load_inputs(self.inputs)
@@ -138,12 +139,7 @@ def _of_images(values: list[Any]) -> Any:
     while isinstance(first, list) and first:
         first = first[0]
     is_nested = isinstance(values[0], list) and isinstance(first, (bool, int, float))
-    return torch.tensor(values) if is_nested else _without_batch(values)
-
-
-def _without_batch(values: list[Any]) -> Any:
-    """The only value of a batch of one, if it is no number: some pipelines take no list of texts or images."""
-    return values[0] if len(values) == 1 and not isinstance(values[0], (bool, int, float)) else values
+    return torch.tensor(values) if is_nested else values
 
 
 @dataclass
@@ -323,7 +319,7 @@ def generate(
 def _drawing_from(seed: int, device: torch.device) -> Iterator[None]:
     """Within the block numbers drawn without a generator depend on the seed: some pipelines encode images with such."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % 2**64)
         yield
 
 
@@ -361,12 +357,13 @@ def _arguments(
     chosen: dict[str, Any] = {
         "num_inference_steps": ("steps", sampler.steps),
         "guidance_scale": ("guidance_scale", sampler.guidance_scale),
-        "negative_prompt": ("negative_prompt", None if negative is None else _without_batch([negative] * n)),
+        "negative_prompt": ("negative_prompt", None if negative is None else [negative] * n),
         "height": ("height", sampler.height),
         "width": ("width", sampler.width),
     }
     given = {name: value for name, (_, value) in chosen.items() if value is not None}
     given |= sampler.arguments | sampler.inputs_of(seeds)
+    of_seeds = {"prompt", "negative_prompt", *given} - sampler.arguments.keys()
     for name in given:
         if name not in accepted:
             option = chosen[name][0] if name in chosen else "inputs" if name not in sampler.arguments else "arguments"
@@ -375,7 +372,7 @@ def _arguments(
     prompts = sampler.prompts_of(seeds) if prompts is None else prompts
     if "prompt" in accepted:
         if prompts is not None:
-            arguments["prompt"] = _without_batch(list(prompts))
+            arguments["prompt"] = list(prompts)
         elif not any(name.startswith("prompt") for name in given) and "image" not in given:
             raise ValueError(f"{kind} is conditioned on text: give prompts with --sampler.prompts")
     elif prompts is not None:
@@ -392,4 +389,15 @@ def _arguments(
             f"{kind} needs {', '.join(required)}: give a dataset with such columns as --sampler.inputs, or values for "
             "all images in --sampler.arguments"
         )
-    return arguments
+    return {k: bare(v, accepted[k]) if k in of_seeds else v for k, v in arguments.items()}
+
+
+def bare(values: Any, parameter: inspect.Parameter) -> Any:
+    """The text, image or list of images of a batch of one, if the parameter takes such: some pipelines take no list."""
+    if not isinstance(values, list) or len(values) != 1:
+        return values
+    kinds, nested = str(parameter.annotation), re.compile(r"(list|List|Sequence)\[[^\[\]]*\]")
+    while nested.search(kinds):
+        kinds = nested.sub("", kinds)
+    takes = isinstance(values[0], list) or ("str" if isinstance(values[0], str) else "Image") in kinds
+    return values[0] if takes and not isinstance(values[0], (bool, int, float)) else values

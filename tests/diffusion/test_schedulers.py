@@ -101,19 +101,26 @@ def test_a_column_of_videos_gives_a_list_of_images_for_each_seed(tmp_path: Path)
 
 
 class Captioned(DDPMPipeline):
-    """Takes a text and an image, both bare, and tells what it was called with."""
+    """Tells what it was called with."""
 
-    def __call__(self, prompt: str, image: Any, negative_prompt: Any, labels: Any, generator: Any) -> Any:
+    def __call__(
+        self,
+        prompt: str | list[str],
+        image: Image.Image | list[Image.Image],
+        negative_prompt: list[str],
+        labels: Any,
+        generator: Any,
+    ) -> Any:
         return prompt, image, negative_prompt, labels
 
 
-def test_one_image_alone_is_called_with_bare_texts_and_images_and_several_with_lists(tmp_path: Path) -> None:
+def test_one_image_alone_is_called_with_bare_texts_and_images_where_a_pipeline_takes_them(tmp_path: Path) -> None:
     images = [Image.new("RGB", (2, 2), (i, 0, 0)) for i in range(2)]
     datasets.Dataset.from_dict({"image": images, "labels": [5, 6]}).save_to_disk(tmp_path)
     pipeline = Captioned(**tiny_pipeline().components)
     sampler = SamplerConfig(prompts=["a", "b"], negative_prompt="", inputs=str(tmp_path))
     prompt, image, negative, labels = generate(pipeline, sampler, [1])
-    assert (prompt, image.getpixel((0, 0)), negative, labels) == ("b", (1, 0, 0), "", [6])
+    assert (prompt, image.getpixel((0, 0)), negative, labels) == ("b", (1, 0, 0), [""], [6])
     prompt, image, negative, labels = generate(pipeline, sampler, [0, 1])
     assert (prompt, len(image), negative, labels) == (["a", "b"], 2, ["", ""], [5, 6])
 
