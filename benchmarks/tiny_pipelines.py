@@ -5,7 +5,8 @@ Denoisers are those of `tiny_denoisers.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import string
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from diffusers.pipelines.stable_audio import StableAudioProjectionModel
 from PIL import Image
 from tiny_denoisers import PARTICULAR, WIDTH, configuration, denoisers
 from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
@@ -53,16 +55,30 @@ from transformers import (
 
 PROMPTS = ["a cat", "two dogs", "a big red bus"]
 LETTERS = ["<pad>", "<s>", "</s>", " ", *"abcdefghijklmnopqrstuvwxyz"]
+LETTERS += sorted(set(string.printable) - set(LETTERS))
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One that knows letters."""
-    made = Tokenizer(WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token="<pad>"))
-    made.pre_tokenizer = Split(Regex("."), "isolated")
+def tokenizer(
+    length: int = 16,
+    more: Sequence[str] = (),
+    marks: Mapping[str, str] | None = None,
+    kind: type[PreTrainedTokenizerFast] = PreTrainedTokenizerFast,
+) -> PreTrainedTokenizerFast:
+    """One that knows letters.
+
+    Args:
+        length: of the longest text.
+        more: tokens besides letters.
+        marks: those of them that stand for something else than text, by name.
+        kind: its class.
+    """
+    made = Tokenizer(WordLevel({letter: i for i, letter in enumerate([*LETTERS, *more])}, unk_token="<pad>"))
+    made.pre_tokenizer, made.decoder = Split(Regex(r"[\s\S]"), "isolated"), Fuse()
     made.post_processor = TemplateProcessing(single="<s> $0 </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     said = "m.content if m.content is string else m.content[0].text"
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=16,
+    return kind(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=length,
+        extra_special_tokens=marks or {},
         chat_template=f"{{% for m in messages %}}{{{{ {said} }}}}{{% endfor %}}",
     )  # fmt: skip
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +17,14 @@ from torch.utils._pytree import tree_map
 
 from fpq_lightning.calibration.axes import Axis, find_axes
 from fpq_lightning.calibration.recorder import Call, Recorder
-from fpq_lightning.diffusion.sampling import SamplerConfig, generate, using_sampler, warn_of_long_prompts
+from fpq_lightning.diffusion.sampling import (
+    FunctionSampler,
+    SamplerConfig,
+    bare,
+    generate,
+    using_sampler,
+    warn_of_long_prompts,
+)
 from fpq_lightning.utils import distributed
 
 
@@ -86,6 +94,63 @@ def _begin(
     return found
 
 
+def _begin_and_axes(
+    pipeline: DiffusionPipeline,
+    denoisers: Mapping[str, nn.Module],
+    sampler: SamplerConfig,
+    seed: int,
+    prompts: list[str] | None,
+) -> tuple[dict[str, _Ahead], dict[str, dict[str, Axis]]]:
+    """How a batch begins, and where images lie in the arguments of each denoiser, as one image more shows.
+
+    Raises:
+        ValueError: if the pipeline makes one image in a call, and batches are larger.
+    """
+    images = min(2, sampler.batch_size)
+    more = range(seed, seed + images + 1)
+    failure: Exception | None = None
+    try:
+        small = _begin(pipeline, denoisers, sampler, more[:-1], prompts)
+        for several, seeds in ((sampler, more), *(_of_one(pipeline, sampler, more) if images == 1 else ())):
+            try:
+                large = _begin(pipeline, denoisers, several, seeds, prompts)
+                networks = _networks({name: denoisers[name] for name in small})
+                return small, {
+                    name: _axes(network, small[name], large.get(name), pipeline, images)
+                    for name, network in networks.items()
+                }
+            except Exception as error:  # whatever a pipeline may do with more images than it takes
+                failure = failure or error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        failure = error
+    if images > 1:
+        with suppress(Exception):
+            _begin_and_axes(pipeline, denoisers, replace(sampler, batch_size=1), seed, prompts)
+            kind, reason = type(pipeline).__name__, " ".join(str(failure).split())[:200]
+            line = f"{kind} does not make {images} images in a call ({reason}): set sampler.batch_size 1"
+            failure = ValueError(line)
+    assert failure is not None
+    raise failure
+
+
+def _of_one(
+    pipeline: DiffusionPipeline, sampler: SamplerConfig, seeds: Sequence[int]
+) -> Iterator[tuple[SamplerConfig, Sequence[int]]]:
+    """Samplers of several images that have the first one's prompt or inputs, and the seeds to call them with."""
+    if isinstance(sampler, FunctionSampler):
+        return
+    accepted = inspect.signature(pipeline.__call__).parameters
+    generators = [torch.Generator("cpu").manual_seed(seed % 2**64) for seed in seeds]
+    for name in accepted:
+        if name.endswith("_per_prompt"):
+            given = {**sampler.arguments, name: len(seeds), "generator": generators}
+            yield replace(sampler, arguments=given), seeds[:1]
+    shared = {name: bare(values, accepted[name]) for name, values in sampler.inputs_of(seeds[:1]).items()}
+    yield replace(sampler, inputs=None, arguments={**sampler.arguments, **shared}), seeds
+
+
 def look_ahead(
     pipeline: DiffusionPipeline,
     denoisers: Mapping[str, nn.Module],
@@ -96,9 +161,7 @@ def look_ahead(
     required: bool,
 ) -> dict[str, Plan]:
     """Calls the pipeline for the first steps of some images, and says what will be calibrated."""
-    images = min(2, sampler.batch_size)
-    prompts = sampler.prompts_of([seed])
-    small, large = (_begin(pipeline, denoisers, sampler, range(seed, seed + k), prompts) for k in (images, images + 1))
+    small, axes = _begin_and_axes(pipeline, denoisers, sampler, seed, sampler.prompts_of([seed]))
     if never := [name for name in denoisers if name not in small]:
         text = f"{type(pipeline).__name__} never calls its {', '.join(never)} along a trajectory of this sampler"
         if required or not small:
@@ -106,10 +169,7 @@ def look_ahead(
         if distributed.rank() == 0:
             warnings.warn(f"{text}: it stays in full precision", stacklevel=3)
     denoisers = {name: module for name, module in denoisers.items() if name in small}
-    networks = {name: type(module).__name__ for name, module in denoisers.items()}
-    if len(denoisers) > 1:
-        networks = {name: f"{name} ({kind})" for name, kind in networks.items()}
-    axes = {name: _axes(networks[name], small[name], large.get(name), pipeline, images) for name in denoisers}
+    networks = _networks(denoisers)
     prompts = sampler.prompts_of(range(seed, seed + max(-(-n // ahead.calls) for ahead in small.values()))) or []
     if distributed.rank() == 0:
         for name in denoisers:
@@ -123,6 +183,12 @@ def look_ahead(
         )
         for name in denoisers
     }  # fmt: skip
+
+
+def _networks(denoisers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The classes of denoisers by name, with their names if there are several."""
+    kinds = {name: type(module).__name__ for name, module in denoisers.items()}
+    return kinds if len(kinds) == 1 else {name: f"{name} ({kind})" for name, kind in kinds.items()}
 
 
 def _axes(

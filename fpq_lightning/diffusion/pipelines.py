@@ -200,6 +200,24 @@ def move_pipeline(pipeline: DiffusionPipeline, device: torch.device) -> None:
                 align(component)
 
 
+def take_settings(pipeline: DiffusionPipeline, source: DiffusionPipeline) -> None:
+    """Sets components as those of another pipeline were set after loading, which no file says.
+
+    Args:
+        pipeline: to set.
+        source: whose plain attributes, such as the tiling of a VAE, and processors of attention it takes.
+    """
+    for name, component in pipeline.components.items():
+        like = source.components.get(name)
+        if isinstance(component, nn.Module) and type(component) is type(like):
+            switches = {k: v for k, v in vars(like).items() if isinstance(v, (bool, int, float))}
+            vars(component).update((k, v) for k, v in switches.items() if k in vars(component))
+            for path, module in like.named_modules():
+                processor = getattr(module, "processor", None)
+                if processor is not None and not isinstance(processor, nn.Module):
+                    component.get_submodule(path).processor = processor
+
+
 def check_as_loaded(pipeline: DiffusionPipeline, names: Sequence[str]) -> None:
     """Finds out what was done to components since they were loaded that does not go with quantization.
 

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -95,7 +96,7 @@ class SamplerConfig:
         prompts = load_prompts(self.prompts, self.prompt_column)
         return [prompts[seed % len(prompts)] for seed in seeds]
 
-    def inputs_of(self, seeds: Sequence[int]) -> dict[str, list[Any]]:
+    def inputs_of(self, seeds: Sequence[int]) -> dict[str, Any]:
         """The further arguments of each seed."""
         if self.inputs is None:
             return {}
@@ -135,7 +136,11 @@ class SamplerConfig:
 
 def _of_images(values: list[Any]) -> Any:
     """The values of a column: nested numbers, such as embeddings, as one tensor."""
-    return torch.tensor(values) if values and isinstance(values[0], list) else values
+    first = values[0]
+    while isinstance(first, list) and first:
+        first = first[0]
+    is_nested = isinstance(values[0], list) and isinstance(first, (bool, int, float))
+    return torch.tensor(values) if is_nested else values
 
 
 @dataclass
@@ -303,12 +308,21 @@ def generate(
         with kept_if_interrupted(pipeline):
             if isinstance(sampler, FunctionSampler):
                 return cast(Any, sampler.function)(pipeline, list(seeds))
-            return pipeline(**_arguments(pipeline, sampler, seeds, prompts))
+            with _drawing_from(seeds[0], pipeline.device):
+                return pipeline(**_arguments(pipeline, sampler, seeds, prompts))
     except TypeError as error:
         if "BFloat16" not in str(error):
             raise
         kind = type(pipeline).__name__
         raise ValueError(f"{kind} cannot make images of a bfloat16 model: load it in float32") from error
+
+
+@contextmanager
+def _drawing_from(seed: int, device: torch.device) -> Iterator[None]:
+    """Within the block numbers drawn without a generator depend on the seed: some pipelines encode images with such."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed % 2**64)
+        yield
 
 
 def sample(
@@ -339,18 +353,19 @@ def _arguments(
 ) -> dict[str, Any]:
     """What a pipeline is called with."""
     kind, accepted = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
-    n = len(seeds)
+    n, negative = len(seeds), sampler.negative_prompt
     defaults = {"generator": [torch.Generator("cpu").manual_seed(seed % 2**64) for seed in seeds], "output_type": "np"}
     arguments: dict[str, Any] = {name: value for name, value in defaults.items() if name in accepted}
     chosen: dict[str, Any] = {
         "num_inference_steps": ("steps", sampler.steps),
         "guidance_scale": ("guidance_scale", sampler.guidance_scale),
-        "negative_prompt": ("negative_prompt", sampler.negative_prompt and [sampler.negative_prompt] * n),
+        "negative_prompt": ("negative_prompt", None if negative is None else [negative] * n),
         "height": ("height", sampler.height),
         "width": ("width", sampler.width),
     }
     given = {name: value for name, (_, value) in chosen.items() if value is not None}
     given |= sampler.arguments | sampler.inputs_of(seeds)
+    of_seeds = {"prompt", "negative_prompt", *given} - sampler.arguments.keys()
     for name in given:
         if name not in accepted:
             option = chosen[name][0] if name in chosen else "inputs" if name not in sampler.arguments else "arguments"
@@ -376,4 +391,15 @@ def _arguments(
             f"{kind} needs {', '.join(required)}: give a dataset with such columns as --sampler.inputs, or values for "
             "all images in --sampler.arguments"
         )
-    return arguments
+    return {k: bare(v, accepted[k]) if k in of_seeds else v for k, v in arguments.items()}
+
+
+def bare(values: Any, parameter: inspect.Parameter) -> Any:
+    """The text, image or list of images of a batch of one, if the parameter takes such: some pipelines take no list."""
+    if not isinstance(values, list) or len(values) != 1:
+        return values
+    kinds, nested = str(parameter.annotation), re.compile(r"(list|List|Sequence)\[[^\[\]]*\]")
+    while nested.search(kinds):
+        kinds = nested.sub("", kinds)
+    takes = isinstance(values[0], list) or ("str" if isinstance(values[0], str) else "Image") in kinds
+    return values[0] if takes and not isinstance(values[0], (bool, int, float)) else values

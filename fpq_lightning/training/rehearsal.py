@@ -25,7 +25,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fpq_lightning.diffusion.pipelines import class_to_open, move_pipeline
+from fpq_lightning.diffusion.pipelines import class_to_open, move_pipeline, take_settings
 from fpq_lightning.diffusion.sampling import SamplerConfig, generate, running_pipeline, shortened, using_sampler
 from fpq_lightning.evaluation.config import EvaluationConfig
 from fpq_lightning.graph.units import Unit
@@ -227,6 +227,7 @@ class _SmallRun(BlockReconstruction):
     def _open(self) -> None:
         opened = load_quantized(self._scratch.quantized, class_to_open(self.pipeline))
         opened.set_progress_bar_config(disable=True)
+        take_settings(opened, self.pipeline)
         move_pipeline(opened, self.device)
         self.placement.to(self.device)
         with running_pipeline(self.pipeline, "quantized"):

@@ -6,6 +6,7 @@ import io
 import math
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline
+from diffusers import DDIMScheduler, DDPMPipeline, ImagePipelineOutput
 from models import tiny_pipeline
 from PIL import Image
 from torch import Tensor
@@ -210,6 +211,86 @@ def test_a_pixel_pipeline_in_bfloat16_is_one_clear_line() -> None:
     pipeline.unet.to(torch.bfloat16)
     with pytest.raises(ValueError, match="DDPMPipeline cannot make images of a bfloat16 model: load it in float32"):
         sample_trajectories(pipeline, SAMPLER, 4)
+
+
+class OnePrompt(DDPMPipeline):
+    """Takes one prompt in a call, of which it makes several images."""
+
+    def __call__(
+        self,
+        prompt: list[str],
+        generator: Any,
+        num_inference_steps: int,
+        num_images_per_prompt: int = 1,
+        output_type: str = "np",
+    ) -> Any:
+        (_,) = prompt
+        return super().__call__(num_images_per_prompt, generator, num_inference_steps, output_type)
+
+
+def one_prompt() -> OnePrompt:
+    return OnePrompt(**tiny_pipeline().components)
+
+
+def test_a_pipeline_that_takes_one_prompt_in_a_call_gives_what_one_for_many_gives(pipeline: DDPMPipeline) -> None:
+    sampler = replace(SAMPLER, batch_size=1)
+    expected = sample_trajectories(pipeline, sampler, 8, seed=3)
+    found = sample_trajectories(one_prompt(), replace(sampler, prompts=["a", "b"]), 8, seed=3)
+    assert torch.equal(found.inputs["sample"], expected.inputs["sample"])
+    assert torch.equal(found.inputs["timestep"], expected.inputs["timestep"])
+
+
+class OneInput(DDPMPipeline):
+    """Takes one image for all of its prompts."""
+
+    def __call__(
+        self, prompt: str | list[str], image: Image.Image, generator: Any, num_inference_steps: int, output_type: str
+    ) -> Any:
+        assert isinstance(image, Image.Image)
+        n = 1 if isinstance(prompt, str) else len(prompt)
+        return super().__call__(n, generator, num_inference_steps, output_type)
+
+
+def test_a_pipeline_that_takes_one_input_for_all_prompts_gives_what_one_for_many_gives(
+    pipeline: DDPMPipeline, tmp_path: Path
+) -> None:
+    images = [Image.new("RGB", (2, 2), (i, 0, 0)) for i in range(2)]
+    datasets.Dataset.from_dict({"image": images}).save_to_disk(tmp_path)
+    sampler = replace(SAMPLER, batch_size=1)
+    given = replace(sampler, prompts=["a", "b"], inputs=str(tmp_path))
+    expected = sample_trajectories(pipeline, sampler, 8, seed=3)
+    found = sample_trajectories(OneInput(**tiny_pipeline().components), given, 8, seed=3)
+    assert torch.equal(found.inputs["sample"], expected.inputs["sample"])
+
+
+class References(DDPMPipeline):
+    """Takes images as references of all prompts: with each of them the sample grows."""
+
+    @torch.no_grad()
+    def __call__(self, prompt: Any, image: Any, generator: Any, num_inference_steps: int) -> ImagePipelineOutput:
+        width = 8 * (len(image) if isinstance(image, list) else 1)
+        sample = torch.cat([torch.randn(1, 3, 8, width, generator=g) for g in generator])
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            sample = self.scheduler.step(self.unet(sample, t).sample, t, sample).prev_sample
+        return ImagePipelineOutput(sample.movedim(1, -1).numpy())
+
+
+def test_images_that_all_prompts_refer_to_are_no_batch(pipeline: DDPMPipeline, tmp_path: Path) -> None:
+    images = [Image.new("RGB", (2, 2), (i, 0, 0)) for i in range(2)]
+    datasets.Dataset.from_dict({"image": images}).save_to_disk(tmp_path)
+    sampler = replace(SAMPLER, prompts=["a", "b"], inputs=str(tmp_path))
+    references = References(**tiny_pipeline().components)
+    with pytest.raises(ValueError, match=r"References does not make 2 images in a call .*: set sampler.batch_size 1"):
+        sample_trajectories(references, sampler, 8, seed=3)
+    found = sample_trajectories(references, replace(sampler, batch_size=1), 8, seed=3)
+    expected = sample_trajectories(pipeline, replace(SAMPLER, batch_size=1), 8, seed=3)
+    assert torch.equal(found.inputs["sample"], expected.inputs["sample"])
+
+
+def test_batches_of_a_pipeline_that_takes_one_prompt_in_a_call_are_refused_with_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"OnePrompt does not make 2 images in a call .*: set sampler.batch_size 1"):
+        sample_trajectories(one_prompt(), replace(SAMPLER, prompts=["a", "b"]), 8)
 
 
 @pytest.mark.parametrize("n", [0, -1])

@@ -17,10 +17,11 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
+from diffusers.models.attention_processor import AttnProcessor
 from models import tiny_pipeline, tiny_text_to_image
 
 from fpq_lightning import FPQConfig, load_quantized
-from fpq_lightning.diffusion.pipelines import load_pipeline, pipeline_class
+from fpq_lightning.diffusion.pipelines import load_pipeline, pipeline_class, take_settings
 
 
 def _weights(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
@@ -123,3 +124,17 @@ def test_a_pipeline_saved_without_its_text_encoders_is_opened_without_them(tmp_p
     found = load_pipeline(tmp_path)
     assert all(getattr(found, name) is None for name in left_out)
     assert torch.equal(found.transformer.proj_out.weight, transformer.proj_out.weight)
+
+
+def test_components_are_set_as_those_of_another_pipeline(tmp_path: Path) -> None:
+    model = tiny_text_to_image(tmp_path / "model")
+    pipeline = load_pipeline(model)
+    pipeline.vae.enable_tiling()
+    pipeline.vae.tile_latent_min_size = 4
+    pipeline.unet.set_attn_processor(AttnProcessor())
+    opened = load_pipeline(model)
+    take_settings(opened, pipeline)
+    assert opened.vae.use_tiling
+    assert opened.vae.tile_latent_min_size == 4
+    assert not opened.vae.use_slicing
+    assert {type(processor) for processor in opened.unet.attn_processors.values()} == {AttnProcessor}

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -17,11 +18,12 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from models import tiny_pipeline
+from PIL import Image
 
 import fpq_lightning as fpq
 from fpq_lightning import SamplerConfig
 from fpq_lightning.calibration.trajectories import sample_trajectories
-from fpq_lightning.diffusion.sampling import FunctionSampler, sample, set_sampler, shortened
+from fpq_lightning.diffusion.sampling import FunctionSampler, generate, sample, set_sampler, shortened
 from fpq_lightning.nn.calibrated import quantized_layers
 
 
@@ -100,6 +102,56 @@ def test_inputs_may_be_a_path_and_files_of_other_kinds_are_named(tmp_path: Path)
     table.write_text("class_labels\n3\n")
     with pytest.raises(ValueError, match=r"inputs\.csv is no dataset: give \.parquet or \.jsonl"):
         SamplerConfig(inputs=str(table)).check()
+
+
+def test_a_column_of_videos_gives_a_list_of_images_for_each_seed(tmp_path: Path) -> None:
+    videos = [[Image.new("RGB", (2, 2), (i, j, 0)) for j in range(3)] for i in range(2)]
+    datasets.Dataset.from_dict({"video": videos}).save_to_disk(tmp_path)
+    found = SamplerConfig(inputs=str(tmp_path)).inputs_of([1, 0])["video"]
+    assert [[frame.getpixel((0, 0)) for frame in video] for video in found] == [
+        [(i, j, 0) for j in range(3)] for i in (1, 0)
+    ]
+
+
+class Captioned(DDPMPipeline):
+    """Tells what it was called with."""
+
+    def __call__(
+        self,
+        prompt: str | list[str],
+        image: Image.Image | list[Image.Image],
+        negative_prompt: list[str],
+        labels: Any,
+        generator: Any,
+    ) -> Any:
+        return prompt, image, negative_prompt, labels
+
+
+def test_one_image_alone_is_called_with_bare_texts_and_images_where_a_pipeline_takes_them(tmp_path: Path) -> None:
+    images = [Image.new("RGB", (2, 2), (i, 0, 0)) for i in range(2)]
+    datasets.Dataset.from_dict({"image": images, "labels": [5, 6]}).save_to_disk(tmp_path)
+    pipeline = Captioned(**tiny_pipeline().components)
+    sampler = SamplerConfig(prompts=["a", "b"], negative_prompt="", inputs=str(tmp_path))
+    prompt, image, negative, labels = generate(pipeline, sampler, [1])
+    assert (prompt, image.getpixel((0, 0)), negative, labels) == ("b", (1, 0, 0), [""], [6])
+    prompt, image, negative, labels = generate(pipeline, sampler, [0, 1])
+    assert (prompt, len(image), negative, labels) == (["a", "b"], 2, ["", ""], [5, 6])
+
+
+class Careless(DDPMPipeline):
+    """Draws without its generator."""
+
+    def __call__(self, prompt: Any, generator: Any) -> Any:
+        return torch.rand(len(prompt))
+
+
+def test_numbers_that_a_pipeline_draws_without_a_generator_depend_on_the_seed() -> None:
+    pipeline, sampler = Careless(**tiny_pipeline().components), SamplerConfig(prompts=["a", "b"])
+    before = torch.get_rng_state()
+    first, again, other = (generate(pipeline, sampler, seeds) for seeds in ([3, 4], [3, 4], [5, 6]))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_inputs_that_are_edited_are_read_again_and_decide_the_images(tmp_path: Path) -> None:
