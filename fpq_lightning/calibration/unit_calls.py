@@ -123,7 +123,8 @@ def _some_columns(leaf: Tensor, other: torch.Size) -> Tensor:
     """Some columns of a tensor whose first dimension that has another size in another shape comes first."""
     grown = next(d for d, size in enumerate(other) if size != leaf.shape[d])
     rows = leaf.movedim(grown, 0).flatten(1) if leaf.ndim > 1 else leaf[:, None]
-    return rows[:, :: max(1, rows.numel() // _COMPARED)].clone()
+    most = max(len(rows), other[grown])  # so that both passes keep the same columns
+    return rows[:, :: max(1, most * rows.shape[1] // _COMPARED)].clone()
 
 
 def glimpse(leaf: Any) -> Any:
