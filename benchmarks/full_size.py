@@ -254,7 +254,7 @@ def kinds_of(replay: NetworkReplay, macs: list[float]) -> list[Kind]:
     found: dict[Any, Kind] = {}
     for i, unit in enumerate(replay.units):
         (tree,) = replay._input_trees[i]
-        shapes = [tuple(x.shape[1:]) for x in tree._batched_of(tree.constants)]
+        shapes = [tuple(x.shape[1:]) for x, _ in tree._batched()]
         classes = "+".join(type(part).__name__ for part in parts_of(unit.module))
         weights = tuple(tuple(cast(Tensor, layer.weight).shape) for layer in unit.layers.values())
         largest = max(shapes, key=math.prod, default=())

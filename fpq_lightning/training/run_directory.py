@@ -178,11 +178,14 @@ class RunDirectory:
 
     def _written_parts(self) -> dict[str, Any]:
         """What ``fingerprint.json`` says."""
-        written = read_json(self._fingerprint_file)
-        parts = written.get("parts") if isinstance(written, dict) else None
-        if not isinstance(parts, dict) or written.get("fingerprint") != fingerprint(parts):
-            raise ValueError(f"{self._fingerprint_file} is damaged: choose another --run_dir or delete {self.path}")
-        return parts
+        with suppress(ValueError, OSError):
+            written = read_json(self._fingerprint_file)
+            parts = written.get("parts") if isinstance(written, dict) else None
+            if isinstance(parts, dict) and written.get("fingerprint") == fingerprint(parts):
+                return parts
+        raise ValueError(
+            f"{self._fingerprint_file} is damaged, or {self.path} is no run of ours: choose another --run_dir or delete it"
+        )
 
     def damage(self) -> str | None:
         """What of the result of a finished run is missing or was cut off; None if nothing is."""

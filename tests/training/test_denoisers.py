@@ -9,6 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import datasets
 import diffusers
 import pytest
 import torch
@@ -295,9 +296,12 @@ def test_the_weights_of_several_schedulers_samples_are_measured(made: Made) -> N
 
 
 def test_real_images_are_refused_where_there_are_several_denoisers(tmp_path: Path) -> None:
+    images = datasets.Dataset.from_dict({"image": [Image.new("RGB", (8, 8))] * N})
+    images.to_parquet(tmp_path / "images.parquet")
+    data = fpq.CalibrationDataModule(n_samples=N, source=str(tmp_path / "images.parquet"))
     with pytest.raises(ValueError, match="several denoisers") as error:
         fpq.quantize(
-            wan(), run_dir=tmp_path / "run", data=fpq.CalibrationDataModule(n_samples=N, source="images.parquet"),
+            wan(), run_dir=tmp_path / "run", data=data,
             sampler=SamplerConfig(**WAN), accelerator="cpu", enable_progress_bar=False, logger=False,
         )  # fmt: skip
     assert "\n" not in str(error.value)
