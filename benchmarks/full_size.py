@@ -646,6 +646,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     say(f"a forward pass of {forward_batch} samples takes {forward:.2f} s; {forwards} of them are needed")
     store = ActivationStore(device, torch.bfloat16)
     replay = NetworkReplay(model, units, calibration, store, args.micro_batch, keep_reference=recipe.solves)
+    replay._check_stubs = lambda: None  # type: ignore[method-assign]  # outputs of earlier units are drawn at random
     kinds = kinds_of(replay, macs)
     sizes = {samples: lies(replay.rehearse(samples), case) for samples in sorted({case.samples, 512}, reverse=True)}
     absent = sizes[case.samples]["device"] * (1 - n / case.samples) / GIB if device.type == "cuda" else 0.0

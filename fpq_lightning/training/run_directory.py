@@ -184,7 +184,8 @@ class RunDirectory:
             if isinstance(parts, dict) and written.get("fingerprint") == fingerprint(parts):
                 return parts
         raise ValueError(
-            f"{self._fingerprint_file} is damaged, or {self.path} is no run of ours: choose another --run_dir or delete it"
+            f"{self._fingerprint_file} is damaged, or that of something else and {self.path} no run of ours: choose "
+            "another --run_dir or delete it"
         )
 
     def damage(self) -> str | None:
