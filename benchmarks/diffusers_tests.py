@@ -6,6 +6,7 @@ What these tests load from the hub is made by `tiny_hub.py`.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import sys
@@ -72,6 +73,7 @@ class PipelineTest:
         for network in (part for part in components.values() if isinstance(part, nn.Module)):
             network.eval()
             if next(network.parameters(), None) is None:  # diffusers opens no files without weights
+                _give_weight(type(network))
                 network.register_parameter("weight", nn.Parameter(torch.ones(1)))
             text = network.config.get_text_config() if isinstance(network, PreTrainedModel) else None
             if getattr(text, "vocab_size", len(LETTERS)) < len(LETTERS):
@@ -126,6 +128,18 @@ def _pipeline_of(node: ast.ClassDef) -> str:
     assigned = [part for part in node.body if isinstance(part, ast.Assign)]
     of = [part.value for part in assigned if ast.unparse(part.targets[0]) == "pipeline_class"]
     return ast.unparse(of[0]).removesuffix("Wrapper").removesuffix("Pipeline") + "Pipeline" if of else ""
+
+
+def _give_weight(kind: type[nn.Module]) -> None:
+    """Lets models of a class have a weight."""
+    make = kind.__init__
+
+    @functools.wraps(make)
+    def making(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        self.register_parameter("weight", nn.Parameter(torch.ones(1)))
+
+    kind.__init__ = making  # type: ignore[method-assign]
 
 
 def _options(call: Mapping[str, inspect.Parameter], inputs: dict[str, Any], batched: Collection[str]) -> dict[str, Any]:
