@@ -129,15 +129,15 @@ class NetworkReplay:
     @torch.no_grad()
     def _templates(self, group: int, rows: Tensor) -> tuple[list[StoredTree], list[StoredTree]]:
         """Structures of the inputs and outputs of every unit for samples of a group."""
-        batches = {n: self._calibration.batch(rows[torch.arange(n) % len(rows)], self.store.device) for n in (2, 3)}
         # Of what grows with the batch shape and type are enough, and of large networks there is no room for more. So a
         # pass finds out what grows, before two see the values of what does not.
         found: UnitCalls | None = None
         passes = []
         for n in (3, 2, 3):
             found = UnitCalls(self.units, self.store.device, found)
-            leading = {id(x): path for path, x in named_leaves(batches[n]) if self._is_leading(path)}
-            found.run(self.model, batches[n], leading)
+            batch = self._calibration.batch(rows[torch.arange(n) % len(rows)], self.store.device)  # may be emptied
+            leading = {id(x): path for path, x in named_leaves(batch) if self._is_leading(path)}
+            found.run(self.model, batch, leading)
             passes.append(found)
         _, small, large = passes
         for i, size in enumerate(large.bytes):

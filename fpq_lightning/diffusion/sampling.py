@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import math
 import os
 import re
@@ -82,8 +83,16 @@ class SamplerConfig:
 
         Raises:
             FileNotFoundError: if there is no such file or dataset.
-            ValueError: if a prompt is empty, or there are none.
+            ValueError: if a prompt is empty, there are none, or an argument is more than a file of a run can keep.
         """
+        for name, value in self.arguments.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"sampler.arguments.{name} is no plain value ({error}): give it in a column of sampler.inputs, or "
+                    "sample with a function"
+                ) from error
         if self.prompts is not None:
             load_prompts(self.prompts, self.prompt_column)
         if self.inputs is not None:

@@ -23,6 +23,7 @@ from fpq_lightning.graph.units import Unit, discover_units
 from fpq_lightning.nn.calibrated import LayerQuantization, Mode, QuantizedLayer, running
 from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
+from fpq_lightning.training.units import find_units
 
 MakeNetwork = Callable[..., tuple[nn.Module, dict[str, Any]]]  # the fixture of conftest.py
 CPU = torch.device("cpu")
@@ -243,6 +244,36 @@ def test_scalars_and_constants_are_handed_through() -> None:
     torch.manual_seed(0)
     inputs = {"x": torch.randn(5, 4), "table": torch.tensor(0.7), "factor": 0.5, "flag": True}
     check_against_network(Network(), inputs, 5, micro_batch=3)
+
+
+class Popping(nn.Module):
+    """Takes from a list what each block is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2))
+
+    def forward(self, x: Tensor, extras: list[Tensor]) -> Tensor:
+        for block in self.blocks:
+            x = block(x + extras.pop())
+        return x
+
+
+def test_a_list_that_the_network_empties_is_there_for_every_pass() -> None:
+    torch.manual_seed(0)
+    inputs = {name: torch.randn(5, 4) for name in ("x", "extras/0", "extras/1")}
+    calibration, model = CalibrationSet(inputs, torch.ones(5), {}), Popping()
+    units = find_units(model, discover_units(model), calibration, CPU).units
+    for unit in units:
+        for layer in unit.layers.values():
+            make_quantized(layer, Granularity())
+    expected = model(inputs["x"], [inputs["extras/0"], inputs["extras/1"]])
+    replay = NetworkReplay(model, units, calibration, ActivationStore(CPU), micro_batch=2, quantized_inputs=False)
+    for _ in units:
+        replay.capture()
+        (found,) = replay.targets(slice(0, 5))
+        replay.advance()
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 # --- cost ----------------------------------------------------------------------------------------------------------

@@ -104,6 +104,12 @@ def test_inputs_may_be_a_path_and_files_of_other_kinds_are_named(tmp_path: Path)
         SamplerConfig(inputs=str(table)).check()
 
 
+def test_an_argument_that_no_file_can_keep_is_named() -> None:
+    with pytest.raises(ValueError, match=r"sampler\.arguments\.latents is no plain value") as error:
+        SamplerConfig(arguments={"strength": 0.5, "latents": torch.ones(2)}).check()
+    assert "\n" not in str(error.value)
+
+
 def test_a_column_of_videos_gives_a_list_of_images_for_each_seed(tmp_path: Path) -> None:
     videos = [[Image.new("RGB", (2, 2), (i, j, 0)) for j in range(3)] for i in range(2)]
     datasets.Dataset.from_dict({"video": videos}).save_to_disk(tmp_path)
