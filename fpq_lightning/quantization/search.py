@@ -1,16 +1,17 @@
 """Search of format and clip.
 
-The candidates are those of Kuzmin et al. 2022: clips in ``linspace(0.1, 1.2, 111) * max|x|`` for every format. The
-squared error of one candidate follows from the sorted values and their prefix sums (between two neighbouring
-decision thresholds every value goes to the same grid point), so a candidate costs a few binary searches instead of
-a pass over the tensor, and all of them can be tried: the error is too ragged in the clip to go coarse to fine.
-Where scales have a format of their own, the candidates are all of its numbers in that range.
+The error of a format and a scale is exact: between two neighbouring decision thresholds every value goes to the same
+grid point, so it follows from the sorted values and their prefix sums. Kuzmin et al. 2022 try clips in
+``linspace(0.1, 1.2, 111) * max|x|`` for every format. The error is ragged in the clip, above all in 8 bits, so the
+scale of least error is searched on all levels instead (`scale_search`).
+Where scales have a format of their own, the candidates are all of its numbers from the least of these clips on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from fpq_lightning.formats.numbers import Format, IntFormat
 from fpq_lightning.formats.scales import ScaleFormat
 from fpq_lightning.quantization.quantizer import Quantizer
+from fpq_lightning.quantization.scale_search import best_scales
 
 CLIPS = torch.linspace(0.1, 1.2, 111)
 _CHUNK = 2**24  # thresholds looked up at once; bounds memory to a few hundred MB
@@ -32,21 +34,38 @@ class SortedRows:
     """
 
     def __init__(self, rows: Tensor) -> None:
-        self._rows = rows
-        self.values = _sorted(rows.float())
-        zero = torch.zeros(len(rows), 1, dtype=torch.float64, device=rows.device)
-        double = self.values.double()
-        self._sum = torch.cat([zero, double.cumsum(1)], 1)
-        self._energy = double.square().sum(1, keepdim=True)
-
-    @cached_property
-    def _magnitudes(self) -> SortedRows:
-        return SortedRows(self._rows.abs())
+        self._rows = rows.float()
+        self.low = self._rows.amin(1, keepdim=True)
+        self.high = self._rows.amax(1, keepdim=True)
 
     @property
     def magnitude(self) -> Tensor:
         """The largest magnitude of each row, `[n_rows, 1]`."""
-        return torch.maximum(self.values[:, -1:].abs(), self.values[:, :1].abs()).clamp(min=1e-12)
+        return torch.maximum(self.high.abs(), self.low.abs()).clamp(min=1e-12)
+
+    @cached_property
+    def magnitudes(self) -> SortedRows:
+        """The magnitudes of the values."""
+        return SortedRows(self._rows.abs())
+
+    @cached_property
+    def heights(self) -> SortedRows:
+        """The values above the smallest one, or above zero if all are positive."""
+        return SortedRows(self._rows - self.low.clamp(max=0))
+
+    @cached_property
+    def values(self) -> Tensor:
+        """Ascending, `[n_rows, n]`."""
+        return _sorted(self._rows)
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """Of the values before each, float64 `[n_rows, n + 1]`."""
+        return torch.nn.functional.pad(self.values.double().cumsum(1), (1, 0))
+
+    @cached_property
+    def _energy(self) -> Tensor:
+        return self.values.double().square().sum(1, keepdim=True)
 
     def squared_error(self, fmt: Format, scale: Tensor, offset: Tensor | None = None) -> Tensor:
         """Sum of squared quantization errors.
@@ -59,28 +78,31 @@ class SortedRows:
         Returns:
             float64 `[n_rows, n_candidates]`.
         """
-        grid = fmt.grid.to(scale.device)
+        grid = fmt.grid.to(scale.device)[None]
         if offset is None and fmt.min == -fmt.max:  # a symmetric grid sees magnitudes only
-            return self._magnitudes._errors(grid[grid >= 0], scale, None)
-        return self._errors(grid, scale, offset)
+            return self.magnitudes.grid_errors(grid[:, grid[0] >= 0], scale)
+        return self.grid_errors(grid, scale, offset)
 
-    def _errors(self, grid: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-        rows_at_once = max(1, _CHUNK // len(grid))
-        at_once = max(1, _CHUNK // (len(grid) * min(len(scale), rows_at_once)))
+    def grid_errors(self, grid: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+        """The same for the points of a grid, ascending, `[n_rows or 1, n_points]`."""
+        points = grid.shape[1]
+        rows_at_once = max(1, _CHUNK // points)
+        at_once = max(1, _CHUNK // (points * min(len(scale), rows_at_once)))
         parts = []
         for rows in torch.arange(len(scale)).split(rows_at_once):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             scales = scale[part].split(at_once, 1)
             offsets = [None] * len(scales) if offset is None else offset[part].split(at_once, 1)
-            found = [self._squared_error(grid, part, s, o) for s, o in zip(scales, offsets, strict=True)]
+            g = grid[part] if len(grid) > 1 else grid
+            found = [self._squared_error(g, part, s, o) for s, o in zip(scales, offsets, strict=True)]
             parts.append(torch.cat(found, 1))
         return torch.cat(parts)
 
     def _squared_error(self, grid: Tensor, part: slice, scale: Tensor, offset: Tensor | None) -> Tensor:
         rows, candidates = scale.shape
-        values, total = self.values[part], self._sum[part]
+        values, total = self.values[part], self.sums[part]
         shift = 0.0 if offset is None else offset.double()[..., None]
-        points = scale.double()[..., None] * grid.double() + shift
+        points = scale.double()[..., None] * grid.double()[:, None] + shift
         thresholds = ((points[..., 1:] + points[..., :-1]) / 2).float()
         below = torch.searchsorted(values, thresholds.reshape(rows, -1))
         count = torch.diff(
@@ -102,24 +124,42 @@ def _sorted(rows: Tensor) -> Tensor:
     return rows.sort(dim=1).values
 
 
-def candidate_scales(rows: SortedRows, fmt: Format, fractions: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Scale and offset of clips that are fractions of the largest magnitude (of the range for unsigned formats).
+class _Placed(NamedTuple):
+    """What is to be approximated by a scale times the points of a grid.
 
-    Args:
-        rows: the values.
-        fmt: the format. A signed one is symmetric; an unsigned one starts at the smallest value, or for integers at
-            the nearest multiple of the scale, so that zero stays exact.
-        fractions: `[n_rows or 1, n_candidates]`.
+    Attributes:
+        rows: the values, their magnitudes if the format is symmetric, or their heights above the offset.
+        grid: the points, `[n_rows or 1, n_points]`.
+        no_clip: the least scale that clips nothing, `[n_rows, 1]`.
+        offset: of any scale, `[n_rows, 1]`, or None.
+        zero: of integers, how many scales the offset is, `[n_rows, 1]`, or None.
     """
+
+    rows: SortedRows
+    grid: Tensor
+    no_clip: Tensor
+    offset: Tensor | None = None
+    zero: Tensor | None = None
+
+
+def _place(rows: SortedRows, fmt: Format) -> _Placed:
+    """A signed format is symmetric. An unsigned one begins at the smallest value.
+
+    Unsigned integers begin at the nearest multiple of the scale that clips nothing, and at the same multiple of other
+    scales: zero stays exact, and both ends are clipped alike.
+    """
+    grid = fmt.grid.to(rows.high.device)[None]
     if fmt.min < 0:
-        return rows.magnitude * fractions / fmt.max, None
-    low = rows.values[:, :1].clamp(max=0.0)
-    high = rows.values[:, -1:].clamp(min=0.0)
-    scale = (high - low).clamp(min=1e-12) * fractions / fmt.max
+        no_clip = rows.magnitude / fmt.max
+        if fmt.min == -fmt.max:
+            return _Placed(rows.magnitudes, grid[:, grid[0] >= 0], no_clip)
+        return _Placed(rows, grid, no_clip)
+    low = rows.low.clamp(max=0)
+    no_clip = (rows.high.clamp(min=0) - low).clamp(min=1e-12) / fmt.max
     if isinstance(fmt, IntFormat):
-        # An integer format clips both ends alike.
-        return scale, (low * fractions / scale).round() * scale
-    return scale, low.expand_as(scale)
+        zero = (low / no_clip).round()
+        return _Placed(rows, grid + zero, no_clip, zero=zero)
+    return _Placed(rows.heights, grid, no_clip, offset=low)
 
 
 def representable_scales(rows: SortedRows, fmt: Format, scale_format: ScaleFormat) -> Tensor:
@@ -144,7 +184,7 @@ def representable_scales(rows: SortedRows, fmt: Format, scale_format: ScaleForma
 def search_clip(
     rows: SortedRows, fmt: Format, max_only: bool = False, scale_format: ScaleFormat | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The clip of least squared error for each row, among `CLIPS` or those that a scale format has.
+    """The clip of least squared error for each row, of any or of those that a scale format has.
 
     Args:
         rows: the values.
@@ -155,17 +195,21 @@ def search_clip(
     Returns:
         scale `[n_rows, 1]`, offset `[n_rows, 1]` or None, and the squared error `[n_rows, 1]`.
     """
-    offset = None
     if scale_format is not None:
         scale = representable_scales(rows, fmt, scale_format)
         if max_only:
             clips = torch.where(scale * fmt.max >= rows.magnitude, scale, torch.inf)
             scale = clips.amin(1, keepdim=True)
+        error, index = rows.squared_error(fmt, scale).min(dim=1, keepdim=True)
+        return scale.gather(1, index), None, error
+    placed = _place(rows, fmt)
+    if max_only:
+        scale = placed.no_clip
     else:
-        fractions = torch.ones(1, 1) if max_only else CLIPS[None]
-        scale, offset = candidate_scales(rows, fmt, fractions.to(rows.values.device))
-    error, index = rows.squared_error(fmt, scale, offset).min(dim=1, keepdim=True)
-    return scale.gather(1, index), None if offset is None else offset.gather(1, index), error
+        scale = best_scales(placed.rows.values, placed.rows.sums, placed.grid, placed.no_clip)
+    error, index = placed.rows.grid_errors(placed.grid, scale).min(dim=1, keepdim=True)
+    scale = scale.gather(1, index)
+    return scale, placed.offset if placed.zero is None else placed.zero * scale, error
 
 
 def search_tensor_error(

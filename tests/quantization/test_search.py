@@ -191,6 +191,84 @@ def test_clip_is_within_a_percent_of_the_best_of_all_111_on_any_draw(name: str, 
     assert (found <= 1.01 * full_search(rows, fmt) + 1e-12 * rows.double().square().sum(1)).all()
 
 
+def least_error(rows: Tensor, fmt: Format) -> Tensor:
+    """The least error of each row over all scales, by the definition: every scale at which a value changes its point.
+
+    Between two of these scales the assignment is fixed, and least squares gives the best scale for it.
+    """
+    results = []
+    for row in rows.double():
+        grid, x = fmt.grid.double(), row
+        if not fmt.signed:
+            low, high = row.min().clamp(max=0), row.max().clamp(min=0)
+            if isinstance(fmt, IntFormat):
+                grid = grid + (low / ((high - low) / fmt.max)).round()
+            else:
+                x = row - low
+        ratios = (x[:, None] / ((grid[1:] + grid[:-1]) / 2)).flatten()
+        edges = ratios[ratios > 0].unique()
+        scales = torch.cat([edges[:1] / 2, (edges[1:] + edges[:-1]) / 2, edges[-1:] * 2])
+        points = grid[torch.bucketize(x / scales[:, None], (grid[1:] + grid[:-1]) / 2)]
+        fitted = (x * points).sum(1) / points.square().sum(1).clamp(min=1e-30)
+        results.append((x - fitted[:, None] * points).square().sum(1).min())
+    return torch.stack(results)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "heavy", "outlier", "one_sided", "tiny"])
+@pytest.mark.parametrize("name", [*SIGNED, *UNSIGNED])
+def test_clip_is_within_a_percent_of_the_best_of_all_scales(name: str, kind: str) -> None:
+    fmt, rows = parse_format(name), make_rows(kind, n_rows=2, n=64)
+    scale, offset, _ = search_clip(SortedRows(rows), fmt)
+    found = squared_error(Quantizer(fmt, scale, offset), rows)
+    assert (found <= 1.01 * least_error(rows, fmt) + 1e-12 * rows.double().square().sum(1)).all()
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "heavy", "sparse", "one_sided"])
+@pytest.mark.parametrize("name", ["e4m3", "e2m5", "int8", "ue4m4", "ue2m6", "uint8", "e3m2", "e2m1", "int4", "uint4"])
+def test_clip_of_a_long_row_is_within_a_percent_of_the_best_of_many(name: str, kind: str) -> None:
+    fmt, rows = parse_format(name), make_rows(kind, n_rows=2, n=3000)
+    ordered = SortedRows(rows)
+    scale, offset, error = search_clip(ordered, fmt)
+    many = scale * torch.linspace(0.7, 1.4, 4000)
+    offsets = None if offset is None else offset * (many / scale if isinstance(fmt, IntFormat) else torch.ones(4000))
+    assert (error <= 1.01 * ordered.squared_error(fmt, many, offsets).amin(1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("name", ["e4m3", "int8", "ue4m4", "uint8", "e2m1", "int4"])
+def test_clip_is_at_most_a_thousandth_worse_than_the_best_of_all_111(name: str) -> None:
+    fmt = parse_format(name)
+    for kind in ("gaussian", "heavy", "outlier", "one_sided"):
+        rows = make_rows(kind, n_rows=8, n=200)
+        scale, offset, _ = search_clip(SortedRows(rows), fmt)
+        assert (squared_error(Quantizer(fmt, scale, offset), rows) <= 1.001 * full_search(rows, fmt)).all()
+
+
+def test_clip_may_be_far_below_a_tenth_of_an_outlier() -> None:
+    fmt, rows = parse_format("int4"), torch.cat([make_rows("gaussian", 1, 20_000), torch.full((1, 1), 100.0)], 1)
+    scale, offset, error = search_clip(SortedRows(rows), fmt)
+    assert Quantizer(fmt, scale, offset).clip < 10
+    assert error < 0.9 * full_search(rows, fmt)
+
+
+@pytest.mark.parametrize("name", ["e4m3", "uint8", "int4"])
+def test_clip_of_a_row_is_the_same_alone_and_again(name: str) -> None:
+    fmt, rows = parse_format(name), make_rows("heavy", n_rows=5)
+    scale, offset, _ = search_clip(SortedRows(rows), fmt)
+    for i in (0, 4):
+        alone, at, _ = search_clip(SortedRows(rows[i : i + 1]), fmt)
+        assert torch.equal(alone, scale[i : i + 1])
+        assert offset is None or torch.equal(at, offset[i : i + 1])
+    assert torch.equal(search_clip(SortedRows(rows), fmt)[0], scale)
+
+
+@pytest.mark.parametrize("name", [*SIGNED, *UNSIGNED])
+def test_a_constant_row_is_exact(name: str) -> None:
+    fmt, rows = parse_format(name), make_rows("constant")
+    scale, offset, _ = search_clip(SortedRows(rows), fmt)
+    assert (scale > 0).all()
+    assert torch.allclose(Quantizer(fmt, scale, offset)(rows), rows, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["e2m1", "e4m3", "int4", "uint4", "ue4m4"])
 def test_zero_rows_stay_zero_beside_others(name: str) -> None:
     rows = torch.cat([torch.zeros(1, 50), make_rows("gaussian", 2, 50)])
