@@ -166,7 +166,7 @@ def test_one_sample_and_dead_inputs_are_enough_for_a_sound_answer(attention: Any
 def test_a_run_keeps_the_closed_form_or_what_was_learned_from_it(tmp_path: Path, learned: bool) -> None:
     rounding = RoundingRecipe(learned=learned, iterations=10, batch_size=4)
     recipe = Recipe(rounding=rounding, include=["conv_in", "mid_block.*", "up_blocks.0.*"])
-    data = CalibrationDataModule(n_samples=32, n_search=8, micro_batch=8)
+    data = CalibrationDataModule(n_samples=256, n_search=8, micro_batch=32)
     calibrate(tiny_pipeline(), recipe, tmp_path / "run", data, SamplerConfig(steps=4, batch_size=8), accelerator="cpu")
     blocks = [b for b in json.loads((tmp_path / "run" / "report.json").read_text())["blocks"] if b["error_nearest"]]
     assert len(blocks) > 3
