@@ -35,8 +35,16 @@ class SortedRows:
 
     def __init__(self, rows: Tensor) -> None:
         self._rows = rows.float()
-        self.low = self._rows.amin(1, keepdim=True)
-        self.high = self._rows.amax(1, keepdim=True)
+
+    @cached_property
+    def low(self) -> Tensor:
+        """The smallest value of each row, `[n_rows, 1]`."""
+        return self._rows.amin(1, keepdim=True)
+
+    @cached_property
+    def high(self) -> Tensor:
+        """The largest value of each row, `[n_rows, 1]`."""
+        return self._rows.amax(1, keepdim=True)
 
     @property
     def magnitude(self) -> Tensor:
@@ -61,11 +69,11 @@ class SortedRows:
     @cached_property
     def sums(self) -> Tensor:
         """Of the values before each, float64 `[n_rows, n + 1]`."""
-        return torch.nn.functional.pad(self.values.double().cumsum(1), (1, 0))
+        return torch.nn.functional.pad(self.values, (1, 0)).cumsum(1, dtype=torch.float64)
 
     @cached_property
     def _energy(self) -> Tensor:
-        return self.values.double().square().sum(1, keepdim=True)
+        return torch.linalg.vector_norm(self.values, dim=1, keepdim=True, dtype=torch.float64).square()
 
     def squared_error(self, fmt: Format, scale: Tensor, offset: Tensor | None = None) -> Tensor:
         """Sum of squared quantization errors.
