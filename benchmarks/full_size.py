@@ -742,7 +742,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", type=Path, help="JSON, written after each unit")
     parser.add_argument("--iterations", type=int, default=0, help="of learned rounding after the closed form")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--micro_batch", type=int, default=4)
+    parser.add_argument("--micro_batch", type=int, default=64)
     parser.add_argument("--samples", type=int, help="of the calibration set that is estimated")
     parser.add_argument("--measured", type=int, help="samples that units are measured with")
     parser.add_argument("--memory", type=float, help="GiB that the allocator gets")

@@ -18,6 +18,7 @@ from fpq_lightning.calibration.recorder import Call
 from fpq_lightning.diffusion.sampling import batches_of
 from fpq_lightning.graph.tree import output_leaves
 from fpq_lightning.utils import distributed
+from fpq_lightning.utils.closeness import is_close
 
 _NOT_FINITE = "the full-precision model gives NaN or Inf along its trajectories ({}): it cannot be calibrated"
 
@@ -333,7 +334,7 @@ def _alike(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     if [x.shape for x in some] != [x.shape for x in others]:
         return False
     pairs = ((a.float().nan_to_num(), b.float().nan_to_num()) for a, b in zip(some, others, strict=True))
-    return all((a - b).norm() <= 1e-3 * b.norm() for a, b in pairs)
+    return all(is_close(a, b, 1e-3) for a, b in pairs)
 
 
 def _are_halves(both: Tensor, first: Tensor, second: Tensor) -> bool:

@@ -27,6 +27,7 @@ from fpq_lightning.graph.chain import Chain, parts_of
 from fpq_lightning.graph.tree import named_leaves
 from fpq_lightning.graph.units import Unit
 from fpq_lightning.nn.calibrated import Mode, running
+from fpq_lightning.utils.closeness import is_close
 from fpq_lightning.utils.distributed import gather_rows
 
 Path = str  # "full_precision" or "quantized"
@@ -473,7 +474,7 @@ def _alike(a: Any, b: Any) -> bool:
     """Whether two glimpses are of the same value, but for last bits that add up in deep networks."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return type(a) is type(b)
-    return a.shape == b.shape and not bool((a - b).norm() > 0.1 * b.norm())
+    return a.shape == b.shape and is_close(a, b, 0.1)
 
 
 def sample_energies(leaves: Sequence[Tensor], weights: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fpq_lightning.calibration.store import ActivationStore
+from fpq_lightning.utils.closeness import is_close
 
 
 class Place(NamedTuple):
@@ -198,4 +199,4 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     """Whether values are equal, but for what other sizes of a batch change in the last bits of deep networks."""
     tolerance = 0.1 if a.dtype in (torch.float16, torch.bfloat16) else 0.01
     a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
-    return not bool((a - b).norm() > tolerance * b.norm())
+    return is_close(a, b, tolerance)
