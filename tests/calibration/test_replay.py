@@ -246,6 +246,15 @@ def test_scalars_and_constants_are_handed_through() -> None:
     check_against_network(Network(), inputs, 5, micro_batch=3)
 
 
+def test_a_pass_takes_no_more_samples_than_fit_a_quarter_of_the_budget() -> None:
+    inputs = {"x": torch.randn(6, 3, 4)}
+    for each, most, expected in ((50, 64, 2), (50, 1, 1), (500, 64, 1), (0, 64, 6)):
+        model, store = Folding(), ActivationStore(CPU, budget=400)
+        replay = make_replay(model, prepare(model, inputs, 6), inputs, 6, store, micro_batch=most)
+        replay._bytes_a_sample = [each] * len(replay.units)
+        assert {len(chunk) for chunk in replay.chunks(torch.arange(6))} == {expected}
+
+
 class Popping(nn.Module):
     """Takes from a list what each block is given."""
 

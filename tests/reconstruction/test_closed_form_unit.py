@@ -20,7 +20,7 @@ from fpq_lightning.formats.numbers import parse_format
 from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, quantized_layers, running
 from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
-from fpq_lightning.reconstruction.closed_form import _stages, solve_unit
+from fpq_lightning.reconstruction.closed_form import _some, _stages, solve_unit
 
 SAMPLES, TOKENS, WIDTH = 24, 10, 12
 HELD_OUT = 8
@@ -238,3 +238,15 @@ def test_a_layer_called_for_two_kinds_of_tokens_is_solved_as_if_it_was_called_fo
         found.append(cast(Any, module.shared).variants["closed_form"])
     separate, together = found
     assert torch.equal(separate.codes[0], together.codes[0])
+
+
+@pytest.mark.parametrize("folded", [1, 3])
+def test_places_of_a_sample_do_not_depend_on_who_else_is_in_the_batch(folded: int) -> None:
+    layer = make_quantized(nn.Linear(2, 3), Granularity())
+    x = torch.randn(8, folded, 500, 2)
+    every = torch.arange(8)
+    whole = _some(layer, x.flatten(0, 1), every)
+    assert whole.shape[:2] == (8 * folded, 64)
+    for size in (1, 3, 8):
+        parts = [_some(layer, x[chunk].flatten(0, 1), chunk) for chunk in every.split(size)]
+        assert torch.equal(torch.cat(parts), whole)
