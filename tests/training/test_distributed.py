@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -37,6 +37,7 @@ from fpq_lightning.calibration.disk import load_calibration_set
 from fpq_lightning.cli import main
 from fpq_lightning.nn.calibrated import QuantizedLayer
 from fpq_lightning.reconstruction import backward, unit
+from fpq_lightning.reconstruction.optimizer import GraphedAdam
 from fpq_lightning.training import run as training_run
 from fpq_lightning.training.strategy import CalibrationStrategy, calibration_trainer
 from fpq_lightning.training.watchdog import Watchdog
@@ -821,3 +822,14 @@ def test_a_rehearsal_that_fails_ends_all_processes_in_one_line(lab: Lab) -> None
         (line,) = outcome.errors
         assert line.startswith("fpq: rehearsal: sampling two short trajectories failed: ")
         assert not (lab.root / "failing").exists()
+
+
+def test_captured_steps_go_before_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = GraphedAdam.__new__(GraphedAdam)  # making one needs a GPU
+    captured._graph = cast(Any, object())
+    held: list[Any] = []
+    monkeypatch.setattr(DDPStrategy, "teardown", lambda self: held.append(captured._graph))
+    strategy = CalibrationStrategy()
+    strategy._optimizers = [captured]
+    strategy.teardown()
+    assert held == [None]
