@@ -39,7 +39,7 @@ from fpq_lightning.diffusion.denoisers import find_denoisers
 from fpq_lightning.diffusion.pipelines import move_pipeline, take_settings
 from fpq_lightning.diffusion.sampling import generate
 
-_SECONDS = 120
+_SECONDS = 300
 _SEEDS = 3
 _ALONE = "set sampler.batch_size 1"  # what a run says of a pipeline that makes one image in a call
 

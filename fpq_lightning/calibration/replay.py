@@ -137,7 +137,7 @@ class NetworkReplay:
         for n in (3, 2, 3):
             found = UnitCalls(self.units, self.store.device, found)
             batch = self._calibration.batch(rows[torch.arange(n) % len(rows)], self.store.device)  # may be emptied
-            leading = {id(x): path for path, x in named_leaves(batch) if self._is_leading(path)}
+            leading = {path: x for path, x in named_leaves(batch) if self._is_leading(path)}
             found.run(self.model, batch, leading)
             passes.append(found)
         _, small, large = passes

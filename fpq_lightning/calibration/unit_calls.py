@@ -45,23 +45,25 @@ class UnitCalls:
         self._bytes: dict[nn.Module, int] = {}
 
     @torch.no_grad()
-    def run(self, model: nn.Module, inputs: Mapping[str, Any], named: Mapping[int, str] | None = None) -> None:
+    def run(self, model: nn.Module, inputs: Mapping[str, Any], named: Mapping[str, Tensor]) -> None:
         """Runs the network.
 
         Args:
             model: the network.
             inputs: its keyword arguments.
-            named: paths of inputs by their ids, for `given`.
+            named: tensors among them by their paths, for `given`.
 
         Raises:
             ValueError: if a unit is not called.
         """
         start = 0
+        # A network may drop its inputs on the way; as `named` holds them, no later tensor gets the id of one.
+        paths = {id(x): path for path, x in named.items()}
 
         def enter(part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             nonlocal start
             # As they come in: a unit may put more into a list, or change a tensor.
-            self._inputs[part] = self._kept(part, "inputs", (args, kwargs), named or {})
+            self._inputs[part] = self._kept(part, "inputs", (args, kwargs), paths)
             self._glimpses[part] = tree_map(glimpse, (args, kwargs))
             if self._device.type == "cuda":
                 start = forget_peak(self._device)
@@ -80,7 +82,7 @@ class UnitCalls:
             if any(part not in self._outputs for part in parts_of(unit.module)):
                 raise not_called(unit)
 
-    def _kept(self, part: nn.Module, kind: str, tree: Any, named: Mapping[int, str]) -> Any:
+    def _kept(self, part: nn.Module, kind: str, tree: Any, paths: Mapping[int, str]) -> Any:
         leaves, spec = tree_flatten(tree)
         self._shapes[part, kind] = [x.shape if isinstance(x, Tensor) else None for x in leaves]
         others = None if self._other is None else self._other._shapes.get((part, kind))
@@ -88,7 +90,7 @@ class UnitCalls:
         for i, leaf in enumerate(leaves):
             other = others[i] if others is not None and i < len(others) else None
             if isinstance(leaf, Tensor) and (others is None or leaf.shape != other):
-                path, unchanged = named.get(id(leaf)), not leaf._version
+                path, unchanged = paths.get(id(leaf)), not leaf._version
                 whole, leaf = leaf, leaf.new_zeros(()).expand(leaf.shape)
                 if other is not None and len(other) == leaf.ndim:
                     self.rows[id(leaf)] = _some_columns(whole, other)

@@ -6,6 +6,9 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,8 @@ class RunCheckpoint(Checkpoint):
     """Writes ``last.ckpt`` after every unit, every so many steps within one, and when the run is told to stop.
 
     A checkpoint is written whole or not at all, and the one before it stays as ``previous.ckpt``. It holds the unit in
-    work and names the files of finished ones (`UnitFiles`), each of which is written once.
+    work and names the files of finished ones (`UnitFiles`), each of which is written once. What is saved after a unit
+    reaches the disk beside the next one.
 
     Lightning's `ModelCheckpoint` writes ``last`` only beside a monitored checkpoint, which there is none of here, and
     its handlers of SIGTERM and of SLURM's signal save in the middle of whatever step they interrupt.
@@ -40,9 +44,13 @@ class RunCheckpoint(Checkpoint):
     def __init__(self, directory: Path, every_n_steps: int) -> None:
         self.file = directory / "last.ckpt"
         self.previous = directory / "previous.ckpt"
+        self._temporary = directory / ".last.ckpt"
         self.every_n_batches = max(1, every_n_steps // STEPS_PER_BATCH)
         self.units = UnitFiles.beside(self.file)
         self._digests: list[str] = []  # of the units that are in files
+        self._unwritten: dict[int, bytes] = {}  # contents of files of units
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
         self._is_good = False
         self._requeue_signal = 0
         self._requests = [0, 0]  # to stop, and to be requeued
@@ -81,6 +89,7 @@ class RunCheckpoint(Checkpoint):
         return distributed.sum_over_ranks(torch.tensor(self._requests, device=device)).tolist()
 
     def _stop(self, trainer: pl.Trainer, requeue: bool) -> None:
+        self._wait()
         if trainer.is_global_zero:
             requeued = requeue and _requeue_slurm_job()
             print(f"\nstopped by a signal, saved{' and requeued' * requeued}: go on with --ckpt_path last", flush=True)
@@ -104,7 +113,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves after a unit (Lightning calls this after the module's own hook)."""
         assert isinstance(pl_module, BlockReconstruction)
-        self._save(trainer)
+        self._save(trainer, beside=not pl_module.plan.finished)
         stop, requeue = self._received(pl_module.device)
         if stop or requeue:
             self._stop(trainer, requeue > 0)
@@ -115,31 +124,58 @@ class RunCheckpoint(Checkpoint):
             if self._requeue_signal:
                 signal.signal(self._requeue_signal, lambda number, frame: self._stop(trainer, requeue=True))
 
-    def _save(self, trainer: pl.Trainer) -> None:
-        temporary = self.file.with_name(".last.ckpt")
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lets what is being written reach the disk."""
+        if self._writing is not None:
+            wait([self._writing])
+
+    def _save(self, trainer: pl.Trainer, beside: bool = False) -> None:
+        """Saves; `beside`: returns once the contents are known, and an error of writing them is raised by `_wait`."""
+        self._wait()
+        with self._attempt():
+            trainer.save_checkpoint(self._temporary, weights_only=False)
+        if trainer.is_global_zero:
+            self._writing = self._writer.submit(self._publish)
+            if not beside:
+                self._wait()
+
+    def _wait(self) -> None:
+        """Waits until the last checkpoint is on the disk."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _publish(self) -> None:
+        """Writes the units that the new checkpoint names, and lets it take its place."""
+        with self._attempt():
+            while self._unwritten:
+                number = next(iter(self._unwritten))
+                self.units.write(number, self._unwritten.pop(number))
+            sync_file(self._temporary)
+            if self._is_good:
+                os.replace(self.file, self.previous)
+            os.replace(self._temporary, self.file)
+            self._is_good = True
+
+    @contextmanager
+    def _attempt(self) -> Iterator[None]:
+        """Names the checkpoint in an error of the disk, and leaves nothing unfinished."""
         try:
-            trainer.save_checkpoint(temporary, weights_only=False)
-            if trainer.is_global_zero:
-                sync_file(temporary)
-                if self._is_good:
-                    os.replace(self.file, self.previous)
-                os.replace(temporary, self.file)
-                self._is_good = True
-        except OSError as error:
-            error.filename = error.filename or str(self.file)
+            yield
+        except BaseException as error:
+            if isinstance(error, OSError):
+                error.filename = error.filename or str(self.file)
+            self._temporary.unlink(missing_ok=True)
             raise
-        finally:
-            if trainer.is_global_zero:
-                temporary.unlink(missing_ok=True)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        """Names the finished units, and writes those that have no file yet."""
+        """Names the finished units, and holds those that have no file yet ready for one."""
         assert isinstance(pl_module, BlockReconstruction)
         for number in range(len(self._digests), pl_module.plan.unit):
             contents = contents_of(pl_module.unit_state(number))
             self._digests.append(digest_of(contents))
             if trainer.is_global_zero:
-                self.units.write(number, contents)
+                self._unwritten[number] = contents
         checkpoint["finished_units"] = self._digests[: pl_module.plan.unit]
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
