@@ -71,6 +71,7 @@ logger = logging.getLogger("fpq_lightning.cli")  # also where this module runs a
 
 def run_trainer(arguments: list[str]) -> None:
     """``fpq fit``, ``fpq test`` and ``fpq predict``."""
+    _share_gpu_memory()
     from fpq_lightning.training.command_line import run_command
 
     _quiet_libraries()
@@ -79,6 +80,7 @@ def run_trainer(arguments: list[str]) -> None:
 
 def study(arguments: list[str]) -> None:
     """``fpq study``: a grid of recipes on one model."""
+    _share_gpu_memory()
     import torch
 
     from fpq_lightning.study.config import StudyConfig
@@ -225,6 +227,12 @@ class _Lines(logging.Handler):
 
 def _format_warning(message: Warning | str, *args: object, **kwargs: object) -> str:
     return f"warning: {' '.join(str(message).split())}\n"
+
+
+def _share_gpu_memory() -> None:
+    """Lets what one unit has freed serve the next, whose tensors have other sizes. Read when torch is imported."""
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 @contextmanager

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, input
 from fpq_lightning.nn.patches import patches
 from fpq_lightning.quantization.closed_form import Solution, problems_of, search_formats, solve
 from fpq_lightning.quantization.moments import Moments
-from fpq_lightning.quantization.quantizer import Quantizer
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.reconstruction.share import share
 from fpq_lightning.utils import distributed
@@ -38,10 +37,12 @@ class _Readers:
     Attributes:
         layers: by name.
         calls: how often each runs in a call of the unit.
+        part: of their input channels, that is solved apart from the others; None is all of them.
     """
 
     layers: dict[str, QuantizedLayer]
     calls: int
+    part: int | None = None
 
     @property
     def first(self) -> QuantizedLayer:
@@ -49,10 +50,44 @@ class _Readers:
         return next(iter(self.layers.values()))
 
     @property
+    def parts(self) -> slice:
+        """The parts of the weight that are solved."""
+        return slice(None) if self.part is None else slice(self.part, self.part + 1)
+
+    @property
+    def columns(self) -> list[int]:
+        """Columns of these parts."""
+        return self._columns[self.parts]
+
+    @property
+    def run(self) -> slice:
+        """Where they lie among the inputs of a row."""
+        start = 0 if self.part is None else sum(self._columns[: self.part])
+        return slice(start, start + sum(self.columns))
+
+    @property
+    def _columns(self) -> list[int]:
+        return [n * self.first.weight[0, 0].numel() for n in self.first.splits]
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Groups, and inputs of each row of the weight."""
-        layer = self.first
-        return 1 if layer.convolution is None else layer.groups, layer.weight[0].numel()
+        return 1 if self.first.convolution is None else self.first.groups, sum(self.columns)
+
+    @property
+    def bytes(self) -> int:
+        """That the moments take, of what is learned from and of what is held out."""
+        return 2 * Moments.size(*self.shape)
+
+    def within(self, budget: int) -> list[_Readers]:
+        """These, or each part apart where all take more than a number of bytes.
+
+        What the parts have in common is left out then, as if their inputs were not correlated.
+        """
+        several = range(len(self.first.splits))
+        if self.bytes <= budget or len(several) == 1:
+            return [self]
+        return [replace(self, part=part) for part in several]
 
 
 @torch.no_grad()
@@ -76,6 +111,7 @@ def solve_unit(
         layer.variants["closed_form"] = layer.variants["nearest"].copy()
     budget = replay.store.budgets["device"]
     stages = _stages(replay, {name: layer for name, layer in layers.items() if layer.variants["nearest"].weights})
+    stages = [[part for readers in stage for part in readers.within(budget)] for stage in stages]
     reference = _Reference(replay, [readers for stage in stages for readers in stage], (rows, held_out))
     for stage in stages:
         for batch in _within_budget(stage, budget):
@@ -101,7 +137,7 @@ def _solve_together(
     solved: dict[str, LayerQuantization] = {}
     for readers, found, other in usable:
         own = {name: layer for name, layer in readers.layers.items() if name in mine}
-        solved |= _solve(own, found, other if other.are_usable else None, recipe)
+        solved |= _solve(replace(readers, layers=own), found, other if other.are_usable else None, recipe)
     for name, quantization in share(solved, replay.store.device).items():
         layers[name].variants["closed_form"] = quantization
 
@@ -173,7 +209,7 @@ def _within_budget(stage: list[_Readers], budget: int) -> Iterator[list[_Readers
     part: list[_Readers] = []
     used = 0
     for readers in stage:
-        size = 2 * Moments.size(*readers.shape)  # of what is learned from, and of what is held out
+        size = readers.bytes
         if size > budget:
             _warn_of_nearest(readers, f"moments of {size / 2**30:.1f} GiB are more than data.store_budget")
             continue
@@ -221,7 +257,7 @@ class _Reference:
     def _read(self, stage: list[_Readers], chunk: Tensor) -> dict[int, list[_Input]]:
         seen = _inputs(self.replay, stage, self.replay.reference_inputs(chunk))
         return {
-            id(readers): [_Input(tuple(x.shape), _some(readers.first, x, chunk)) for x in calls]
+            id(readers): [_Input(tuple(x.shape), _some(readers, x, chunk)) for x in calls]
             for readers, calls in zip(stage, seen, strict=True)
         }
 
@@ -239,17 +275,18 @@ class _Input:
     places: Tensor
 
 
-def _some(layer: QuantizedLayer, x: Tensor, chunk: Tensor) -> Tensor:
+def _some(readers: _Readers, x: Tensor, chunk: Tensor) -> Tensor:
     """An input at places that are drawn for each sample, the same on both paths and whatever samples are in a batch."""
     if not x.numel():
         return x
+    layer = readers.first
     n, jitter = len(layer.batched(x)), _jitter()
     folded, rest = divmod(n, len(chunk))
     if rest:
-        return patches(layer, x, jitter[torch.arange(n) % len(jitter)])
+        return patches(layer, x, jitter[torch.arange(n) % len(jitter)])[..., readers.run]
     of_sample = jitter[chunk.cpu() % len(jitter)].repeat_interleave(folded, dim=0)
     turn = 0.618034 * (torch.arange(n) % folded)  # other places in each of its frames
-    return patches(layer, x, (of_sample + turn[:, None]) % 1)
+    return patches(layer, x, (of_sample + turn[:, None]) % 1)[..., readers.run]
 
 
 @cache
@@ -267,7 +304,7 @@ def _moments(replay: NetworkReplay, stage: list[_Readers], rows: Tensor, referen
             weights = replay.weights(chunk)
             for readers, moments, *calls in zip(stage, found, reference.of(stage, chunk), quantized, strict=True):
                 for full, other in zip(*calls, strict=False):
-                    _add(moments, readers.first, full, other, weights, chunk)
+                    _add(moments, readers, full, other, weights, chunk)
     for moments in found:
         moments.sum_over_ranks()
     return found
@@ -300,12 +337,12 @@ def _collecting(stage: list[_Readers]) -> Iterator[list[list[Tensor]]]:
 
 
 @using_tf32(False)
-def _add(moments: Moments, layer: QuantizedLayer, full: _Input, other: Tensor, weights: Tensor, chunk: Tensor) -> None:
+def _add(moments: Moments, readers: _Readers, full: _Input, other: Tensor, weights: Tensor, chunk: Tensor) -> None:
     """Adds the inputs of one call on both paths.
 
     Args:
         moments: to add to.
-        layer: that read them.
+        readers: of them.
         full: its full-precision input.
         other: its input in the quantized network.
         weights: of the samples.
@@ -313,9 +350,10 @@ def _add(moments: Moments, layer: QuantizedLayer, full: _Input, other: Tensor, w
     """
     if not other.numel():  # an expert that is not chosen may be called without tokens
         return
-    y = _some(layer, layer.quantize_input(other, layer.variants["closed_form"].inputs), chunk)
+    layer = readers.first
+    y = _some(readers, layer.quantize_input(other, layer.variants["closed_form"].inputs), chunk)
     # An expert that was given other tokens makes up for rounding alone.
-    x = full.places if full.shape == tuple(other.shape) else _some(layer, other, chunk)
+    x = full.places if full.shape == tuple(other.shape) else _some(readers, other, chunk)
     # Layers that see another leading dimension than the samples weigh them alike if it is no multiple. All places count
     # alike, in whichever call.
     folded, rest = divmod(len(x), len(weights))
@@ -328,36 +366,45 @@ def _add(moments: Moments, layer: QuantizedLayer, full: _Input, other: Tensor, w
 
 @using_tf32(False)
 def _solve(
-    layers: Mapping[str, QuantizedLayer], moments: Moments, held_out: Moments | None, recipe: Recipe
+    readers: _Readers, moments: Moments, held_out: Moments | None, recipe: Recipe
 ) -> dict[str, LayerQuantization]:
     """The quantization in closed form of layers that read the same: formats, scales, codes and biases."""
-    if not layers:
+    if not readers.layers:
         return {}
-    first = next(iter(layers.values()))
-    columns = [n * first.weight[0, 0].numel() for n in first.splits]
-    weights = [layer.weight.detach().float().flatten(1) for layer in layers.values()]
-    corrects = first.bias is not None and recipe.correct_biases  # all of them have one, or none
+    columns, bias = readers.columns, readers.first.bias
+    weights = [layer.weight.detach().float().flatten(1)[:, readers.run] for layer in readers.layers.values()]
+    corrects = bias is not None and recipe.correct_biases  # all of them have one, or none
     found = {}
     problems = problems_of(weights, moments, columns, centred=corrects, held_out=held_out)
-    for (name, layer), weight, problem in zip(layers.items(), weights, problems, strict=True):
-        nearest = layer.variants["nearest"]
-        quantizers = list(nearest.weights)
+    for (name, layer), weight, problem in zip(readers.layers.items(), weights, problems, strict=True):
+        quantizers = list(layer.variants["nearest"].weights)[readers.parts]
         if recipe.weights.objective == "output":
             quantizers = search_formats(problem, weight, recipe.weight_formats(), layer.granularity)
         solution = solve(problem, weight, quantizers)
-        found[name] = _quantization(layer, solution, nearest.inputs, columns)
+        found[name] = _quantization(layer, solution, readers)
         if layer.bias is not None and corrects:
-            found[name].set_bias(layer.bias.detach() + moments.mean_shift(weight, solution.values))
+            before = layer.variants["closed_form"].bias
+            shift = moments.mean_shift(weight, solution.values)
+            found[name].set_bias((layer.bias if before is None else before).detach() + shift)
     return found
 
 
-def _quantization(
-    layer: QuantizedLayer, solution: Solution, inputs: Sequence[Quantizer], columns: list[int]
-) -> LayerQuantization:
-    def rows(values: Tensor) -> list[Tensor]:
-        return [layer.granularity.rows(part.contiguous()) for part in values.split(columns, dim=1)]
+def _quantization(layer: QuantizedLayer, solution: Solution, readers: _Readers) -> LayerQuantization:
+    """The quantization of a layer with what was solved of it; the rest as it was."""
 
-    found = LayerQuantization(solution.quantizers, inputs)
-    found.codes = [cast(Quantizer, q).encode(r) for q, r in zip(found.weights, rows(solution.values), strict=True)]
-    found.unrounded = rows(solution.unrounded)
+    def rows(values: Tensor) -> list[Tensor]:
+        return [layer.granularity.rows(part.contiguous()) for part in values.split(readers.columns, dim=1)]
+
+    before = layer.variants["closed_form"]
+    weights, parts = list(before.weights), readers.parts
+    weights[parts] = solution.quantizers
+    solved = [q.encode(r) for q, r in zip(weights[parts], rows(solution.values), strict=True)]
+    found = LayerQuantization(weights, before.inputs)
+    found.codes, found.unrounded = solved, rows(solution.unrounded)
+    if readers.part is not None:
+        whole = layer.weight_rows()
+        codes = before.codes or [q.encode(r) for q, r in zip(before.weights, whole, strict=True)]
+        unrounded = before.unrounded or whole
+        codes[parts], unrounded[parts] = found.codes, found.unrounded
+        found.codes, found.unrounded = codes, unrounded
     return found

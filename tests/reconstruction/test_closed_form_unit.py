@@ -20,7 +20,7 @@ from fpq_lightning.formats.numbers import parse_format
 from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, quantized_layers, running
 from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.quantization.quantizer import Granularity, Quantizer
-from fpq_lightning.reconstruction.closed_form import _some, _stages, solve_unit
+from fpq_lightning.reconstruction.closed_form import _Readers, _some, _stages, solve_unit
 
 SAMPLES, TOKENS, WIDTH = 24, 10, 12
 HELD_OUT = 8
@@ -152,6 +152,50 @@ def test_moments_beyond_the_budget_leave_nearest_rounding_and_a_line(attention: 
     assert all(layer.variants["closed_form"].codes is None for layer in layers.values())
 
 
+class Skip(nn.Module):
+    """A layer that reads a concatenation, or one layer for each piece of it."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        weight, bias = torch.randn(5, WIDTH), torch.randn(5)
+        runs = {"first": slice(8), "second": slice(8, None)} if apart else {"whole": slice(None)}
+        for name, run in runs.items():
+            layer = nn.Linear(len(weight[0, run]), 5).requires_grad_(False)
+            layer.weight.copy_(weight[:, run])
+            layer.bias.copy_(bias)
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(
+            Tensor, self.first(x[..., :8]) + self.second(x[..., 8:]) if hasattr(self, "first") else self.whole(x)
+        )
+
+
+def test_pieces_of_a_concatenation_are_solved_apart_where_the_whole_takes_too_much_memory() -> None:
+    budget = 2 * 8 * 8 * 10  # moments of eight inputs, on samples to learn from and held-out ones
+    found, shifts = [], []
+    for apart in (True, False):
+        torch.manual_seed(0)
+        x = torch.randn(SAMPLES, TOKENS, WIDTH) @ torch.randn(WIDTH, WIDTH) + 1
+        module = Skip(apart).eval()
+        bias = next(iter(module.children())).bias.clone()
+        replay = replay_of(module, x, budget)
+        layers = quantized_layers(module)
+        if not apart:
+            layers["whole"].splits = (8, 4)
+            parts = layers["whole"].weight_parts()
+            grids = [Quantizer(parse_format("e2m1"), part.abs().amax(1, keepdim=True) / 6) for part in parts]
+            layers["whole"].variants["nearest"] = LayerQuantization(grids)
+        solve_unit(replay, layers, torch.arange(HELD_OUT, SAMPLES), torch.arange(HELD_OUT), RECIPE)
+        solved = [layer.variants["closed_form"] for layer in layers.values()]
+        found.append([codes for q in solved for codes in q.codes])
+        scales = [q.scale.data for layer in solved for q in layer.weights]
+        shifts.append((sum(layer.bias - bias for layer in solved), scales))
+    assert all(map(torch.equal, *found))
+    assert torch.allclose(shifts[0][0], shifts[1][0], atol=1e-5)
+    assert all(map(torch.equal, shifts[0][1], shifts[1][1]))
+
+
 def test_one_sample_and_dead_inputs_are_enough_for_a_sound_answer(attention: Any) -> None:
     replay, layers, x = attention
     x[:, :, 4:] = 0
@@ -242,11 +286,11 @@ def test_a_layer_called_for_two_kinds_of_tokens_is_solved_as_if_it_was_called_fo
 
 @pytest.mark.parametrize("folded", [1, 3])
 def test_places_of_a_sample_do_not_depend_on_who_else_is_in_the_batch(folded: int) -> None:
-    layer = make_quantized(nn.Linear(2, 3), Granularity())
+    readers = _Readers({"layer": make_quantized(nn.Linear(2, 3), Granularity())}, 1)
     x = torch.randn(8, folded, 500, 2)
     every = torch.arange(8)
-    whole = _some(layer, x.flatten(0, 1), every)
+    whole = _some(readers, x.flatten(0, 1), every)
     assert whole.shape[:2] == (8 * folded, 64)
     for size in (1, 3, 8):
-        parts = [_some(layer, x[chunk].flatten(0, 1), chunk) for chunk in every.split(size)]
+        parts = [_some(readers, x[chunk].flatten(0, 1), chunk) for chunk in every.split(size)]
         assert torch.equal(torch.cat(parts), whole)
