@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import cast
 
 import torch
@@ -35,6 +36,17 @@ def patches(layer: SplitLayer, x: Tensor, jitter: Tensor) -> Tensor:
     dims = len(kernel)
     found = _drawn(windows.movedim(1, 1 + dims), dims, jitter)  # [batch, places, in, *kernel]
     return found.unflatten(2, (layer.groups, -1)).flatten(3)
+
+
+def count_places(layer: SplitLayer, x: Tensor) -> int:
+    """Places of each element of a batch: tokens, or outputs of a convolution."""
+    x = layer.batched(x)
+    if isinstance(layer, nn.Linear):
+        return x[0].numel() // x.shape[-1]
+    edges = layer._reversed_padding_repeated_twice  # last dimension first
+    padded = [n + sum(edges[2 * d : 2 * d + 2]) for d, n in enumerate(reversed(x.shape[2:]))]
+    moves = zip(reversed(padded), layer.weight.shape[2:], layer.stride, layer.dilation, strict=True)
+    return prod((n - dilation * (size - 1) - 1) // stride + 1 for n, size, stride, dilation in moves)
 
 
 def _padded(layer: SplitLayer, x: Tensor) -> Tensor:

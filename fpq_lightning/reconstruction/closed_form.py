@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,15 +13,14 @@ from torch import Tensor
 
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, input_of, running
-from fpq_lightning.nn.patches import patches
 from fpq_lightning.quantization.closed_form import Solution, problems_of, search_formats, solve
 from fpq_lightning.quantization.moments import Moments
 from fpq_lightning.quantization.recipe import Recipe
+from fpq_lightning.reconstruction.places import PLACES, at_places
 from fpq_lightning.reconstruction.share import share
 from fpq_lightning.utils import distributed
 from fpq_lightning.utils.tf32 import using_tf32
 
-_PLACES = 64  # of each sample that the moments see, at most
 _PROBED = 4  # samples that show how the layers depend on each other
 
 
@@ -241,7 +239,7 @@ class _Reference:
         self.replay = replay
         self._known: dict[int, dict[int, list[_Input]]] = {}  # by the first sample of a chunk, and the readers
         each = sum(r.calls * r.shape[0] * r.shape[1] * r.first.weight.element_size() for r in readers)
-        if each * _PLACES * sum(map(len, parts)) <= replay.store.budgets["device"] // 2:
+        if each * PLACES * sum(map(len, parts)) <= replay.store.budgets["device"] // 2:
             with running(replay.unit.module, "full_precision"):
                 for chunk in (chunk for rows in parts for chunk in replay.chunks(rows)):
                     self._known[int(chunk[0])] = self._read(readers, chunk)
@@ -268,7 +266,7 @@ class _Input:
 
     Attributes:
         shape: of the whole input.
-        places: of `patches`.
+        places: of `at_places`.
     """
 
     shape: tuple[int, ...]
@@ -276,23 +274,8 @@ class _Input:
 
 
 def _some(readers: _Readers, x: Tensor, chunk: Tensor) -> Tensor:
-    """An input at places that are drawn for each sample, the same on both paths and whatever samples are in a batch."""
-    if not x.numel():
-        return x
-    layer = readers.first
-    n, jitter = len(layer.batched(x)), _jitter()
-    folded, rest = divmod(n, len(chunk))
-    if rest:
-        return patches(layer, x, jitter[torch.arange(n) % len(jitter)])[..., readers.run]
-    of_sample = jitter[chunk.cpu() % len(jitter)].repeat_interleave(folded, dim=0)
-    turn = 0.618034 * (torch.arange(n) % folded)  # other places in each of its frames
-    return patches(layer, x, (of_sample + turn[:, None]) % 1)[..., readers.run]
-
-
-@cache
-def _jitter() -> Tensor:
-    """Where places lie in their ranges, for each sample."""
-    return torch.rand(2**12, _PLACES, generator=torch.Generator().manual_seed(0))
+    """An input at places that are the same on both paths."""
+    return at_places(readers.first, x, chunk)[..., readers.run] if x.numel() else x
 
 
 def _moments(replay: NetworkReplay, stage: list[_Readers], rows: Tensor, reference: _Reference) -> list[Moments]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,9 +16,11 @@ from fpq_lightning.formats.scales import parse_scale_format
 from fpq_lightning.graph.units import Unit
 from fpq_lightning.nn.attention import OPERANDS, OperandSample, QuantizedAttention
 from fpq_lightning.nn.calibrated import LayerQuantization, QuantizedLayer, input_of, running
+from fpq_lightning.nn.patches import count_places
 from fpq_lightning.quantization.quantizer import Quantizer
 from fpq_lightning.quantization.recipe import Recipe
 from fpq_lightning.quantization.search import search_output_error, search_tensor_error
+from fpq_lightning.reconstruction.places import at_places
 from fpq_lightning.reconstruction.share import share
 from fpq_lightning.utils import distributed
 
@@ -94,22 +95,62 @@ def _output_energy(layer: QuantizedLayer, inputs: Iterable[Tensor], weight: Tens
     return total
 
 
+class _Places:
+    """What a layer reads at some places of each sample, for the output errors of its weight.
+
+    Args:
+        layer: the layer.
+        xs: what it reads in each call.
+        factors: of each sample in a call; output errors are squared after that.
+        samples: their numbers, of `at_places`.
+        passes: in which errors are computed.
+    """
+
+    def __init__(
+        self, layer: QuantizedLayer, xs: list[Tensor], factors: list[Tensor], samples: Tensor, passes: int
+    ) -> None:
+        self._passes = passes
+        self._sizes = [n * layer.weight[0, 0].numel() for n in layer.splits]
+        self._found = []
+        for x, factor in zip(xs, factors, strict=True):
+            rows = at_places(layer, x, samples)
+            drawn = rows.shape[1] / count_places(layer, x)  # they stand for all
+            self._found.append((rows, factor / drawn**0.5))
+
+    def energy(self, part: int, weight: Tensor) -> Tensor:
+        """Sum of squares of what a part of the weight contributes to each output channel, `[out]`.
+
+        Args:
+            part: its number.
+            weight: in its place, `[out, in / groups, ...]`.
+        """
+        start = sum(self._sizes[:part])
+        rows_of_groups = weight.flatten(1)
+        total: Any = 0
+        for rows, factor in self._found:
+            for some, factors in zip(rows.chunk(self._passes), factor.chunk(self._passes), strict=True):
+                some = some[..., start : start + self._sizes[part]].float() * factors[:, None, None, None]
+                by_group = rows_of_groups.unflatten(0, (some.shape[2], -1))
+                total = total + torch.einsum("bpgn,gon->bpgo", some, by_group).square().sum((0, 1)).flatten()
+        return total
+
+
 def _search_weight(
     layer: QuantizedLayer,
-    inputs: Callable[[], Iterable[Tensor]] | None,
+    places: _Places | None,
+    number: int,
     part: Tensor,
     formats: tuple[Format, ...],
     recipe: Recipe,
 ) -> Quantizer:
     rows = layer.granularity.rows(part)
     scale_format = parse_scale_format(layer.granularity.scale_format)
-    if recipe.weights.objective != "output" or inputs is None:
+    if places is None:
         return search_tensor_error(rows, formats, recipe.weights.objective == "max", scale_format)
     per_channel = layer.granularity.kind != "tensor"
 
     def output_error(trial: Quantizer) -> Tensor:
-        error = trial(rows).reshape(part.shape) - part
-        by_channel = _output_energy(layer, inputs(), error)
+        by_channel = places.energy(number, trial(rows).reshape(part.shape) - part)
         return by_channel if per_channel else by_channel.sum(0, keepdim=True)
 
     return search_output_error(rows, formats, output_error, scale_format=scale_format)
@@ -125,12 +166,6 @@ def _search_tokens(layer: QuantizedLayer, xs: list[Tensor], formats: tuple[Forma
 def _float_parts(xs: list[Tensor], passes: int) -> Iterator[Tensor]:
     """An activation in float32, which as a whole may be more than there is memory for."""
     return (some.float() for x in xs for some in x.chunk(passes))
-
-
-def _scaled_parts(xs: list[Tensor], factors: list[Tensor], passes: int) -> Iterator[Tensor]:
-    """An activation in float32, each sample times a factor."""
-    each = (some for values in factors for some in values.chunk(passes))
-    return (x * f.reshape(-1, *[1] * (x.ndim - 1)) for x, f in zip(_float_parts(xs, passes), each, strict=True))
 
 
 def _search_input(
@@ -187,7 +222,12 @@ def _placed_like(trial: Quantizer, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def search_unit(
-    unit: Unit, layer_inputs: Mapping[str, Inputs], weights: Tensor, recipe: Recipe, passes: int = 1
+    unit: Unit,
+    layer_inputs: Mapping[str, Inputs],
+    weights: Tensor,
+    recipe: Recipe,
+    passes: int = 1,
+    samples: Tensor | None = None,
 ) -> None:
     """Chooses format and clip of every weight and input of a unit; gives its layers the variant ``nearest``.
 
@@ -199,23 +239,33 @@ def search_unit(
         weights: how much an error on each sample matters, `[n]`.
         recipe: candidates and objectives.
         passes: in which output errors are computed; more need less memory.
+        samples: numbers of the samples, int64 `[n]`, which decide at what places output errors of weights are measured;
+            by default 0, 1, and so on.
 
     Raises:
         ValueError: if a weight or an input holds NaN or Inf.
     """
+    samples = torch.arange(len(weights)) if samples is None else samples
     found: dict[str, LayerQuantization] = {}
     by_size = sorted(unit.layers, key=lambda name: -cast(Tensor, unit.layers[name].weight).numel())
     for name in by_size[distributed.rank() :: distributed.world_size()]:
         layer = cast(QuantizedLayer, unit.layers[name])
         read = layer_inputs.get(name, [])
-        found[name] = _search_layer(name, layer, [read] if isinstance(read, Tensor) else read, weights, recipe, passes)
+        xs = [read] if isinstance(read, Tensor) else read
+        found[name] = _search_layer(name, layer, xs, weights, recipe, passes, samples)
     found = share(found, weights.device)
     for name, module in unit.layers.items():
         cast(QuantizedLayer, module).variants["nearest"] = found[name]
 
 
 def _search_layer(
-    name: str, layer: QuantizedLayer, xs: list[Tensor], weights: Tensor, recipe: Recipe, passes: int
+    name: str,
+    layer: QuantizedLayer,
+    xs: list[Tensor],
+    weights: Tensor,
+    recipe: Recipe,
+    passes: int,
+    samples: Tensor,
 ) -> LayerQuantization:
     # Extremes tell, and take no memory; the inputs of a unit take much.
     if not all(extreme.isfinite() for x in xs for extreme in x.aminmax()):
@@ -224,12 +274,13 @@ def _search_layer(
     # dimension than the samples (tokens folded into it) weigh them alike.
     significance = [weights.sqrt() if len(weights) == len(x) else weights.new_ones(len(x)) for x in xs]
     quantizers, inputs = [], []
+    searches = xs and recipe.weight_formats() and recipe.weights.objective == "output"
+    places = _Places(layer, xs, significance, samples, passes) if searches else None
     pieces = [x.split(layer.splits, dim=layer.channel_dim) if len(layer.splits) > 1 else (x,) for x in xs]
     for i, part in enumerate(layer.weight_parts()):
         weight, mine = part, [piece[i] for piece in pieces]
         if formats := recipe.weight_formats():
-            scaled = partial(_scaled_parts, mine, significance, passes) if mine else None
-            quantizers.append(_search_weight(layer, scaled, part, formats, recipe))
+            quantizers.append(_search_weight(layer, places, i, part, formats, recipe))
             weight = quantizers[-1](layer.granularity.rows(part)).reshape(part.shape)
         if mine and (formats := recipe.activation_formats()):
             if recipe.has_token_scales(name):

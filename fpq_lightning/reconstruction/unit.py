@@ -134,8 +134,10 @@ class UnitTrainer:
         self._look_further(layer_inputs)
         local_weights = self.replay.weights(self.samples.local(rows))
         weights = distributed.gather_rows(local_weights, shard.placement(rows))
-        weights = weights[torch.cat(order).to(weights.device)]
-        search_unit(self.unit, layer_inputs, weights, self.recipe, -(-len(rows) // self.replay.samples_a_pass))
+        called = torch.cat(order)
+        weights = weights[called.to(weights.device)]
+        passes = -(-len(rows) // self.replay.samples_a_pass)
+        search_unit(self.unit, layer_inputs, weights, self.recipe, passes, rows[called.to(rows.device)])
         if operands:
             search_attention(self.unit, operands, self.recipe)
         self.report.error_nearest = self._error("nearest")

@@ -15,7 +15,7 @@ from fpq_lightning.graph.units import Unit
 from fpq_lightning.nn.convert import make_quantized
 from fpq_lightning.quantization.quantizer import Quantizer
 from fpq_lightning.quantization.search import search_tensor_error
-from fpq_lightning.reconstruction.initialise import collect_layer_inputs, search_unit
+from fpq_lightning.reconstruction.initialise import _Places, collect_layer_inputs, search_unit
 
 FACTORS = (0.76, 0.82, 0.88, 0.94, 1.0, 1.06, 1.12)  # of the clip of least tensor error
 
@@ -149,3 +149,35 @@ def test_a_vector_without_a_batch_is_a_batch_of_one() -> None:
     unit, vector = Unit("v", layer, {"v": layer}), torch.randn(6)
     inputs = collect_layer_inputs(unit, (layer(vector) for _ in range(3)))
     assert torch.equal(inputs["v"], vector.expand(3, 6))
+
+
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...], tuple[int, ...]]] = {  # with shapes of inputs, and splits
+    "tokens": (nn.Linear(6, 4), (6, 5, 6), (6,)),
+    "more tokens than are looked at": (nn.Linear(6, 4), (6, 900, 6), (4, 2)),
+    "convolution": (nn.Conv2d(6, 4, 3, padding=1), (6, 6, 8, 8), (4, 2)),
+    "with a stride": (nn.Conv2d(6, 4, 3, stride=2, padding=1), (6, 6, 8, 8), (6,)),
+    "with groups": (nn.Conv2d(6, 4, 3, groups=2), (6, 6, 9, 9), (3,)),
+    "large": (nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"), (6, 6, 40, 40), (2, 4)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("passes", [1, 4])
+def test_output_errors_of_a_weight_are_those_of_the_layer_itself(name: str, passes: int) -> None:
+    plain, shape, splits = LAYERS[name]
+    torch.manual_seed(0)
+    x, weights = torch.randn(2, *shape), torch.rand(shape[0])
+    x[1] *= 3  # another call
+    layer = make_quantized(copy.deepcopy(plain).requires_grad_(False), Recipe().granularity())
+    layer.splits = splits
+    factors = weights.sqrt()
+    places = _Places(layer, [*x], [factors, factors], torch.arange(len(factors)), passes)
+    for number, part in enumerate(layer.weight_parts()):
+        alone = torch.zeros_like(layer.weight)
+        alone.split(splits, dim=1)[number].copy_(part)
+        outputs = torch.stack([layer.operate(call, alone, None) for call in x])
+        each = outputs * factors.reshape(-1, *[1] * (outputs.ndim - 2))
+        other_dims = [d for d in range(outputs.ndim) if d != (outputs.ndim - 1 if outputs.ndim == 4 else 2)]
+        expected = each.double().square().sum(other_dims)
+        every = shape[1] <= 64 and shape[-1] < 10
+        assert torch.allclose(places.energy(number, part).double(), expected, rtol=1e-5 if every else 0.15)

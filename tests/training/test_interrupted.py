@@ -66,9 +66,10 @@ PHASES: dict[str, tuple[Any, str]] = {
 
 @pytest.fixture
 def undisturbed() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     yield
-    assert signal.getsignal(signal.SIGINT) is before
+    after = signal.signal(signal.SIGINT, before)
+    assert after is signal.default_int_handler
 
 
 @pytest.mark.usefixtures("undisturbed")
