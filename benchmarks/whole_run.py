@@ -5,8 +5,9 @@
 
 The pipeline is written to --work first, which is not part of the run. The run is the command line in a process of its
 own, from loading to the report. Meanwhile the memory of the GPU is read from its driver and that of the process from
-the kernel, twice a second. Time outside of units is what their reports do not hold: loading, sampling, the rehearsal,
-checkpoints and files. Options after ``--`` go to ``fpq fit``. --profile writes where Python's time goes.
+the kernel, twice a second. Files of units tell when units end, so that seconds and memory are given for the time before
+the first has ended, for that of the others, and for that after the last. Options after ``--`` go to ``fpq fit``.
+--profile writes where Python's time goes.
 """
 
 from __future__ import annotations
@@ -137,12 +138,18 @@ def write_pipeline(case: str, tiny: bool, directory: Path, device: torch.device)
 
 
 class Memory(threading.Thread):
-    """Reads the memory of a process and of the GPU until it has ended."""
+    """Reads the memory of a process and of the GPU until it has ended.
+
+    Attributes:
+        host: the most bytes of the process, with pages of files that are mapped to memory, and without.
+        gpu: bytes of the GPU that the driver reports, by the time.
+    """
 
     def __init__(self, process: subprocess.Popen) -> None:
         super().__init__(daemon=True)
-        self.process, self.gpu = process, 0
-        self.host = {"VmRSS": 0, "RssAnon": 0}  # with pages of files that are mapped to memory, and without
+        self.process = process
+        self.host = {"VmRSS": 0, "RssAnon": 0}
+        self.gpu: dict[float, int] = {}
 
     def run(self) -> None:
         while self.process.poll() is None:
@@ -154,7 +161,7 @@ class Memory(threading.Thread):
                 pass
             if torch.cuda.is_available():
                 free, total = torch.cuda.mem_get_info()
-                self.gpu = max(self.gpu, total - free)
+                self.gpu[time.time()] = total - free
             time.sleep(0.5)
 
 
@@ -165,8 +172,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "whole_run")
     parser.add_argument("--output", type=Path, help="JSON of the figures")
     parser.add_argument("--profile", type=Path, help="what cProfile finds in the run")
-    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    args, further = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
+    stop = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, further = parser.parse_args(sys.argv[1:stop]), sys.argv[stop + 1 :]
     tiny, device = args.scale == "tiny", torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, run = args.work / args.case, args.work / f"{args.case}-run"
     if not (model / "model_index.json").is_file():
@@ -180,28 +187,36 @@ def main() -> None:
     options += ["--sampler.prompts=['a cat', 'a dog on a bicycle']", "--sampler.prompt_column=null"]
     options += ["--evaluation.n_images=0", "--trainer.enable_progress_bar=false", *further]
     command = ["-c", _PROFILED, str(args.profile)] if args.profile else ["-m", "fpq_lightning.cli"]
-    start = time.perf_counter()
+    start = time.time()
     process = subprocess.Popen([sys.executable, *command, "fit", *options])
     memory = Memory(process)
     memory.start()
     code = process.wait()
-    seconds = time.perf_counter() - start
+    end = time.time()
     memory.join()
     if code:
         sys.exit(code)
     report = json.loads((run / "report.json").read_text())
     units = [block["seconds"] for block in report["blocks"]]
+    written = sorted(file.stat().st_mtime for file in (run / "checkpoints" / "units").iterdir())
+    phases = {"first unit": (start, written[0]), "units": (written[0], written[-1]), "files": (written[-1], end)}
+    seconds = {name: last - first for name, (first, last) in phases.items()}
+    gpu = {
+        name: max((used - before for at, used in memory.gpu.items() if first <= at <= last), default=0)
+        for name, (first, last) in phases.items()
+    }
     found = {
-        "case": args.case, "options": options, "seconds": seconds, "unit_seconds": sum(units), "units": units,
-        "gpu_bytes": memory.gpu - before, "host_bytes": memory.host,
+        "case": args.case, "options": options, "seconds": end - start, "phase_seconds": seconds, "phase_gpu_bytes": gpu,
+        "unit_seconds": sum(units), "units": units, "host_bytes": memory.host,
         "device": report["device"], "versions": report["versions"],
     }  # fmt: skip
     print(
-        f"{args.case}: {seconds:.0f} s in all, {sum(units):.0f} s in {len(units)} units "
-        f"(first {sum(units[:5]) / 5:.2f} s, last {sum(units[-5:]) / 5:.2f} s each), peak GPU "
-        f"{found['gpu_bytes'] / GIB:.1f} GiB, host {memory.host['RssAnon'] / GIB:.1f} GiB and with mapped files "
-        f"{memory.host['VmRSS'] / GIB:.1f}"
+        f"{args.case}: {end - start:.0f} s in all, {sum(units):.0f} s in {len(units)} units "
+        f"(first {sum(units[:5]) / 5:.2f} s, last {sum(units[-5:]) / 5:.2f} s each), "
+        f"host {memory.host['RssAnon'] / GIB:.1f} GiB and with mapped files {memory.host['VmRSS'] / GIB:.1f}"
     )
+    for name in phases:
+        print(f"until the end of the {name}: {seconds[name]:.0f} s, peak GPU {gpu[name] / GIB:.1f} GiB")
     if args.output:
         args.output.write_text(json.dumps(found, indent=2) + "\n")
 
