@@ -81,13 +81,15 @@ class Life:
     @property
     def at(self) -> str:
         """The innermost work that it had not ended."""
-        stack = [""]
+        begun: list[str] = []
         for mark in self.marks.replace(TRIGGER, ""):
             if mark.islower():
-                stack.append(mark)
-            else:
-                stack.pop()
-        return stack[-1] or "-"
+                begun.append(mark)
+            else:  # of its own kind the last: checkpoints are written beside other work
+                begun.reverse()
+                begun.remove(mark.lower())
+                begun.reverse()
+        return begun[-1] if begun else "-"
 
 
 def _watch(pipe: int, kill: Kill | None) -> None:
@@ -123,7 +125,8 @@ def _watch(pipe: int, kill: Kill | None) -> None:
     wrap(BlockReconstruction, "on_train_epoch_start", "e", remember)
     wrap(unit, "gradients", "l", lambda *args: current[0])
     wrap(BlockReconstruction, "on_train_epoch_end", "f", lambda module: module)
-    wrap(RunCheckpoint, "_save", "c", lambda callback, trainer: trainer.lightning_module)
+    wrap(RunCheckpoint, "_save", "c", lambda *args: current[0])
+    wrap(RunCheckpoint, "_publish", "c", lambda *args: current[0])
     wrap(finalize, "save_quantized", "q", lambda *args: None)
 
 
@@ -226,7 +229,8 @@ def main() -> None:
     spans = {work: sum(times) / len(times) for work, times in reference.spans.items()}
     longest = {"l": 20 * reference.seconds / reference.steps, "c": 1.5 * spans["c"], "q": 1.2 * spans["q"]}
     print(
-        f"uninterrupted: {reference.steps} steps in {reference.seconds:.1f} s, {len(reference.spans['c'])} checkpoints"
+        f"uninterrupted: {reference.steps} steps in {reference.seconds:.1f} s, "
+        f"{len(reference.spans['c']) // 2} checkpoints"
     )
     print("images are not evaluated", flush=True)
 

@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from fpq_lightning import AttentionRecipe, CalibrationDataModule, Recipe, RoundingRecipe, load_quantized, quantize
+from fpq_lightning.calibration.axes import collapsed
 from fpq_lightning.calibration.calibration_set import CalibrationSet
 from fpq_lightning.calibration.disk import load_calibration_set, save_calibration_set
-from fpq_lightning.calibration.look_ahead import collapsed
 from fpq_lightning.calibration.recorder import guidance_shares
 from fpq_lightning.calibration.replay import NetworkReplay
 from fpq_lightning.calibration.store import ActivationStore

@@ -6,6 +6,7 @@ first calls are compared. What grows with the images belongs to them.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -122,14 +123,14 @@ def _fits(a: Any, b: Any, images: int, folded: int) -> bool:
     """Whether the first images have the same rows in both calls, if each has so many next to each other."""
     passes = len(a) // (images * folded)
     return all(
-        _same(a[(p * images + i) * folded + j], b[(p * (images + 1) + i) * folded + j])
+        are_same(a[(p * images + i) * folded + j], b[(p * (images + 1) + i) * folded + j])
         for p in range(passes)
         for i in range(images)
         for j in range(folded)
     )
 
 
-def _same(a: Any, b: Any) -> bool:
+def are_same(a: Any, b: Any) -> bool:
     """Whether two trees are equal, up to what other sizes of a batch change in floating-point values."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if a.shape != b.shape or not a.is_floating_point():
@@ -140,7 +141,25 @@ def _same(a: Any, b: Any) -> bool:
         return False
     if len(some) == 1 and some[0] is a:
         return bool(a == b)
-    return all(map(_same, some, others))
+    return all(map(are_same, some, others))
+
+
+def collapsed(arguments: Any, axes: Mapping[str, Axis]) -> tuple[Any, dict[str, Any]]:
+    """A tree of arguments with paths for leaves, and the leaves; a list with an item for each image is one leaf."""
+    leaves: dict[str, Any] = {}
+
+    def walk(path: str, node: Any) -> Any:
+        if not (path in axes and axes[path].holds_items()):
+            if isinstance(node, Mapping):
+                entries = ((key, walk(f"{path}/{key}" if path else str(key), child)) for key, child in node.items())
+                return OrderedDict(entries) if isinstance(node, OrderedDict) else dict(entries)
+            if isinstance(node, (list, tuple)):
+                children = [walk(f"{path}/{i}", child) for i, child in enumerate(node)]
+                return tuple(children) if isinstance(node, tuple) else children
+        leaves[path] = node
+        return path
+
+    return walk("", arguments), leaves
 
 
 def images_of(value: Any, axis: Axis, n: int) -> list[list[Any]]:

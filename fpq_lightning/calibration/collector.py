@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from fpq_lightning.calibration.axes import LEADING, SHARED, Axis, images_of, joined
+from fpq_lightning.calibration.axes import LEADING, SHARED, Axis, collapsed, images_of, joined
 from fpq_lightning.calibration.calibration_set import CalibrationSet, non_finite
-from fpq_lightning.calibration.look_ahead import Plan, collapsed
+from fpq_lightning.calibration.look_ahead import Plan
 from fpq_lightning.calibration.recorder import Call
 from fpq_lightning.diffusion.sampling import batches_of
-from fpq_lightning.graph.tree import output_leaves
+from fpq_lightning.graph.tree import cloned, output_leaves
 from fpq_lightning.utils import distributed
 from fpq_lightning.utils.closeness import is_close
 
@@ -259,7 +259,7 @@ class Collector:
         if not self.ends:
             return
         last = self.ends[-1]
-        again, once_more = (output_leaves(denoiser(**tree_map(_own, last.arguments))) for _ in range(2))
+        again, once_more = (output_leaves(denoiser(**tree_map(cloned, last.arguments))) for _ in range(2))
         if not _alike(again, once_more):
             raise ValueError(
                 f"{self.plan.network} gives different outputs for the same arguments: it keeps a state from call to "
@@ -292,7 +292,7 @@ class Collector:
 
         def outputs(value: Any) -> list[Tensor]:
             given = {**twice, path: value}
-            arguments = tree_map(lambda name: _own(given[name]), self.plan.structure)
+            arguments = tree_map(lambda name: cloned(given[name]), self.plan.structure)
             return [x.float() for x in output_leaves(denoiser(**arguments))]
 
         device = self.ends[0].output[0].device
@@ -324,11 +324,6 @@ def _shuffled(trajectories: Sequence[int], rng: np.random.Generator) -> list[int
     return sorted(order, key=lambda i: max(last - 1, place[trajectories[i]]))
 
 
-def _own(leaf: Any) -> Any:
-    """A leaf that a network may change."""
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
 def _alike(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     """Whether outputs are the same but for the order of sums, and NaN where the others have it."""
     if [x.shape for x in some] != [x.shape for x in others]:
@@ -351,7 +346,7 @@ def _on_host(value: Any) -> Any:
 
 def _kept(value: Any) -> Any:
     """A value that does not hold on to the batch that it is of."""
-    return tree_map(_own, value)
+    return tree_map(cloned, value)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,7 +15,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fpq_lightning.calibration.axes import Axis, find_axes
+from fpq_lightning.calibration.axes import Axis, collapsed, find_axes
+from fpq_lightning.calibration.one_image import find_axes_of_one
 from fpq_lightning.calibration.recorder import Call, Recorder
 from fpq_lightning.diffusion.sampling import (
     FunctionSampler,
@@ -121,10 +122,17 @@ def _begin_and_axes(
                 }
             except Exception as error:  # whatever a pipeline may do with more images than it takes
                 failure = failure or error
+        if images == 1:
+            with suppress(ValueError):
+                other = _begin(pipeline, denoisers, sampler, more[1:], prompts)
+                return small, {
+                    name: find_axes_of_one(denoisers[name], ahead.first, other[name].first)
+                    for name, ahead in small.items()
+                }
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        failure = error
+        failure = failure or error
     if images > 1:
         with suppress(Exception):
             _begin_and_axes(pipeline, denoisers, replace(sampler, batch_size=1), seed, prompts)
@@ -255,21 +263,3 @@ def _lengths_differ(
         leaves = {name: collapsed(ahead.first[0].arguments, axes[name])[1] for name, ahead in begun.items()}
         shapes.append(tree_map(lambda leaf: leaf.shape if isinstance(leaf, Tensor) else None, leaves))
     return shapes[0] != shapes[1]
-
-
-def collapsed(arguments: Any, axes: Mapping[str, Axis]) -> tuple[Any, dict[str, Any]]:
-    """A tree of arguments with paths for leaves, and the leaves; a list with an item for each image is one leaf."""
-    leaves: dict[str, Any] = {}
-
-    def walk(path: str, node: Any) -> Any:
-        if not (path in axes and axes[path].holds_items()):
-            if isinstance(node, Mapping):
-                entries = ((key, walk(f"{path}/{key}" if path else str(key), child)) for key, child in node.items())
-                return OrderedDict(entries) if isinstance(node, OrderedDict) else dict(entries)
-            if isinstance(node, (list, tuple)):
-                children = [walk(f"{path}/{i}", child) for i, child in enumerate(node)]
-                return tuple(children) if isinstance(node, tuple) else children
-        leaves[path] = node
-        return path
-
-    return walk("", arguments), leaves

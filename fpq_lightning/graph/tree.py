@@ -13,6 +13,11 @@ def output_leaves(output: Any) -> list[Tensor]:
     return [x for x in tree_flatten(output)[0] if isinstance(x, Tensor) and x.is_floating_point()]
 
 
+def cloned(leaf: Any) -> Any:
+    """A leaf that a network may change."""
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     """The leaves of a tree with their paths, such as ``added_cond_kwargs/time_ids`` or ``images/0``."""
     return [("/".join(map(_key, path)), leaf) for path, leaf in tree_flatten_with_path(tree)[0]]

@@ -25,7 +25,7 @@ from fpq_lightning.calibration.disk import load_calibration_set, save_calibratio
 from fpq_lightning.calibration.noised_images import noise_real_images
 from fpq_lightning.calibration.recorder import output_sensitivity
 from fpq_lightning.calibration.trajectories import sample_trajectories
-from fpq_lightning.diffusion.sampling import SamplerConfig
+from fpq_lightning.diffusion.sampling import FunctionSampler, SamplerConfig
 from fpq_lightning.training.datamodule import CalibrationDataModule, UnitBatches
 
 SAMPLER = SamplerConfig("DDIMScheduler", steps=4, batch_size=3)
@@ -269,7 +269,8 @@ class References(DDPMPipeline):
     @torch.no_grad()
     def __call__(self, prompt: Any, image: Any, generator: Any, num_inference_steps: int) -> ImagePipelineOutput:
         width = 8 * (len(image) if isinstance(image, list) else 1)
-        sample = torch.cat([torch.randn(1, 3, 8, width, generator=g) for g in generator])
+        generators = generator if isinstance(generator, list) else [generator]
+        sample = torch.cat([torch.randn(1, 3, 8, width, generator=g) for g in generators])
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.scheduler.timesteps:
             sample = self.scheduler.step(self.unet(sample, t).sample, t, sample).prev_sample
@@ -291,6 +292,39 @@ def test_images_that_all_prompts_refer_to_are_no_batch(pipeline: DDPMPipeline, t
 def test_batches_of_a_pipeline_that_takes_one_prompt_in_a_call_are_refused_with_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"OnePrompt does not make 2 images in a call .*: set sampler.batch_size 1"):
         sample_trajectories(one_prompt(), replace(SAMPLER, prompts=["a", "b"]), 8)
+
+
+class Alone(DDPMPipeline):
+    """Makes one image, whatever it is asked for."""
+
+    @torch.no_grad()
+    def __call__(self, generator: torch.Generator, num_inference_steps: int, output_type: str) -> ImagePipelineOutput:
+        if isinstance(generator, list):
+            raise ValueError("a list of generators is not supported")
+        return super().__call__(1, generator, num_inference_steps, output_type)
+
+
+def one_by_one(pipeline: DDPMPipeline, seeds: list[int]) -> np.ndarray:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return np.concatenate([pipeline(1, g, SAMPLER.steps, output_type="np").images for g in generators])
+
+
+@pytest.mark.parametrize(
+    ("one", "sampler"),
+    [(Alone, SAMPLER), (DDPMPipeline, FunctionSampler("DDIMScheduler", function=one_by_one))],
+    ids=["a pipeline", "a function"],
+)
+def test_what_never_makes_two_images_in_a_call_gives_what_a_batch_gives(
+    pipeline: DDPMPipeline, one: type[DDPMPipeline], sampler: SamplerConfig
+) -> None:
+    alone = one(**tiny_pipeline().components)
+    expected = sample_trajectories(pipeline, replace(SAMPLER, batch_size=1), 8, seed=3)
+    found = sample_trajectories(alone, replace(sampler, batch_size=1), 8, seed=3)
+    assert torch.equal(found.inputs["sample"], expected.inputs["sample"])
+    assert torch.equal(found.inputs["timestep"], expected.inputs["timestep"])
+    assert torch.equal(found.weights, expected.weights)
+    with pytest.raises(ValueError, match=r"does not make 2 images in a call .*: set sampler.batch_size 1"):
+        sample_trajectories(alone, replace(sampler, batch_size=2), 8, seed=3)
 
 
 @pytest.mark.parametrize("n", [0, -1])
