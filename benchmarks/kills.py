@@ -27,6 +27,7 @@ from fpq_lightning import cli
 from fpq_lightning.reconstruction import unit
 from fpq_lightning.training.callbacks import finalize
 from fpq_lightning.training.callbacks.checkpoint import RunCheckpoint
+from fpq_lightning.training.datamodule import STEPS_PER_BATCH
 from fpq_lightning.training.module import BlockReconstruction
 
 CHECKOUT = Path(__file__).parents[1]
@@ -234,7 +235,7 @@ def main() -> None:
     )
     print("images are not evaluated", flush=True)
 
-    pending = plan(args.kills, reference.steps, args.saving, random.Random(args.seed))
+    pending = plan(args.kills, reference.steps - 2 * STEPS_PER_BATCH, args.saving, random.Random(args.seed))
     killed: Counter[str] = Counter()
     steps, restarts, finished, differing, extra = 0, [], 0, [], []
     start = time.perf_counter()
