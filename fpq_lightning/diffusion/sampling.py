@@ -363,8 +363,7 @@ def _arguments(
     """What a pipeline is called with."""
     kind, accepted = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
     n, negative = len(seeds), sampler.negative_prompt
-    generators = [torch.Generator("cpu").manual_seed(seed % 2**64) for seed in seeds]
-    defaults = {"generator": generators if n > 1 else generators[0], "output_type": "np"}  # some take no list
+    defaults = {"generator": [torch.Generator("cpu").manual_seed(seed % 2**64) for seed in seeds], "output_type": "np"}
     arguments: dict[str, Any] = {name: value for name, value in defaults.items() if name in accepted}
     chosen: dict[str, Any] = {
         "num_inference_steps": ("steps", sampler.steps),

@@ -269,8 +269,7 @@ class References(DDPMPipeline):
     @torch.no_grad()
     def __call__(self, prompt: Any, image: Any, generator: Any, num_inference_steps: int) -> ImagePipelineOutput:
         width = 8 * (len(image) if isinstance(image, list) else 1)
-        generators = generator if isinstance(generator, list) else [generator]
-        sample = torch.cat([torch.randn(1, 3, 8, width, generator=g) for g in generators])
+        sample = torch.cat([torch.randn(1, 3, 8, width, generator=g) for g in generator])
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.scheduler.timesteps:
             sample = self.scheduler.step(self.unet(sample, t).sample, t, sample).prev_sample
@@ -298,9 +297,10 @@ class Alone(DDPMPipeline):
     """Makes one image, whatever it is asked for."""
 
     @torch.no_grad()
-    def __call__(self, generator: torch.Generator, num_inference_steps: int, output_type: str) -> ImagePipelineOutput:
-        if isinstance(generator, list):
-            raise ValueError("a list of generators is not supported")
+    def __call__(
+        self, generator: list[torch.Generator], num_inference_steps: int, output_type: str
+    ) -> ImagePipelineOutput:
+        (_,) = generator
         return super().__call__(1, generator, num_inference_steps, output_type)
 
 

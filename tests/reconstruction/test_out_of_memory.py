@@ -25,6 +25,7 @@ from fpq_lightning.calibration.store import ActivationStore
 from fpq_lightning.nn.calibrated import QuantizedLayer, quantized_layers
 from fpq_lightning.reconstruction import backward as backward_module
 from fpq_lightning.reconstruction.backward import Backward
+from fpq_lightning.reconstruction.initialise import _Places
 from fpq_lightning.reconstruction.out_of_memory import gradients
 from fpq_lightning.reconstruction.report import UnitReport
 from fpq_lightning.reconstruction.unit import UnitTrainer
@@ -63,16 +64,24 @@ class Shortage:
         self.entry, self.after, self.most, self.left = entry, after, most, times
         self._entries = self._passes = 0
         self._short = owner is None
-        operate = QuantizedLayer.operate
+        operate, energy = QuantizedLayer.operate, _Places.energy
 
-        def operating(layer: Any, x: Tensor, *args: Any) -> Tensor:
+        def passing(samples: int) -> None:
             self._passes += 1
-            if self._short and self.left and self._passes > self.after and len(x) > self.most:
+            if self._short and self.left and self._passes > self.after and samples > self.most:
                 self.left -= 1
                 raise torch.OutOfMemoryError("out of memory, says the test")
+
+        def operating(layer: Any, x: Tensor, *args: Any) -> Tensor:
+            passing(len(x))
             return operate(layer, x, *args)
 
+        def measuring(places: _Places, *args: Any) -> Tensor:
+            passing(-(-len(places._found[0][0]) // places._passes))
+            return energy(places, *args)
+
         monkeypatch.setattr(QuantizedLayer, "operate", operating)
+        monkeypatch.setattr(_Places, "energy", measuring)
         if owner is not None:
             monkeypatch.setattr(owner, name, self._watched(getattr(owner, name)))
 
