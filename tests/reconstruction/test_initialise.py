@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -151,24 +152,25 @@ def test_a_vector_without_a_batch_is_a_batch_of_one() -> None:
     assert torch.equal(inputs["v"], vector.expand(3, 6))
 
 
-LAYERS: dict[str, tuple[nn.Module, tuple[int, ...], tuple[int, ...]]] = {  # with shapes of inputs, and splits
-    "tokens": (nn.Linear(6, 4), (6, 5, 6), (6,)),
-    "more tokens than are looked at": (nn.Linear(6, 4), (6, 900, 6), (4, 2)),
-    "convolution": (nn.Conv2d(6, 4, 3, padding=1), (6, 6, 8, 8), (4, 2)),
-    "with a stride": (nn.Conv2d(6, 4, 3, stride=2, padding=1), (6, 6, 8, 8), (6,)),
-    "with groups": (nn.Conv2d(6, 4, 3, groups=2), (6, 6, 9, 9), (3,)),
-    "large": (nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"), (6, 6, 40, 40), (2, 4)),
+# Layers, shapes of their inputs, and splits.
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]]] = {
+    "tokens": (lambda: nn.Linear(6, 4), (6, 5, 6), (6,)),
+    "more tokens than are looked at": (lambda: nn.Linear(6, 4), (100, 900, 6), (4, 2)),
+    "convolution": (lambda: nn.Conv2d(6, 4, 3, padding=1), (6, 6, 8, 8), (4, 2)),
+    "with a stride": (lambda: nn.Conv2d(6, 4, 3, stride=2, padding=1), (6, 6, 8, 8), (6,)),
+    "with groups": (lambda: nn.Conv2d(6, 4, 3, groups=2), (6, 6, 9, 9), (3,)),
+    "large": (lambda: nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"), (100, 6, 40, 40), (2, 4)),
 }
 
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("passes", [1, 4])
 def test_output_errors_of_a_weight_are_those_of_the_layer_itself(name: str, passes: int) -> None:
-    plain, shape, splits = LAYERS[name]
+    make, shape, splits = LAYERS[name]
     torch.manual_seed(0)
     x, weights = torch.randn(2, *shape), torch.rand(shape[0])
     x[1] *= 3  # another call
-    layer = make_quantized(copy.deepcopy(plain).requires_grad_(False), Recipe().granularity())
+    layer = make_quantized(make().requires_grad_(False), Recipe().granularity())
     layer.splits = splits
     factors = weights.sqrt()
     places = _Places(layer, [*x], [factors, factors], torch.arange(len(factors)), passes)
