@@ -135,7 +135,10 @@ def _solve_together(
     solved: dict[str, LayerQuantization] = {}
     for readers, found, other in usable:
         own = {name: layer for name, layer in readers.layers.items() if name in mine}
-        solved |= _solve(replace(readers, layers=own), found, other if other.are_usable else None, recipe)
+        judging = other if other.are_usable else None
+        for name, quantization in _solve(replace(readers, layers=own), found, judging, recipe).items():
+            # At once, as another part of the same layer may follow.
+            layers[name].variants["closed_form"] = solved[name] = quantization
     for name, quantization in share(solved, replay.store.device).items():
         layers[name].variants["closed_form"] = quantization
 

@@ -174,7 +174,7 @@ def _search_input(
     activations = recipe.activations
     values = _some_values(xs)
     # The extremes decide the largest clip tried, wherever the sampling above falls.
-    extremes = [f(x).reshape(1, 1).float() for x in xs for f in (torch.amin, torch.amax)]
+    extremes = [extreme.reshape(1, 1).float() for x in xs for extreme in x.aminmax()]
     values = torch.cat([values, *extremes], dim=1)
     if activations.objective == "output":
 

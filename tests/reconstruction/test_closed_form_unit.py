@@ -171,8 +171,8 @@ class Skip(nn.Module):
         )
 
 
-def test_pieces_of_a_concatenation_are_solved_apart_where_the_whole_takes_too_much_memory() -> None:
-    budget = 2 * 8 * 8 * 10  # moments of eight inputs, on samples to learn from and held-out ones
+@pytest.mark.parametrize("budget", [2 * 8 * 8 * 10, 2 * 8 * (8 * 10 + 4 * 6)], ids=["one at a time", "both at once"])
+def test_pieces_of_a_concatenation_are_solved_apart_where_the_whole_takes_too_much_memory(budget: int) -> None:
     found, shifts = [], []
     for apart in (True, False):
         torch.manual_seed(0)

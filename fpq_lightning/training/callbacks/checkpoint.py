@@ -165,7 +165,8 @@ class RunCheckpoint(Checkpoint):
         except BaseException as error:
             if isinstance(error, OSError):
                 error.filename = error.filename or str(self.file)
-            self._temporary.unlink(missing_ok=True)
+            if distributed.rank() == 0:
+                self._temporary.unlink(missing_ok=True)
             raise
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
